@@ -1,0 +1,9 @@
+std = "lua54"
+max_line_length = 120
+self = false -- methods need not use their self
+
+files["spec"] = { std = "+busted" }
+files[".ci/specs.lua"] = { std = "+busted" }
+
+-- Declarations without bodies: all that is there is unused.
+files["lua/coflow/meta.lua"] = { unused = false }

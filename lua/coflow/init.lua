@@ -1,0 +1,279 @@
+-- coflow: async and await for Lua coroutines, on libuv.
+--
+-- The kernel is C (coflow.core); this file gives it its public shape and adds what is best said in
+-- Lua: the functions that call others (so that they cost no C call level and may suspend), and the
+-- modules loaded at first use.
+--
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+---@class coflow
+local flow = {
+  errors = core.errors,
+  loop = core.loop,
+  run = core.run,
+  spawn = core.spawn,
+  async = core.async,
+  await = core.await,
+  try_await = core.try_await,
+  pcall = core.pcall,
+  yield = core.yield,
+  sleep = core.sleep,
+  delay = core.delay,
+  when_all = core.when_all,
+  when_any = core.when_any,
+  current_task = core.current_task,
+  is_awaitable_here = core.is_awaitable_here,
+  on_unobserved_exception = core.on_unobserved_exception,
+  TaskCompletionSource = core.TaskCompletionSource,
+  AsyncLocal = core.AsyncLocal,
+}
+
+---The argument error of Lua, for functions written in Lua: blames the caller of the caller.
+local function argument_error(n, name, message)
+  error(("bad argument #%d to '%s' (%s)"):format(n, name, message), 3)
+end
+
+local function is_callable(f)
+  if type(f) == "function" then return true end
+  local mt = getmetatable(f)
+  return type(mt) == "table" and mt.__call ~= nil
+end
+
+local function check_function(n, name, f)
+  if not is_callable(f) then
+    error(("bad argument #%d to '%s' (function expected, got %s)"):format(
+      n, name, f == nil and "no value" or type(f)), 3)
+  end
+end
+
+---Raises for a key of `options` that is not in `known`, and for options that are not a table.
+local function check_options(n, name, options, known)
+  if options == nil then return {} end
+  if type(options) ~= "table" then
+    error(("bad argument #%d to '%s' (table expected, got %s)"):format(n, name, type(options)), 3)
+  end
+  for key in pairs(options) do
+    if not known[key] then
+      error(("bad argument #%d to '%s' (unknown option '%s')"):format(n, name, tostring(key)), 3)
+    end
+  end
+  return options
+end
+
+-- Execution contexts --------------------------------------------------------------------------
+
+local ExecutionContext = {
+  capture = core.capture,
+  restore = core.restore,
+  suppress_flow = core.suppress_flow,
+  restore_flow = core.restore_flow,
+  is_flow_suppressed = core.is_flow_suppressed,
+}
+flow.ExecutionContext = ExecutionContext
+
+---Calls `fn` under `context`; what it changes stays inside. May suspend.
+---Raises: InvalidOperation if `context` is nil (it was captured while the flow was suppressed).
+---Source: .NET ExecutionContext.Run.
+---@param context coflow.ExecutionContext
+---@param fn function
+---@return any ... what `fn` returns
+function ExecutionContext.run(context, fn, ...)
+  check_function(2, "run", fn)
+  local _ <close> = core.enter(context)
+  return fn(...)
+end
+
+-- wrapper -> true: wrapping twice keeps the first context
+local wrapped = setmetatable({}, { __mode = "k" })
+
+---`fn` bound to the context captured now (to the empty one while the flow is suppressed).
+---@param fn function
+---@return function
+function ExecutionContext.wrap(fn)
+  check_function(1, "wrap", fn)
+  if wrapped[fn] then return fn end
+  local context = core.capture() or core.empty_context
+  local function wrapper(...)
+    local _ <close> = core.enter(context)
+    return fn(...)
+  end
+  wrapped[wrapper] = true
+  return wrapper
+end
+
+core.methods("coflow.ExecutionContext").run = ExecutionContext.run
+
+---Calls `fn` on the current task with the isolation of an async function: whatever it does to the
+---execution context is undone when it returns or fails. May suspend.
+---@param fn function
+---@return any ... what `fn` returns
+function flow.call(fn, ...)
+  check_function(1, "call", fn)
+  local _ <close> = core.isolate()
+  return fn(...)
+end
+
+local AsyncLocal = core.methods("coflow.AsyncLocal")
+
+---Calls `fn` with the value set, and puts the old one back on return and on error. May suspend.
+---@param value any
+---@param fn function
+---@return any ... what `fn` returns
+function AsyncLocal:run(value, fn, ...)
+  check_function(3, "run", fn)
+  local _ <close> = self:with(value)
+  return fn(...)
+end
+
+-- Tasks -----------------------------------------------------------------------------------------
+
+local Task = {
+  new = core.new,
+  run = core.spawn,
+  yield = core.yield,
+  delay = core.delay,
+  when_all = core.when_all,
+  when_any = core.when_any,
+  from_result = core.from_result,
+  from_exception = core.from_exception,
+  from_canceled = core.from_canceled,
+  completed_task = core.from_result(),
+}
+flow.Task = Task
+
+local closing_each = { __close = function(each) core.each_close(each.state) end }
+
+---Iterates over tasks in order of completion, faulted and canceled ones included:
+---`for task, key in flow.when_each(tasks) do`. Those complete at the call come first, in input order.
+---Leaving the loop early leaves the other tasks running.
+---Raises: at once, if an element is not awaitable.
+---Source: .NET Task.WhenEach.
+---@param tasks table awaitables: a list (`n` counts) or any keys
+---@return fun(): coflow.Task, any
+function flow.when_each(...)
+  local next, state = core.when_each(...)
+  return next, state, nil, setmetatable({ state = state }, closing_each)
+end
+Task.when_each = flow.when_each
+
+---Waits for all of them; the first values one by one, or for a table with keys the table of them.
+---Raises: the error if one failed, an Aggregate if several did, else the cancellation.
+---@return any ...
+function flow.await_all(...)
+  local all = core.when_all(...)
+  local ok, result = core.try_await(all)
+  if ok then
+    if result.n and type(result.n) == "number" then return table.unpack(result, 1, result.n) end
+    return result
+  end
+  local exception = all.exception
+  if exception and exception.inner_exceptions.n > 1 then error(exception, 0) end
+  return core.await(all)
+end
+
+---Waits for the first of them to complete: the task, and its key.
+---@return coflow.Task task, any key
+function flow.await_any(...)
+  return core.await(core.when_any(...))
+end
+
+local task_methods = core.methods("coflow.Task")
+task_methods.await = core.await
+task_methods.try_await = core.try_await
+task_methods.start = core.start
+task_methods.run_synchronously = core.run_synchronously
+task_methods.wait_async = core.wait_async
+
+---Drives the loop until the task is complete. For the top level only: inside a task, await it.
+---Cancellation: a canceled token raises OperationCanceled; the task goes on.
+---Raises: InvalidOperation inside a task, or when nothing alive could ever complete the task.
+---@param timeout? number seconds
+---@param token? coflow.CancellationToken
+---@return boolean complete true whatever the outcome, which counts as unobserved; false on timeout
+function task_methods:wait(timeout, token)
+  local done = core.wait_quiet(self, timeout, token)
+  if core.current_task() then
+    error(flow.errors.InvalidOperation("wait inside a task would block the event loop: "
+      .. "use task:await() or task:wait_async(timeout)"), 0)
+  end
+  return core.await(done)
+end
+
+local met = {
+  any = function() return true end,
+  success = function(task) return task.is_completed_successfully end,
+  fault = function(task) return task.is_faulted end,
+  cancel = function(task) return task.is_canceled end,
+}
+
+---A task that calls `fn(task)` once this one is complete, in the context captured now.
+---Cancellation: `token` cancels it before it starts, never this task.
+---@param fn fun(task: coflow.Task): ...
+---@param options? { on?: "any"|"success"|"fault"|"cancel", token?: coflow.CancellationToken }
+---@return coflow.Task
+function task_methods:continue_with(fn, options)
+  check_function(2, "continue_with", fn)
+  options = check_options(3, "continue_with", options, { on = true, token = true, scheduler = true })
+  local condition = met[options.on or "any"]
+  if not condition then
+    argument_error(3, "continue_with", "on must be \"any\", \"success\", \"fault\" or \"cancel\"")
+  end
+  local continuation = core.continuation(self, function(task, token)
+    if token then token:throw_if_cancellation_requested() end
+    if not condition(task) then
+      error(flow.errors.OperationCanceled("the task did not end as the continuation asks"), 0)
+    end
+    return fn(task)
+  end, options.token)
+  return continuation
+end
+
+-- Cancellation ------------------------------------------------------------------------------------
+
+flow.CancellationToken = { none = core.none, canceled = core.canceled }
+
+flow.CancellationTokenSource = setmetatable({ linked = core.linked_source }, {
+  __call = function(_, delay) return core.CancellationTokenSource(delay) end,
+})
+
+local token_methods = core.methods("coflow.CancellationToken")
+
+---A task that is complete once the token is canceled.
+---@param token? coflow.CancellationToken ends the wait
+---@return coflow.Task
+function token_methods:wait_async(token)
+  return core.wait_async(core.token_promise(self), nil, token)
+end
+
+---Returns once the token is canceled, also when it is the task's own.
+---@param token? coflow.CancellationToken ends the wait
+function token_methods:wait(token)
+  core.await(token_methods.wait_async(self, token))
+end
+
+-- Scripts -----------------------------------------------------------------------------------------
+
+---Runs `fn` as a program: SIGINT and SIGTERM end it, an error is written to standard error with its
+---async traceback. Use: `os.exit(flow.main(main), true)`.
+---@param fn function
+---@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned
+function flow.main(fn, ...)
+  check_function(1, "main", fn)
+  local task
+  local function root(...)
+    task = core.current_task()
+    return fn(...)
+  end
+  core.watch_signals(true)
+  local ok, result = pcall(core.run, root, ...)
+  core.watch_signals(false)
+  if ok then return math.type(result) == "integer" and result or 0 end
+  if flow.errors.is(result, "OperationCanceled") and result.signal then return 128 + result.signal end
+  io.stderr:write(tostring(result), "\n")
+  if task and task.is_faulted then io.stderr:write(task:traceback(), "\n") end
+  return 1
+end
+
+return flow

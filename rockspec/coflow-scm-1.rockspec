@@ -1,0 +1,41 @@
+-- Written by `make rockspec`; `make lint` checks that it is up to date.
+rockspec_format = "3.0"
+package = "coflow"
+version = "scm-1"
+source = {
+  url = "git+https://example.org/coflow.git",
+}
+description = {
+  summary = "Asynchronous tasks, cancellation and I/O for Lua 5.4, on libuv",
+  license = "MIT",
+}
+dependencies = {
+  "lua >= 5.4, < 5.5",
+}
+external_dependencies = {
+  LIBUV = { header = "uv.h", library = "uv" },
+}
+build = {
+  type = "builtin",
+  modules = {
+    ["coflow.core"] = {
+      sources = {
+        "src/cancel.c",
+        "src/combine.c",
+        "src/context.c",
+        "src/error.c",
+        "src/fiber.c",
+        "src/loop.c",
+        "src/module.c",
+        "src/task.c",
+        "src/timer.c",
+      },
+      defines = { "_GNU_SOURCE" },
+      incdirs = { "$(LIBUV_INCDIR)" },
+      libdirs = { "$(LIBUV_LIBDIR)" },
+      libraries = { "uv" },
+    },
+    ["coflow"] = "lua/coflow/init.lua",
+    ["coflow.testing"] = "lua/coflow/testing.lua",
+  },
+}

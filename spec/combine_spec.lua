@@ -1,0 +1,498 @@
+-- when_all, when_any, when_each and their direct forms.
+
+local flow = require "coflow"
+local helper = require "spec.helper"
+
+local Task = flow.Task
+local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local is_error = helper.is_error
+
+-- A task that ends after so many seconds, with the values.
+local function after(seconds, ...)
+  return flow.spawn(function(...)
+    flow.sleep(seconds)
+    return ...
+  end, ...)
+end
+
+-- A task that raises `err` after so many seconds.
+local function failing(seconds, err)
+  return flow.spawn(function()
+    flow.sleep(seconds)
+    error(err, 0)
+  end)
+end
+
+local function stop(message)
+  return flow.errors.OperationCanceled(message)
+end
+
+-- What `collectgarbage` counts once everything that can go is gone.
+local function memory()
+  helper.collect()
+  return collectgarbage("count")
+end
+
+describe("when_all", function()
+  it("takes awaitables as arguments, an array or a table with any keys", in_task(function()
+    assert.same({ n = 2, "a", "b" }, flow.when_all(after(2, "a"), after(1, "b")):await())
+    assert.same({ n = 2, "a", "b" }, flow.when_all({ after(2, "a"), after(1, "b") }):await())
+    local key = {}
+    local got = flow.when_all({ user = after(2, "a"), [key] = after(1, "b"), [2.5] = after(1, "c") }):await()
+    assert.equal("a", got.user)
+    assert.equal("b", got[key])
+    assert.equal("c", got[2.5])
+    assert.same({ user = 1, orders = 2 }, flow.when_all({ user = after(1, 1), orders = after(2, 2) }):await())
+    assert.equal(flow.when_all, Task.when_all)
+  end))
+
+  it("gives one new table with each task's first value", in_task(function()
+    local input = { after(1, "a", "dropped"), after(1), after(1, nil, "dropped"), after(1, false) }
+    local got = table.pack(flow.when_all(input):await())
+    assert.equal(1, got.n)
+    assert.same({ n = 4, "a", nil, nil, false }, got[1])
+    assert.not_equal(input, got[1])
+  end))
+
+  it("counts an array by its n", in_task(function()
+    local task = after(1, "a")
+    assert.same({ n = 1, "a" }, flow.when_all({ n = 1, task, flow.current_task() }):await())
+    assert.same({ n = 0 }, flow.when_all({ n = 0 }):await())
+    assert.same({ n = 1, "a" }, flow.when_all(table.pack(task)):await())
+  end))
+
+  it("is complete at once when its input is empty or complete", in_task(function()
+    for _, task in ipairs { flow.when_all(), flow.when_all({}) } do
+      assert.equal("ran_to_completion", task.status)
+      assert.same({ n = 0 }, task.result)
+    end
+    local done = flow.when_all(Task.from_result(1), Task.completed_task)
+    assert.equal("ran_to_completion", done.status)
+    assert.same({ n = 2, 1, nil }, done.result)
+  end))
+
+  it("counts the same task each time", in_task(function()
+    local task = after(1, "a")
+    assert.same({ n = 3, "a", "a", "a" }, flow.when_all(task, task, task):await())
+    local bad = failing(1, "boom")
+    local all = flow.when_all(bad, bad)
+    assert.equal("boom", raised(flow.await, all))
+    assert.same({ "boom", "boom" }, all.exception.inner_exceptions)
+  end))
+
+  it("copies its input at the call", in_task(function()
+    local input = { after(1, "a"), after(2, "b") }
+    local all = flow.when_all(input)
+    input[1], input[2], input[3], input.x = nil, after(1, "other"), after(1), 42
+    assert.same({ n = 2, "a", "b" }, all:await())
+  end))
+
+  it("waits for all, whatever fails", in_task(function(clock)
+    local start = clock:now()
+    local all = flow.when_all(after(3), failing(1, "boom"), after(5))
+    flow.sleep(2)
+    assert.is_false(all.is_completed)
+    assert.equal("boom", raised(flow.await, all))
+    assert.equal(5, clock:now() - start)
+  end))
+
+  it("faults with an Aggregate in input order, and raises the first", in_task(function()
+    local first, second = { "first" }, { "second" }
+    local all = flow.when_all(after(1), failing(3, first), failing(2, second))
+    assert.equal(first, raised(flow.await, all))
+    assert.equal("faulted", all.status)
+    is_error("Aggregate", all.exception)
+    assert.is_true(rawequal(first, all.exception.inner_exceptions[1]))
+    assert.is_true(rawequal(second, all.exception.inner_exceptions[2]))
+    assert.equal(2, #all.exception.inner_exceptions)
+    assert.equal(all.exception, all.exception)
+    assert.equal(first, raised(function() return all.result end))
+  end))
+
+  it("faults with an Aggregate also for one error", in_task(function()
+    local all = flow.when_all { a = failing(1, "boom"), b = after(1) }
+    assert.equal("boom", raised(flow.await, all))
+    assert.same({ "boom" }, is_error("Aggregate", all.exception).inner_exceptions)
+  end))
+
+  it("lays the aggregates of inner when_all tasks side by side", in_task(function()
+    local inner = flow.when_all(failing(3, "b"), failing(1, "c"))
+    local all = flow.when_all(failing(2, "a"), inner, failing(1, "d"))
+    assert.equal("a", raised(flow.await, all))
+    assert.same({ "a", "b", "c", "d" }, all.exception.inner_exceptions)
+  end))
+
+  it("keeps an Aggregate that a task raised itself as it is", in_task(function()
+    local mine = flow.errors.Aggregate("mine", { inner_exceptions = { "x", "y" } })
+    local all = flow.when_all(failing(1, mine), failing(1, "z"))
+    assert.equal(mine, raised(flow.await, all))
+    assert.equal(2, #all.exception.inner_exceptions)
+    assert.equal(mine, all.exception.inner_exceptions[1])
+  end))
+
+  it("raises an error of nil", in_task(function()
+    local all = flow.when_all(after(1), Task.from_exception(nil))
+    assert.same({ n = 2, false, nil }, table.pack(all:try_await()))
+    assert.equal("faulted", all.status)
+  end))
+
+  it("is canceled when a task was and none failed, with the first error in input order", in_task(function()
+    local first, second = stop("first"), stop("second")
+    local all = flow.when_all(after(1), failing(3, first), failing(2, second))
+    assert.is_true(rawequal(first, raised(flow.await, all)))
+    assert.equal("canceled", all.status)
+    assert.is_nil(all.exception)
+  end))
+
+  it("is faulted when a task failed and another was canceled", in_task(function()
+    local all = flow.when_all(failing(1, stop("first")), failing(2, "boom"))
+    assert.equal("boom", raised(flow.await, all))
+    assert.equal("faulted", all.status)
+    assert.same({ "boom" }, all.exception.inner_exceptions)
+  end))
+
+  it("names the element that is not awaitable, at once", in_task(function()
+    local task = Task.completed_task
+    local cases = {
+      { function() local _ = flow.when_all({ task, 42 }) end, "2" },
+      { function() local _ = flow.when_all({ n = 3, task }) end, "2" },
+      { function() local _ = flow.when_all({ user = task, orders = {} }) end, "orders" },
+      { function() local _ = flow.when_all(task, task, "x") end, "3" },
+      { function() local _ = flow.when_all(task, nil, task) end, "2" },
+      { function() local _ = flow.when_all(nil) end, "1" },
+      { function() local _ = flow.when_all(42) end, "1" },
+    }
+    for i, case in ipairs(cases) do
+      local err = raised(case[1])
+      assert.equal("string", type(err), "case " .. i)
+      assert.truthy(err:find("bad argument #%d+ to 'when_all'"), err)
+      assert.truthy(err:match("bad argument.*$"):find(case[2], 1, true), err)
+    end
+  end))
+
+  it("serves 100,000 tasks", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local input = {}
+    for i = 1, 100000 do
+      input[i] = gate.task
+    end
+    local all = flow.when_all(input)
+    gate:set_result("it")
+    local results = all:await()
+    assert.same({ 100000, "it", "it" }, { results.n, results[1], results[100000] })
+  end))
+
+  it("nests 10,000 deep", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local task = gate.task
+    for _ = 1, 10000 do
+      task = flow.when_all(task)
+    end
+    gate:set_exception("boom")
+    assert.equal("boom", raised(flow.await, task))
+    assert.same({ "boom" }, task.exception.inner_exceptions)
+  end))
+end)
+
+describe("when_any", function()
+  it("gives the task that was first and its key", in_task(function(clock)
+    local start = clock:now()
+    local slow, quick = after(2, "slow"), after(1, "quick")
+    assert.same({ n = 2, quick, 2 }, table.pack(flow.when_any(slow, quick):await()))
+    assert.equal(1, clock:now() - start)
+    assert.same({ n = 2, quick, 2 }, table.pack(flow.when_any({ slow, quick }):await()))
+    assert.same({ n = 2, quick, "q" }, table.pack(flow.when_any({ s = slow, q = quick }):await()))
+    assert.equal(flow.when_any, Task.when_any)
+    slow:await()
+  end))
+
+  it("gives a first one that failed or was canceled, and does not fail itself", in_task(function()
+    local slow = after(2)
+    for _, err in ipairs { "boom", stop("enough") } do
+      local bad = failing(1, err)
+      local any = flow.when_any(slow, bad)
+      local first, key = any:await()
+      assert.equal(bad, first)
+      assert.equal(2, key)
+      assert.equal("ran_to_completion", any.status)
+      assert.equal(err, raised(flow.await, bad))
+    end
+    slow:await()
+  end))
+
+  it("prefers the first in input order of those that are complete already", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local a, b = Task.from_result("a"), Task.from_result("b")
+    local any = flow.when_any(gate.task, b, a)
+    assert.equal("ran_to_completion", any.status)
+    assert.same({ n = 2, b, 2 }, table.pack(any:await()))
+    gate:set_result()
+  end))
+
+  it("gives the one that was completed first, not the first in the input", in_task(function()
+    local a, b = flow.TaskCompletionSource(), flow.TaskCompletionSource()
+    local any = flow.when_any(a.task, b.task)
+    b:set_result()
+    a:set_result()
+    assert.equal(b.task, (any:await()))
+  end))
+
+  it("of nothing is an Argument error", in_task(function()
+    raises("Argument", flow.when_any)
+    raises("Argument", flow.when_any, {})
+    raises("Argument", flow.when_any, { n = 0 })
+  end))
+
+  it("names the element that is not awaitable, at once", in_task(function()
+    local task = Task.completed_task
+    for _, attempt in ipairs {
+      function() local _ = flow.when_any({ task, 42 }) end,
+      function() local _ = flow.when_any(task, 42) end,
+      function() local _ = flow.when_any(task, nil) end,
+    } do
+      local err = raised(attempt)
+      assert.truthy(err:match("bad argument #%d+ to 'when_any'.*$"):find("2", 1, true), err)
+    end
+  end))
+
+  it("leaves the others running", in_task(function()
+    local log, note = recorder()
+    local others = {}
+    for i = 2, 3 do
+      others[i - 1] = flow.spawn(function()
+        flow.sleep(i)
+        note(i)
+      end)
+    end
+    flow.when_any(after(1), table.unpack(others)):await()
+    note("any")
+    flow.await_all(others)
+    assert.same({ "any", "2", "3" }, log)
+  end))
+
+  it("leaves nothing registered on a task that lives on", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local function rounds(n)
+      for _ = 1, n do
+        flow.when_any(gate.task, flow.delay(1)):await()
+      end
+      return memory()
+    end
+    local before = rounds(100)
+    local grown = rounds(5000) - before
+    assert.is_true(grown < 50, ("%.0f KB more"):format(grown))
+    gate:set_result()
+  end))
+
+  it("takes the same task twice", in_task(function()
+    local task = after(1)
+    assert.same({ n = 2, task, 1 }, table.pack(flow.when_any(task, task):await()))
+  end))
+end)
+
+describe("when_each", function()
+  it("iterates in order of completion, with the keys", in_task(function(clock)
+    local log, note = recorder()
+    local start = clock:now()
+    local tasks = { after(3, "a"), after(1, "b"), after(2, "c") }
+    for task, key in flow.when_each(tasks) do
+      assert.equal(tasks[key], task)
+      note(key, task.result, clock:now() - start == ({ 3, 1, 2 })[key])
+    end
+    assert.same({ "2 b true", "3 c true", "1 a true" }, log)
+    assert.equal(flow.when_each, Task.when_each)
+  end))
+
+  it("gives first those that are complete, in input order, without suspending", in_task(function()
+    local log, note = recorder()
+    local queued = flow.spawn(note, "queued")
+    local gate = flow.TaskCompletionSource()
+    for _, key in flow.when_each { gate.task, Task.from_result(1), Task.from_result(2) } do
+      note(key)
+      if key == 3 then
+        gate:set_result()
+        break
+      end
+    end
+    queued:await()
+    assert.same({ "2", "3", "queued" }, log)
+  end))
+
+  it("gives faulted and canceled tasks as items", in_task(function()
+    local log, note = recorder()
+    local tasks = { failing(2, "boom"), failing(1, stop("enough")), after(3) }
+    for task in flow.when_each(tasks) do
+      note(task.status)
+    end
+    assert.same({ "canceled", "faulted", "ran_to_completion" }, log)
+  end))
+
+  it("takes a table with any keys", in_task(function()
+    local log, note = recorder()
+    for task, key in flow.when_each { a = after(2, 1), b = after(1, 2) } do
+      note(key, task.result)
+    end
+    assert.same({ "b 2", "a 1" }, log)
+  end))
+
+  it("iterates over nothing", in_task(function()
+    for _ in flow.when_each {} do
+      error("an item of nothing")
+    end
+  end))
+
+  it("keeps the order of completion while its body suspends", in_task(function()
+    local log, note = recorder()
+    for _, key in flow.when_each { after(2), after(1), after(3) } do
+      flow.sleep(5)
+      note(key)
+    end
+    assert.same({ "2", "1", "3" }, log)
+  end))
+
+  it("leaves the others running when it is left early", in_task(function()
+    local log, note = recorder()
+    local slow = flow.spawn(function()
+      flow.sleep(2)
+      note("slow")
+    end)
+    for task, key in flow.when_each { slow, after(1) } do
+      note(key)
+      if task.is_completed then
+        break
+      end
+    end
+    slow:await()
+    assert.same({ "2", "slow" }, log)
+  end))
+
+  it("leaves nothing registered on a task that lives on when it is left early", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local function rounds(n)
+      for _ = 1, n do
+        for task in flow.when_each { gate.task, flow.delay(1) } do
+          if task.is_completed then
+            break
+          end
+        end
+      end
+      return memory()
+    end
+    local before = rounds(100)
+    local grown = rounds(5000) - before
+    assert.is_true(grown < 50, ("%.0f KB more"):format(grown))
+    gate:set_result()
+  end))
+
+  it("names the element that is not awaitable, at the call", in_task(function()
+    local err = raised(function()
+      local _ = flow.when_each { Task.completed_task, 42 }
+    end)
+    assert.truthy(err:match("bad argument #1 to 'when_each'.*$"):find("2", 1, true), err)
+  end))
+end)
+
+describe("await_all", function()
+  it("gives the first values one by one", in_task(function(clock)
+    local start = clock:now()
+    local got = table.pack(flow.await_all(after(2, "a", "dropped"), after(1), after(3, false), after(1, nil)))
+    assert.same({ n = 4, "a", nil, false, nil }, got)
+    assert.equal(3, clock:now() - start)
+    assert.same({ n = 2, 1, 2 }, table.pack(flow.await_all { after(1, 1), after(1, 2) }))
+    assert.equal(0, select("#", flow.await_all()))
+    assert.equal(0, select("#", flow.await_all {}))
+  end))
+
+  it("gives the table for a table with keys", in_task(function()
+    local got = table.pack(flow.await_all { user = after(1, 1), orders = after(2, 2) })
+    assert.same({ n = 1, { user = 1, orders = 2 } }, got)
+  end))
+
+  it("does not suspend for complete tasks", in_task(function()
+    local log, note = recorder()
+    local queued = flow.spawn(note, "queued")
+    note(flow.await_all(Task.from_result(1), Task.from_result(2)))
+    queued:await()
+    assert.same({ "1 2", "queued" }, log)
+  end))
+
+  it("raises the one error as it is, after all have ended", in_task(function(clock)
+    local start = clock:now()
+    local value = {}
+    assert.is_true(rawequal(value, raised(flow.await_all, failing(1, value), after(3))))
+    assert.equal(3, clock:now() - start)
+  end))
+
+  it("raises an Aggregate in input order when several failed", in_task(function()
+    local err = raises("Aggregate", flow.await_all, failing(2, "a"), after(1), failing(1, "b"))
+    assert.same({ "a", "b" }, err.inner_exceptions)
+  end))
+
+  it("raises the cancellation when none failed, and else the failure", in_task(function()
+    local canceled = stop("enough")
+    assert.equal(canceled, raised(flow.await_all, after(1), failing(1, canceled), failing(1, stop("other"))))
+    assert.equal("boom", raised(flow.await_all, failing(1, canceled), failing(2, "boom")))
+  end))
+
+  it("gives 200 values one by one", in_task(function()
+    local tasks = {}
+    for i = 1, 200 do
+      tasks[i] = after(1, i)
+    end
+    local got = table.pack(flow.await_all(tasks))
+    assert.same({ 200, 1, 200 }, { got.n, got[1], got[200] })
+  end))
+end)
+
+describe("await_any", function()
+  it("gives the first task and its key", in_task(function()
+    local slow, quick = after(2), after(1)
+    assert.same({ n = 2, quick, 2 }, table.pack(flow.await_any(slow, quick)))
+    assert.same({ n = 2, quick, "q" }, table.pack(flow.await_any { s = slow, q = quick }))
+    slow:await()
+  end))
+
+  it("does not raise the first task's error", in_task(function()
+    local bad = failing(1, "boom")
+    local slow = after(2)
+    assert.equal(bad, (flow.await_any(slow, bad)))
+    assert.equal("boom", raised(flow.await, bad))
+    slow:await()
+  end))
+
+  it("does not suspend when one is complete", in_task(function()
+    local log, note = recorder()
+    local queued = flow.spawn(note, "queued")
+    local _, key = flow.await_any(queued, Task.completed_task)
+    note(key)
+    queued:await()
+    assert.same({ "2", "queued" }, log)
+  end))
+
+  it("of nothing is an Argument error", in_task(function()
+    raises("Argument", flow.await_any)
+    raises("Argument", flow.await_any, {})
+  end))
+end)
+
+describe("combinators together", function()
+  it("nest", in_task(function()
+    local inner = flow.when_any(after(2, "a"), after(1, "b"))
+    local got = flow.when_all({ flow.when_all(after(1, 1), after(2, 2)), inner, after(3, 3) }):await()
+    assert.same({ n = 2, 1, 2 }, got[1])
+    assert.equal("b", got[2].result)
+    assert.equal(3, got[3])
+  end))
+
+  it("take a task that awaits them, where others can still end the wait", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local task
+    task = flow.spawn(function()
+      local first = flow.await_any(task, gate.task)
+      return first == gate.task
+    end)
+    flow.yield()
+    gate:set_result()
+    assert.is_true(task:await())
+  end))
+end)

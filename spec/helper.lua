@@ -1,0 +1,135 @@
+-- spec/helper.lua - what the specs share: virtual time, event lists, error checks, child processes.
+--
+-- `in_task` turns a function into a test body: it runs as the root task of `testing.run`, so time is
+-- virtual, and tasks, timers or handles left behind fail the test. Events go into a list, which the
+-- test compares as a whole.
+-- SPDX-License-Identifier: MIT
+
+local flow = require "coflow"
+local testing = require "coflow.testing"
+
+local helper = {}
+
+---A test body that runs `fn(clock)` as the root task under a virtual clock.
+function helper.in_task(fn)
+  return function()
+    testing.run(fn)
+  end
+end
+
+---An empty list, and a function that appends to it: its arguments, joined by spaces, as one event.
+---@return string[] log
+---@return fun(...) note
+function helper.recorder()
+  local log = {}
+  return log, function(...)
+    local words = table.pack(...)
+    for i = 1, words.n do
+      words[i] = tostring(words[i])
+    end
+    log[#log + 1] = table.concat(words, " ")
+  end
+end
+
+---A value for a `<close>` variable that calls `fn(error)` when it is closed.
+function helper.closing(fn)
+  return setmetatable({}, { __close = function(_, err) fn(err) end })
+end
+
+---Suspends the calling task at least once, then returns its arguments.
+function helper.slowly(...)
+  flow.yield()
+  return flow.await(flow.spawn(function(...) return ... end, ...))
+end
+
+---The value that `fn(...)` raises; fails when it raises nothing.
+function helper.raised(fn, ...)
+  local ok, err = pcall(fn, ...)
+  if ok then
+    error("expected an error, but none was raised", 2)
+  end
+  return err
+end
+
+---Checks that `err` is an error object of that name and that its message holds each of `words`; returns it.
+function helper.is_error(name, err, ...)
+  if not flow.errors.is(err, name) then
+    error(("expected the error %s, got: %s"):format(name, tostring(err)), 2)
+  end
+  for _, word in ipairs { ... } do
+    if not err.message:find(word, 1, true) then
+      error(("expected '%s' in the message: %s"):format(word, err.message), 2)
+    end
+  end
+  return err
+end
+
+---Checks that `fn(...)` raises an error object of that name; returns it.
+function helper.raises(name, fn, ...)
+  local ok, err = pcall(fn, ...)
+  if ok then
+    error(("expected the error %s, but none was raised"):format(name), 2)
+  elseif not flow.errors.is(err, name) then
+    error(("expected the error %s, got: %s"):format(name, tostring(err)), 2)
+  end
+  return err
+end
+
+---"file.lua:LINE" of the caller's own line, or of the line `offset` below it.
+function helper.here(offset)
+  local info = debug.getinfo(2, "Sl")
+  return ("%s:%d"):format(info.source:match("[^/]+$"), info.currentline + (offset or 0))
+end
+
+---Collects garbage until finalizers, and the later turns that they ask for, have run.
+function helper.collect()
+  for _ = 1, 3 do
+    collectgarbage()
+    collectgarbage()
+    flow.yield()
+    flow.yield()
+  end
+end
+
+local function content(path)
+  local file <close> = assert(io.open(path, "rb"))
+  return file:read("a")
+end
+
+-- The deadline only ever ends a broken run, where the system can give one.
+local limit = os.execute("command -v timeout >/dev/null 2>&1") and "timeout -k 5 60 " or ""
+
+---Runs a Lua script in a process of its own, with this one's environment.
+---@param script string
+---@return table result `out`, `err`, `code` (a signal counts as 128 + its number), `file` (the script's path)
+function helper.child(script)
+  local base = os.tmpname()
+  local result = { file = base .. ".lua" }
+  local out, err = base .. ".out", base .. ".err"
+  local file = assert(io.open(result.file, "wb"))
+  file:write(script)
+  file:close()
+  local command = ("%s%s %s >%s 2>%s </dev/null"):format(
+    limit, os.getenv("LUA") or "lua5.4", result.file, out, err)
+  local _, how, code = os.execute(command)
+  result.code = how == "signal" and 128 + code or code
+  result.out, result.err = content(out), content(err)
+  for _, path in ipairs { base, result.file, out, err } do
+    os.remove(path)
+  end
+  if limit ~= "" and (code == 124 or code == 137) then
+    error("the child process did not end by itself; its output:\n" .. result.out .. result.err, 2)
+  end
+  return result
+end
+
+---Runs a script as `child` does, checks that it ended well and wrote no errors; returns its output.
+function helper.output(script)
+  local result = helper.child(script)
+  if result.code ~= 0 or result.err ~= "" then
+    error(("the child process ended with %d: %s%s"):format(result.code, result.out, result.err), 2)
+  end
+  return result.out
+end
+
+return helper

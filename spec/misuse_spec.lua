@@ -1,0 +1,546 @@
+-- Misuse: every public function and method, called with missing, wrong and hostile arguments, answers with
+-- an error that names what is wrong, and leaves its objects as they were.
+
+local flow = require "coflow"
+local helper = require "spec.helper"
+
+local in_task = helper.in_task
+
+-- The names that a case may use, made anew for each group of cases.
+local function objects()
+  local o = setmetatable({}, { __index = _G })
+  o.flow, o.Task, o.errors = flow, flow.Task, flow.errors
+  o.gate = flow.TaskCompletionSource()
+  o.task, o.done, o.cold = o.gate.task, flow.Task.completed_task, flow.Task.new(print)
+  o.source = flow.CancellationTokenSource()
+  o.token, o.none, o.canceled = o.source.token, flow.CancellationToken.none, flow.CancellationToken.canceled
+  o.registration = o.token:register(print)
+  o.loc = flow.AsyncLocal("user")
+  o.Context, o.context = flow.ExecutionContext, flow.ExecutionContext.capture()
+  o.file, o.co, o.fn = io.stdout, coroutine.create(print), function() end
+  o.nan, o.huge = 0 / 0, math.huge
+  o.hostile = setmetatable({}, {
+    __index = error, __len = error, __pairs = error, __tostring = error, __name = 42,
+  })
+  return o
+end
+
+-- Checks that the objects are as `objects` made them.
+local function check_unharmed(o)
+  assert.equal("waiting_for_activation", o.task.status)
+  assert.equal("created", o.cold.status)
+  assert.is_false(o.token.is_cancellation_requested)
+  assert.is_true(o.registration:unregister())
+  assert.is_nil(o.loc.value)
+  o.source:dispose()
+  o.gate:set_result()
+end
+
+-- What is wrong with the answer to `code`, or nil. `expected` is the number of a bad argument, "self" for a
+-- method's object, or the name of an error object; `word`, if any, must be in the message.
+local function complaint(code, o, expected, word)
+  local ok, err = pcall(assert(load(code, "=case", "t", o)))
+  local name = code:match("[.:]([%a_][%w_]*)%s*[%({]")
+  if ok then
+    return ("%s: no error"):format(code)
+  end
+  local answered
+  if type(expected) == "number" then
+    local pattern = ("bad argument #%d to '[^']*%s' %%("):format(expected, name)
+    answered = type(err) == "string" and err:find(pattern)
+  elseif expected == "self" then
+    answered = type(err) == "string" and (err:find(("bad argument #1 to '[^']*%s' %%("):format(name))
+      or err:find(("calling '[^']*%s' on bad self"):format(name)))
+  elseif expected == "text" then
+    answered = type(err) == "string"
+  else
+    answered = flow.errors.is(err, expected)
+  end
+  if not answered or word and not tostring(err):find(word, 1, true) then
+    return ("%s: %s"):format(code, tostring(err))
+  end
+end
+
+-- Runs the cases, each { code, expected, word }, and reports all that are answered badly.
+local function check(cases)
+  local o = objects()
+  local complaints = {}
+  for _, case in ipairs(cases) do
+    complaints[#complaints + 1] = complaint(case[1], o, case[2], case[3])
+  end
+  assert.equal("", table.concat(complaints, "\n"))
+  check_unharmed(o)
+end
+
+-- One case for each of `values` as the argument that takes the place of %s in `code`; "" is none.
+local function each(code, values, expected, word)
+  local cases = {}
+  for i, value in ipairs(values) do
+    cases[i] = { (code:format(value):gsub(", %)", ")")), expected, word }
+  end
+  return cases
+end
+
+local function join(...)
+  local all = {}
+  for _, cases in ipairs { ... } do
+    table.move(cases, 1, #cases, #all + 1, all)
+  end
+  return all
+end
+
+local NOT_FUNCTIONS = { "", "nil", "42", "'x'", "true", "{}", "task", "token", "file", "co", "hostile" }
+local NOT_AWAITABLE = {
+  "", "nil", "42", "'x'", "true", "{}", "fn", "token", "source", "gate", "file", "co", "hostile",
+  "setmetatable({}, { __await = 42 })", "setmetatable({}, { __await = {} })",
+}
+local NOT_SELF = { "", "nil", "42", "'x'", "true", "{}", "fn", "file", "co", "hostile" }
+local NOT_TOKENS = { "42", "'x'", "true", "{}", "fn", "source", "task", "file", "hostile" }
+local NOT_TIMES = { "nan", "-1", "-1e-9", "-huge", "'x'", "true", "{}", "fn", "token", "file" }
+
+-- Calls each of the methods with a dot, on everything that is not its object.
+local function on_others(object, methods, others)
+  local cases = {}
+  for _, method in ipairs(methods) do
+    for _, value in ipairs(NOT_SELF) do
+      cases[#cases + 1] = { ("%s.%s(%s)"):format(object, method, value), "self" }
+    end
+    for _, value in ipairs(others) do
+      cases[#cases + 1] = { ("%s.%s(%s)"):format(object, method, value), "self" }
+    end
+  end
+  return cases
+end
+
+describe("misuse of functions outside every task", function()
+  it("is answered by run and main", function()
+    check(join(each("flow.run(%s)", NOT_FUNCTIONS, 1), each("flow.main(%s)", NOT_FUNCTIONS, 1)))
+  end)
+
+  it("is answered by spawn, async, await and delay as inside one", function()
+    check {
+      { "flow.spawn(42)", 1 }, { "flow.async(42)", 1 }, { "flow.await(42)", 1 }, { "flow.delay(-1)", 1 },
+      { "flow.sleep(nan)", 1 }, { "flow.await_all(task, 42)", 2 }, { "flow.await_any()", "Argument" },
+    }
+  end)
+
+  it("is answered by task:wait", function()
+    check(join(
+      each("task:wait(%s)", NOT_TIMES, 1), each("done:wait(%s)", NOT_TIMES, 1),
+      each("task:wait(0, %s)", NOT_TOKENS, 2), each("task:wait(nil, %s)", NOT_TOKENS, 2)
+    ))
+  end)
+
+  it("is answered by the loop", function()
+    check(join(
+      each("flow.loop.run(%s)", { "42", "'bogus'", "'Default'", "{}", "true", "fn" }, 1),
+      { { "flow.loop.run('bogus')", 1, "bogus" } }
+    ))
+  end)
+end)
+
+describe("misuse", function()
+  for _, name in ipairs { "spawn", "async", "call", "Task.run", "Task.new" } do
+    it("is answered by " .. name, in_task(function()
+      check(each("flow." .. name .. "(%s)", NOT_FUNCTIONS, 1))
+    end))
+  end
+
+  it("is answered by flow.pcall", in_task(function()
+    check { { "flow.pcall()", 1 } }
+  end))
+
+  for _, name in ipairs { "await", "try_await" } do
+    it("is answered by " .. name, in_task(function()
+      check(join(
+        each("flow." .. name .. "(%s)", NOT_AWAITABLE, 1),
+        each("flow." .. name .. "(%s)", { "{ task, done }", "{ done }", "{ user = done }" }, 1, "when_all")
+      ))
+    end))
+  end
+
+  for _, name in ipairs { "when_all", "when_any", "await_all", "await_any" } do
+    it("is answered by " .. name, in_task(function()
+      local one = "flow." .. name .. "(%s)"
+      check(join(
+        each(one, { "nil", "42", "'x'", "true", "fn", "token", "source", "gate", "file", "co" }, 1),
+        each(one, { "{ 42 }", "{ done, {} }", "{ { done } }", "{ nil, done, n = 2 }", "{ false }" }, 1),
+        each(one, { "{ n = 1 }", "{ done, n = -1 }", "{ done, n = 1.5 }", "{ done, n = 'x' }" }, 1),
+        each(one, { "{ n = 1e15 }", "{ n = math.maxinteger }" }, 1),
+        each(one, { "{ user = 42 }", "{ user = done, orders = fn }", "{ user = done, [1] = 42 }" }, 1),
+        each("flow." .. name .. "(done, %s)", { "nil", "42", "'x'", "{}", "{ done }", "file" }, 2)
+      ))
+    end))
+  end
+
+  it("is answered by when_each", in_task(function()
+    check(join(
+      each("flow.when_each(%s)", { "", "nil", "42", "'x'", "true", "fn", "file", "co" }, 1),
+      each("flow.when_each(%s)", { "{ 42 }", "{ done, {} }", "{ nil, done, n = 2 }", "{ n = 1e15 }" }, 1),
+      each("flow.when_each(%s)", { "{ user = 42 }" }, 1, "user")
+    ))
+  end))
+
+  for _, name in ipairs { "sleep", "delay", "Task.delay" } do
+    it("is answered by " .. name, in_task(function()
+      check(join(
+        each("flow." .. name .. "(%s)", NOT_TIMES, 1),
+        each("flow." .. name .. "(%s)", { "", "nil" }, 1),
+        each("flow." .. name .. "(1, %s)", NOT_TOKENS, 2),
+        each("flow." .. name .. "(0, %s)", NOT_TOKENS, 2)
+      ))
+    end))
+  end
+
+  it("is answered by on_unobserved_exception", in_task(function()
+    check(each("flow.on_unobserved_exception(%s)", { "42", "'x'", "true", "{}", "task", "file" }, 1))
+  end))
+
+  it("is answered by the errors", in_task(function()
+    check(join(
+      each("errors.Timeout(%s)", { "{}", "true", "fn", "task" }, 1),
+      each("errors.Timeout('late', %s)", { "42", "'x'", "true", "fn", "task" }, 2),
+      each("errors.is(done, %s)", { "", "nil", "{}", "true", "fn" }, 2)
+    ))
+  end))
+end)
+
+describe("misuse of a task", function()
+  local METHODS = {
+    "await", "try_await", "results", "wait", "wait_async", "continue_with", "traceback", "start",
+    "run_synchronously",
+  }
+
+  it("is answered by its methods on other objects", in_task(function()
+    check(on_others("task", METHODS, { "token", "source", "gate", "loc", "context", "registration" }))
+  end))
+
+  it("is answered by wait_async, complete or not", in_task(function()
+    for _, object in ipairs { "task", "done" } do
+      check(join(
+        each(object .. ":wait_async(%s)", NOT_TIMES, 1),
+        each(object .. ":wait_async(1, %s)", NOT_TOKENS, 2),
+        each(object .. ":wait_async(nil, %s)", NOT_TOKENS, 2)
+      ))
+    end
+  end))
+
+  it("is answered by continue_with", in_task(function()
+    check(join(
+      each("task:continue_with(%s)", NOT_FUNCTIONS, 1),
+      each("task:continue_with(fn, %s)", { "42", "'any'", "true", "fn", "token" }, 2),
+      {
+        { "task:continue_with(fn, { onn = 'any' })", 2, "onn" },
+        { "task:continue_with(fn, { on = 'any', bogus = 1 })", 2, "bogus" },
+        { "task:continue_with(fn, { [42] = 1 })", 2, "42" },
+        { "task:continue_with(fn, { on = 'never' })", 2, "on" },
+        { "task:continue_with(fn, { on = 42 })", 2, "on" },
+        { "task:continue_with(fn, { token = 42 })", 2, "token" },
+        { "task:continue_with(fn, { token = source })", 2, "token" },
+      }
+    ))
+  end))
+
+  it("is answered by start and run_synchronously", in_task(function()
+    check {
+      { "task:start()", "InvalidOperation" }, { "task:run_synchronously()", "InvalidOperation" },
+      { "done:start()", "InvalidOperation" }, { "done:run_synchronously()", "InvalidOperation" },
+    }
+  end))
+
+  it("is answered by wait inside a task", in_task(function()
+    check { { "task:wait()", "InvalidOperation" }, { "task:wait(0)", "InvalidOperation" } }
+  end))
+
+  it("is answered by assignments", in_task(function()
+    check {
+      { "task.name = {}", "text", "name" }, { "task.name = true", "text", "name" },
+      { "task.status = 'faulted'", "text", "status" }, { "task.result = 42", "text", "result" },
+      { "task.bogus = 42", "text", "bogus" }, { "task[42] = 42", "text", "42" },
+    }
+  end))
+
+  it("is answered by the functions that make complete tasks", in_task(function()
+    check(join(
+      each("Task.from_canceled(%s)", NOT_TOKENS, 1), each("Task.from_canceled(%s)", { "", "nil" }, 1),
+      each("Task.from_canceled(%s)", { "none", "token" }, "Argument")
+    ))
+  end))
+end)
+
+describe("misuse of a completion source", function()
+  local METHODS = {
+    "set_result", "set_exception", "set_canceled",
+    "try_set_result", "try_set_exception", "try_set_canceled",
+  }
+
+  it("is answered by its methods on other objects", in_task(function()
+    check(on_others("gate", METHODS, { "task", "done", "token", "source", "loc", "context" }))
+  end))
+
+  it("is answered by set_canceled, and the task stays pending", in_task(function()
+    check(join(
+      each("gate:set_canceled(%s)", NOT_TOKENS, 1), each("gate:try_set_canceled(%s)", NOT_TOKENS, 1)
+    ))
+  end))
+
+  it("is answered when it is completed twice", in_task(function()
+    local o = objects()
+    o.gate:set_result(5)
+    for _, code in ipairs { "gate:set_result()", "gate:set_exception()", "gate:set_canceled()" } do
+      assert.is_nil(complaint(code, o, "InvalidOperation"))
+    end
+    assert.equal(5, o.task.result)
+    o.source:dispose()
+  end))
+
+  it("is answered by assignments", in_task(function()
+    check { { "gate.task = done", "text", "task" }, { "gate.bogus = 42", "text", "bogus" } }
+  end))
+end)
+
+describe("misuse of an async local", function()
+  it("is answered by its maker", in_task(function()
+    check(join(
+      each("flow.AsyncLocal(%s)", { "true", "fn", "task", "file" }, 1),
+      {
+        { "flow.AsyncLocal { bogus = 1 }", 1, "bogus" }, { "flow.AsyncLocal { name = {} }", 1, "name" },
+        { "flow.AsyncLocal { value_changed = 42 }", 1, "value_changed" },
+        { "flow.AsyncLocal { flow = 'never' }", 1, "flow" },
+      }
+    ))
+  end))
+
+  it("is answered by its methods on other objects, and by assignments", in_task(function()
+    check(join(
+      on_others("loc", { "get", "set", "with" }, { "task", "token", "source", "gate", "context" }),
+      { { "loc.bogus = 42", "text", "bogus" } }
+    ))
+  end))
+end)
+
+describe("misuse of an execution context", function()
+  it("is answered by its functions", in_task(function()
+    local not_contexts = { "42", "'x'", "true", "{}", "task", "loc", "file" }
+    check(join(
+      each("Context.run(%s, fn)", not_contexts, 1), each("Context.restore(%s)", not_contexts, 1),
+      each("Context.run(context, %s)", NOT_FUNCTIONS, 2), each("context:run(%s)", NOT_FUNCTIONS, 1),
+      each("Context.wrap(%s)", NOT_FUNCTIONS, 1),
+      each("context:get(%s)", { "", "nil", "42", "'user'", "{}", "task", "file" }, 1),
+      {
+        { "Context.run(nil, fn)", "InvalidOperation" }, { "Context.restore(nil)", "InvalidOperation" },
+        { "Context.restore_flow()", "InvalidOperation" },
+      }
+    ))
+  end))
+
+  it("is answered by its methods on other objects", in_task(function()
+    check(on_others("context", { "enter", "get" }, { "task", "token", "source", "gate", "loc" }))
+  end))
+end)
+
+describe("misuse of cancellation", function()
+  it("is answered by the maker of sources", in_task(function()
+    check(join(
+      each("flow.CancellationTokenSource(%s)", NOT_TIMES, 1),
+      each("flow.CancellationTokenSource.linked(%s)", NOT_TOKENS, 1),
+      each("flow.CancellationTokenSource.linked(token, %s)", NOT_TOKENS, 2),
+      { { "flow.CancellationTokenSource.linked(token, nil)", 2 } }
+    ))
+  end))
+
+  it("is answered by a source's methods", in_task(function()
+    check(join(
+      each("source:cancel_after(%s)", NOT_TIMES, 1),
+      each("source:cancel('enough', %s)", { "42", "'x'", "true", "fn" }, 2),
+      { { "source:cancel('enough', { throw = true })", 2, "throw" } },
+      on_others("source", {
+        "cancel", "cancel_async", "cancel_after", "try_reset", "dispose",
+      }, { "task", "token", "gate", "loc", "context", "registration" })
+    ))
+  end))
+
+  it("is answered by a disposed source", in_task(function()
+    local o = objects()
+    o.source:dispose()
+    for _, code in ipairs { "source:cancel()", "source:cancel_after(1)", "source:try_reset()" } do
+      assert.is_nil(complaint(code, o, "ObjectDisposed"))
+    end
+    assert.is_false(o.token.is_cancellation_requested)
+    o.gate:set_result()
+  end))
+
+  it("is answered by a token's methods, also those of none and of a canceled one", in_task(function()
+    check(join(
+      each("token:register(%s)", NOT_FUNCTIONS, 1), each("token:unsafe_register(%s)", NOT_FUNCTIONS, 1),
+      each("none:register(%s)", NOT_FUNCTIONS, 1), each("canceled:register(%s)", NOT_FUNCTIONS, 1),
+      on_others("token", {
+        "throw_if_cancellation_requested", "register", "unsafe_register", "wait",
+      }, { "task", "source", "gate", "loc", "context", "registration" }),
+      on_others("registration", { "unregister", "dispose" }, { "task", "token", "source", "gate" })
+    ))
+  end))
+end)
+
+-- In a process of its own: a crash costs one test and shows which.
+local FUZZ = [[
+local flow = require "coflow"
+local seed = %d
+math.randomseed(seed)
+flow.on_unobserved_exception(false)
+
+local function objects()
+  local gate, source = flow.TaskCompletionSource(), flow.CancellationTokenSource()
+  local loc = flow.AsyncLocal()
+  return {
+    gate, gate.task, source, source.token, source.token:register(function() end), loc, loc:with(1),
+    flow.ExecutionContext.capture(), flow.ExecutionContext.suppress_flow(), flow.Task.new(function() end),
+    flow.delay(1000), flow.spawn(function() end), flow.when_all(gate.task), flow.when_any(gate.task),
+    flow.CancellationTokenSource.linked(source.token), flow.Task.from_exception("boom"),
+    flow.Task.from_canceled(flow.CancellationToken.canceled), flow.CancellationToken.none,
+    flow.async(function() gate.task:await() end)(), flow.errors.Timeout("late"),
+  }
+end
+
+local PLAIN = {
+  true, false, 0, 1, -1, 2, 0.5, 0/0, 1/0, -1/0, 2^53, 2^63, math.maxinteger, math.mininteger, "", "x", "any",
+  ("x"):rep(1000), "status", "task", "value", {}, { n = -1 }, { n = 1e15 }, { 1, 2 }, { on = 1 },
+  io.stdout, function() end, error, coroutine.yield, coroutine.create(function() end),
+  function() return flow.current_task():await() end,
+  setmetatable({}, { __await = error }), setmetatable({}, { __index = error }),
+  setmetatable({}, {
+    __await = function(x) return x end, __close = error, __gc = error, __name = "coflow.Task",
+  }),
+}
+
+local FUNCTIONS = {
+  "run", "main", "spawn", "async", "call", "await", "try_await", "pcall", "await_all", "await_any",
+  "yield", "sleep", "delay", "when_all", "when_any", "when_each", "current_task", "is_awaitable_here",
+  "AsyncLocal", "CancellationTokenSource", "TaskCompletionSource",
+}
+local MEMBERS = {
+  "await", "try_await", "results", "wait", "wait_async", "continue_with", "traceback", "start",
+  "run_synchronously", "set_result", "set_exception", "set_canceled", "try_set_result",
+  "try_set_exception", "try_set_canceled", "get", "set", "with", "enter", "run", "undo", "dispose",
+  "unregister", "register", "unsafe_register",
+  "throw_if_cancellation_requested", "cancel", "cancel_async", "cancel_after", "try_reset",
+}
+
+local pool, list
+local function refill()
+  pool, list = objects(), {}
+  for _, name in ipairs(FUNCTIONS) do
+    list[#list + 1] = flow[name]
+  end
+  for _, class in ipairs { flow.Task, flow.ExecutionContext, flow.CancellationTokenSource, flow.errors } do
+    for _, name in ipairs {
+      "new", "from_result", "from_exception", "from_canceled", "capture", "run", "restore", "wrap",
+      "suppress_flow", "restore_flow", "is_flow_suppressed", "linked", "is", "Timeout",
+    } do
+      local ok, fn = pcall(function() return class[name] end)
+      list[#list + 1] = ok and fn or nil
+    end
+  end
+  for _, object in ipairs(pool) do
+    for _, name in ipairs(MEMBERS) do
+      local ok, fn = pcall(function() return object[name] end)
+      list[#list + 1] = ok and fn or nil
+    end
+    for _, fn in pairs(debug.getmetatable(object)) do
+      list[#list + 1] = type(fn) == "function" and fn or nil
+    end
+  end
+end
+
+local function any()
+  if math.random() < 0.5 then
+    return pool[math.random(#pool)]
+  end
+  return PLAIN[math.random(#PLAIN)]
+end
+
+local function attempt()
+  local count = math.random(0, 4)
+  local arguments = { any(), any(), any(), any() }
+  local got = table.pack(pcall(list[math.random(#list)], table.unpack(arguments, 1, count)))
+  if not got[1] and type(got[2]) == "string" and got[2]:find("coflow[^:]*%%.lua:%%d+: attempt to") then
+    print("not guarded: " .. got[2])
+  elseif got[1] and type(got[2]) == "function" then
+    pcall(got[2], any(), any())
+  end
+end
+
+flow.run(function()
+  for round = 1, 40 do
+    refill()
+    -- In a plain coroutine nothing can suspend, so that no call waits for ever.
+    local co = coroutine.create(function()
+      for _ = 1, 500 do attempt() end
+    end)
+    repeat
+      assert(coroutine.resume(co))
+    until coroutine.status(co) == "dead"
+    for _ = 1, 3 do flow.yield() end
+    collectgarbage()
+  end
+end)
+pool, list = nil, nil
+collectgarbage()
+print("survived")
+os.exit(0, true)
+]]
+
+describe("calls with anything", function()
+  for seed = 1, 5 do
+    it("neither crash nor fail for want of a check, seed " .. seed, function()
+      local result = helper.child(FUZZ:format(seed))
+      assert.equal("survived\n", result.out, ("exit code %d: %s"):format(result.code, result.err))
+      assert.equal(0, result.code, result.err)
+    end)
+  end
+end)
+
+describe("finalizers and metamethods", function()
+  it("called by hand, on their own objects and on others, crash nothing", function()
+    assert.equal("survived\n", helper.output [[
+      local flow = require "coflow"
+      flow.on_unobserved_exception(false)
+      local function fn() end
+      local function make()
+        local gate, source = flow.TaskCompletionSource(), flow.CancellationTokenSource(5)
+        local loc = flow.AsyncLocal()
+        return {
+          gate, gate.task, source, source.token, source.token:register(fn), loc, loc:with(1),
+          flow.ExecutionContext.capture(), flow.ExecutionContext.suppress_flow(), flow.delay(5),
+          flow.Task.new(fn), flow.CancellationTokenSource.linked(source.token),
+          flow.async(function() gate.task:await() end)(), flow.when_all(gate.task),
+          io.tmpfile(), {}, "x", 42,
+        }
+      end
+      flow.run(function()
+        for _, owner in ipairs(make()) do
+          for _, event in pairs(debug.getmetatable(owner) or {}) do
+            if type(event) == "function" then
+              for _, object in ipairs(make()) do
+                pcall(event, object)
+                pcall(event, object, "task")
+                pcall(event, object, 42, nil)
+                pcall(event, object)
+              end
+              pcall(event)
+            end
+          end
+        end
+        flow.yield()
+      end)
+      collectgarbage()
+      print("survived")
+      os.exit(0, true)
+    ]])
+  end)
+
+  it("are not reached by getmetatable of other modules' userdata", in_task(function()
+    assert.is_false(flow.errors.is(io.stdout, "IO"))
+    assert.is_nil(debug.getmetatable(io.stdout).__await)
+  end))
+end)

@@ -1,0 +1,587 @@
+-- flow.run, flow.main, flow.loop, top-level await, and the order of what is ready.
+
+local flow = require "coflow"
+local helper = require "spec.helper"
+
+local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local is_error, child, output = helper.is_error, helper.child, helper.output
+
+describe("flow.run", function()
+  it("gives its function the arguments and returns all of its values", function()
+    local got = table.pack(flow.run(function(...)
+      return select("#", ...), ...
+    end, 1, nil, "three", nil))
+    assert.same({ n = 5, 4, 1, nil, "three", nil }, got)
+    assert.equal(0, select("#", flow.run(function() end)))
+  end)
+
+  it("returns the values of a function that was suspended", function()
+    local got = table.pack(flow.run(function()
+      flow.yield()
+      return nil, flow.await(flow.spawn(function() return "x", nil end))
+    end))
+    assert.same({ n = 3, nil, "x", nil }, got)
+  end)
+
+  it("raises its function's error", function()
+    local value = {}
+    assert.equal(value, raised(flow.run, function()
+      flow.yield()
+      error(value)
+    end))
+  end)
+
+  it("raises the OperationCanceled that its function ended with", function()
+    local canceled = flow.errors.OperationCanceled("enough")
+    assert.equal(canceled, raised(flow.run, function() error(canceled) end))
+  end)
+
+  it("can be called again, after a success and after an error", function()
+    assert.equal(1, flow.run(function() return 1 end))
+    assert.equal("x", raised(flow.run, function() error("x", 0) end))
+    assert.equal(2, flow.run(function() return 2 end))
+  end)
+
+  it("leaves the other tasks where they are, for a later run", function()
+    local log, note = recorder()
+    local gate = flow.TaskCompletionSource()
+    local other
+    flow.run(function()
+      other = flow.spawn(function()
+        note("starts")
+        gate.task:await()
+        note("ends")
+      end)
+      flow.yield()
+      note("root ends")
+    end)
+    assert.equal("waiting_for_activation", other.status)
+    gate:set_result()
+    assert.same({ "starts", "root ends" }, log)
+    flow.run(function()
+      other:await()
+      note("second root ends")
+    end)
+    assert.same({ "starts", "root ends", "ends", "second root ends" }, log)
+  end)
+
+  it("starts once, here or in a later run, what was only queued when the root ended", function()
+    local log, note = recorder()
+    flow.run(function() flow.spawn(note, "late") end)
+    flow.run(flow.yield)
+    assert.same({ "late" }, log)
+  end)
+
+  it("starts what was spawned before it", function()
+    local log, note = recorder()
+    local task = flow.spawn(note, "spawned outside")
+    assert.same({}, log)
+    flow.run(function()
+      task:await()
+      note("root")
+    end)
+    assert.same({ "spawned outside", "root" }, log)
+  end)
+
+  it("has a root task, and none outside", function()
+    assert.is_nil(flow.current_task())
+    local root = flow.run(flow.current_task)
+    assert.equal("ran_to_completion", root.status)
+    assert.is_nil(flow.current_task())
+    raised(flow.run, error)
+    assert.is_nil(flow.current_task())
+  end)
+
+  it("is refused in a task, with the advice to await", in_task(function()
+    local never = false
+    local function attempt()
+      return raises("InvalidOperation", flow.run, function() never = true end)
+    end
+    is_error("InvalidOperation", attempt(), "await")
+    is_error("InvalidOperation", flow.spawn(attempt):await(), "await")
+    is_error("InvalidOperation", flow.async(attempt)().result, "await")
+    is_error("InvalidOperation", coroutine.wrap(attempt)(), "await")
+    flow.yield()
+    assert.is_false(never)
+  end))
+
+  it("raises InvalidOperation when nothing can complete its task, and can be called again", function()
+    assert.equal("false true true\nagain\n", output [[
+      local flow = require "coflow"
+      local gate = flow.TaskCompletionSource()
+      local ok, err = pcall(flow.run, function() gate.task:await() end)
+      print(("%s %s %s"):format(ok, flow.errors.is(err, "InvalidOperation"), #err.message > 0))
+      print(flow.run(function() return "again" end))
+    ]])
+  end)
+
+  it("raises InvalidOperation when several tasks wait and none can go on", function()
+    assert.equal("false true\n", output [[
+      local flow = require "coflow"
+      local gate = flow.TaskCompletionSource()
+      local ok, err = pcall(flow.run, function()
+        local other = flow.spawn(function() gate.task:await() end)
+        flow.yield()
+        flow.await_all(other, gate.task)
+      end)
+      print(("%s %s"):format(ok, flow.errors.is(err, "InvalidOperation")))
+    ]])
+  end)
+
+  it("raises InvalidOperation once the last timer that was alive has passed", function()
+    assert.equal("slept\nfalse true\n", output [[
+      local flow = require "coflow"
+      local gate = flow.TaskCompletionSource()
+      local ok, err = pcall(flow.run, function()
+        flow.spawn(function() flow.sleep(0.001) print("slept") end)
+        gate.task:await()
+      end)
+      print(("%s %s"):format(ok, flow.errors.is(err, "InvalidOperation")))
+    ]])
+  end)
+
+  it("resumes a hung root in a later run, once somebody completes what it awaits", function()
+    assert.equal("false\nroot goes on with 7\n", output [[
+      local flow = require "coflow"
+      local gate = flow.TaskCompletionSource()
+      print((pcall(flow.run, function() print("root goes on with " .. gate.task:await()) end)))
+      gate:set_result(7)
+      flow.run(function() flow.yield() flow.yield() end)
+    ]])
+  end)
+end)
+
+describe("flow.main", function()
+  -- The exit code, with the standard error, of a script whose `main` has this body.
+  local function main(body, ...)
+    return child(([[
+      local flow = require "coflow"
+      local function main(...)
+        %s
+      end
+      os.exit(flow.main(main%s), true)
+    ]]):format(body, (", %q"):rep(select("#", ...)):format(...)))
+  end
+
+  it("returns 0 for a function that returns, whatever it returns besides an integer", function()
+    assert.equal(0, flow.main(function() end))
+    assert.equal(0, flow.main(function() return "text" end))
+    assert.equal(0, flow.main(function() flow.yield() return nil, 3 end))
+  end)
+
+  it("returns the integer that its function returned", function()
+    assert.equal(7, flow.main(function() return 7 end))
+    assert.equal(0, flow.main(function() return 0 end))
+    assert.equal(3, main("flow.yield() return 3").code)
+  end)
+
+  it("passes its arguments on", function()
+    local result = main("print(select('#', ...), ...)", "one", 2)
+    assert.same({ 0, "2\tone\t2\n", "" }, { result.code, result.out, result.err })
+  end)
+
+  it("returns 1 after an error, with the async traceback on standard error", function()
+    local result = main [[
+      local function inner() flow.yield() error("boom") end
+      flow.await(flow.spawn(inner))
+    ]]
+    assert.equal(1, result.code)
+    assert.equal("", result.out)
+    local name = result.file:match("[^/]+$")
+    assert.truthy(result.err:find(name .. ":3: boom", 1, true), result.err)
+    local inner = result.err:find(name .. ":3:", result.err:find("boom", 1, true), true)
+    local outer = result.err:find(name .. ":4:", 1, true)
+    assert.truthy(inner and outer and inner < outer, result.err)
+  end)
+
+  it("returns 1 after an error object, and writes its text", function()
+    local result = main "error(flow.errors.Timeout('too late'))"
+    assert.equal(1, result.code)
+    assert.truthy(result.err:find("Timeout: too late", 1, true), result.err)
+  end)
+
+  it("returns 1 after an error whose value is nil or a bare table", function()
+    for _, value in ipairs { "nil", "{}", "setmetatable({}, {__tostring = error})" } do
+      local result = main("error(" .. value .. ")")
+      assert.equal(1, result.code)
+      assert.truthy(#result.err > 0)
+    end
+  end)
+
+  it("returns 1 when nothing can complete its task: its own signal handles do not count", function()
+    local result = main "flow.TaskCompletionSource().task:await()"
+    assert.equal(1, result.code)
+    assert.truthy(result.err:find("InvalidOperation", 1, true), result.err)
+  end)
+
+  it("returns 128 + the signal after SIGTERM or SIGINT, with <close> variables run", function()
+    for name, number in pairs { INT = 2, TERM = 15 } do
+      local result = main(([[
+        local _ <close> = setmetatable({}, { __close = function() print("closed") end })
+        io.popen("kill -%s $PPID"):close()
+        flow.sleep(600)
+      ]]):format(name))
+      assert.same({ 128 + number, "closed\n" }, { result.code, result.out }, result.err)
+    end
+  end)
+
+  it("ends the process at a second signal", function()
+    local result = main [[
+      local function signal() io.popen("kill -TERM $PPID"):close() end
+      signal()
+      pcall(flow.sleep, 600)
+      signal()
+      flow.sleep(600, flow.CancellationToken.none)
+      print("not reached")
+    ]]
+    assert.same({ 143, "" }, { result.code, result.out })
+  end)
+
+  it("is refused in a task", in_task(function()
+    raises("InvalidOperation", flow.main, function() end)
+  end))
+end)
+
+describe("flow.loop", function()
+  it("runs until nothing is left alive", function()
+    assert.equal("a\nb\nc\nend\nalive: false\n", output [[
+      local flow = require "coflow"
+      flow.spawn(function()
+        print("a") flow.yield() print("b") flow.sleep(0.001) print("c")
+      end)
+      flow.loop.run("default")
+      print("end")
+      print("alive: " .. tostring(flow.loop.is_alive()))
+    ]])
+  end)
+
+  it("returns from a default run when tasks wait for what nobody alive can complete", function()
+    assert.equal("waits\nend\n", output [[
+      local flow = require "coflow"
+      local gate = flow.TaskCompletionSource()
+      flow.spawn(function() print("waits") gate.task:await() end)
+      flow.loop.run("default")
+      print("end")
+    ]])
+  end)
+
+  it("does what is ready and does not wait in a nowait run", function()
+    assert.equal("ready\nfalse\n", output [[
+      local flow = require "coflow"
+      local delay = flow.delay(600)
+      flow.spawn(print, "ready")
+      flow.loop.run("nowait")
+      print(delay.is_completed)
+    ]])
+  end)
+
+  it("waits for something to happen in a single run", function()
+    assert.equal("done\n", output [[
+      local flow = require "coflow"
+      local delay = flow.delay(0.001)
+      repeat flow.loop.run("once") until delay.is_completed
+      print("done")
+    ]])
+  end)
+
+  it("stops a run at the request of a task, and goes on in the next one", function()
+    assert.equal("stops\nreturned\ngoes on\n", output [[
+      local flow = require "coflow"
+      local source = flow.CancellationTokenSource()
+      flow.delay(600, source.token)
+      flow.spawn(function()
+        print("stops")
+        flow.loop.stop()
+        flow.sleep(0.001)
+        print("goes on")
+        source:cancel()
+      end)
+      flow.loop.run("default")
+      print("returned")
+      flow.loop.run("default")
+    ]])
+  end)
+
+  it("is alive while a task is ready or a timer is armed", function()
+    assert.equal("false true false true false\n", output [[
+      local flow = require "coflow"
+      local states = { flow.loop.is_alive() }
+      flow.spawn(function() end)
+      states[2] = flow.loop.is_alive()
+      flow.loop.run("default")
+      states[3] = flow.loop.is_alive()
+      local source = flow.CancellationTokenSource()
+      flow.delay(600, source.token)
+      states[4] = flow.loop.is_alive()
+      source:cancel()
+      flow.loop.run("default")
+      states[5] = flow.loop.is_alive()
+      for i = 1, 5 do states[i] = tostring(states[i]) end
+      print(table.concat(states, " "))
+    ]])
+  end)
+
+  it("tells a host how long it may wait: to the next deadline, not at all while a task is ready", function()
+    assert.equal("true\n0.0\n", output [[
+      local flow = require "coflow"
+      flow.delay(600)
+      flow.loop.run("nowait")
+      local timeout = flow.loop.timeout()
+      print(timeout > 0 and timeout <= 600)
+      flow.spawn(function() end)
+      print(flow.loop.timeout() + 0.0)
+    ]])
+  end)
+
+  it("has a descriptor for a foreign loop", function()
+    local fd = flow.loop.backend_fd()
+    assert.equal("integer", math.type(fd))
+    assert.is_true(fd >= 0)
+  end)
+
+  it("tells the time in seconds, which never goes back", function()
+    local before = flow.loop.now()
+    assert.equal("number", type(before))
+    for _ = 1, 100 do
+      local now = flow.loop.now()
+      assert.is_true(now >= before)
+      before = now
+    end
+  end)
+
+  it("tells virtual time under a virtual clock", in_task(function(clock)
+    local start = flow.loop.now()
+    assert.equal(clock:now(), start)
+    flow.sleep(1000)
+    assert.equal(1000, flow.loop.now() - start)
+    assert.equal(clock:now(), flow.loop.now())
+  end))
+
+  it("is not run inside a task", in_task(function()
+    for _, mode in ipairs { "default", "once", "nowait" } do
+      raises("InvalidOperation", flow.loop.run, mode)
+    end
+  end))
+end)
+
+describe("top-level await", function()
+  it("drives the loop until the task is complete, and returns its values", function()
+    assert.is_nil(flow.current_task())
+    local task = flow.spawn(function(...)
+      flow.yield()
+      return ...
+    end, 1, nil, 3, nil)
+    assert.same({ n = 4, 1, nil, 3, nil }, table.pack(flow.await(task)))
+    assert.same({ n = 4, 1, nil, 3, nil }, table.pack(task:await()))
+  end)
+
+  it("raises the task's error, and its cancellation", function()
+    local value = {}
+    assert.equal(value, raised(flow.await, flow.spawn(error, value)))
+    local canceled = flow.errors.OperationCanceled("enough")
+    assert.equal(canceled, raised(flow.await, flow.spawn(error, canceled)))
+  end)
+
+  it("gives outcomes to try_await", function()
+    assert.same({ n = 2, true, 5 }, table.pack(flow.try_await(flow.spawn(function() return 5 end))))
+    assert.same({ n = 2, false, "x" }, table.pack(flow.try_await(flow.spawn(error, "x", 0))))
+  end)
+
+  it("returns at once for a complete task, without a turn of the loop", function()
+    local log, note = recorder()
+    local task = flow.spawn(note, "queued")
+    assert.equal(5, flow.await(flow.Task.from_result(5)))
+    assert.same({}, log)
+    task:await()
+    assert.same({ "queued" }, log)
+  end)
+
+  it("lets every direct-style operation drive the loop", function()
+    local log, note = recorder()
+    local function queue(name)
+      return flow.spawn(note, name)
+    end
+    queue("yield")
+    flow.yield()
+    queue("sleep")
+    flow.sleep(0.001)
+    flow.await_all(queue("await_all"))
+    local first = queue("await_any")
+    assert.equal(first, (flow.await_any(first)))
+    for task, key in flow.when_each { queue("when_each") } do
+      note(task.status, key)
+    end
+    assert.same({ "yield", "sleep", "await_all", "await_any", "when_each", "ran_to_completion 1" }, log)
+  end)
+
+  it("works between runs", function()
+    local gate = flow.TaskCompletionSource()
+    local other
+    flow.run(function()
+      other = flow.spawn(function() return gate.task:await() + 1 end)
+      flow.yield()
+    end)
+    gate:set_result(1)
+    assert.equal(2, flow.await(other))
+  end)
+
+  it("raises InvalidOperation when nothing can complete the task", function()
+    assert.equal("false true\nfalse true\nfalse true\n", output [[
+      local flow = require "coflow"
+      local gate = flow.TaskCompletionSource()
+      for _, attempt in ipairs { flow.await, flow.try_await, flow.await_all } do
+        local ok, err = pcall(attempt, gate.task)
+        print(("%s %s"):format(ok, flow.errors.is(err, "InvalidOperation")))
+      end
+    ]])
+  end)
+end)
+
+describe("the current task", function()
+  it("is the one that runs, also after others have run", in_task(function()
+    local root = flow.current_task()
+    local inner
+    local task = flow.spawn(function()
+      inner = flow.current_task()
+      flow.yield()
+      assert.equal(inner, flow.current_task())
+    end)
+    task:await()
+    assert.equal(task, inner)
+    assert.equal(root, flow.current_task())
+  end))
+
+  it("can suspend in its body, under pcall and in metamethods", in_task(function()
+    assert.is_true(flow.is_awaitable_here())
+    assert.is_true(select(2, pcall(flow.is_awaitable_here)))
+    local object = setmetatable({}, { __index = function() return flow.is_awaitable_here() end })
+    assert.is_true(object.field)
+  end))
+
+  it("cannot suspend where Lua cannot yield", in_task(function()
+    local answers = {}
+    local function ask()
+      answers[#answers + 1] = flow.is_awaitable_here()
+    end
+    table.sort({ 2, 1 }, function(a, b) ask() return a < b end)
+    string.gsub("x", "x", function() ask() end)
+    coroutine.wrap(ask)()
+    xpcall(error, ask)
+    local count = #answers
+    assert.is_true(count >= 4)
+    for i = 1, count do
+      assert.is_false(answers[i])
+    end
+  end))
+end)
+
+describe("the ready queue", function()
+  it("is first in, first out", in_task(function()
+    local log, note = recorder()
+    local tasks = {}
+    for i = 1, 5 do
+      tasks[i] = flow.spawn(note, i)
+    end
+    note("queued")
+    flow.await_all(tasks)
+    assert.same({ "queued", "1", "2", "3", "4", "5" }, log)
+  end))
+
+  it("gives each of the tasks that yield its turn", in_task(function()
+    local log, note = recorder()
+    local tasks = {}
+    for _, name in ipairs { "a", "b", "c" } do
+      tasks[#tasks + 1] = flow.spawn(function()
+        for i = 1, 3 do
+          note(name .. i)
+          flow.yield()
+        end
+      end)
+    end
+    flow.await_all(tasks)
+    assert.same({ "a1", "b1", "c1", "a2", "b2", "c2", "a3", "b3", "c3" }, log)
+  end))
+
+  it("lets everything else that is ready run before a task that yields goes on", in_task(function()
+    local log, note = recorder()
+    local tasks = { flow.spawn(note, "a"), flow.spawn(note, "b") }
+    note("before")
+    flow.yield()
+    note("after")
+    flow.await_all(tasks)
+    assert.same({ "before", "a", "b", "after" }, log)
+  end))
+
+  it("suspends a task that yields also when nothing else is ready", in_task(function()
+    local log, note = recorder()
+    local task = flow.async(function()
+      note("in")
+      flow.yield()
+      note("resumed")
+    end)()
+    note(task.status)
+    task:await()
+    assert.same({ "in", "waiting_for_activation", "resumed" }, log)
+    assert.equal(flow.yield, flow.Task.yield)
+  end))
+
+  it("never runs a waiter on the stack of the one that completes the task", in_task(function()
+    local log, note = recorder()
+    local gate = flow.TaskCompletionSource()
+    local tasks = {}
+    for i = 1, 3 do
+      tasks[i] = flow.async(function()
+        note(i, "got", gate.task:await())
+      end)()
+    end
+    gate:set_result("it")
+    note("completed")
+    local late = flow.spawn(note, "late")
+    flow.await_all(tasks)
+    late:await()
+    assert.same({ "completed", "1 got it", "2 got it", "3 got it", "late" }, log)
+  end))
+
+  it("does not starve timers, however many tasks are ready", function()
+    local passed = flow.run(function()
+      local delay = flow.delay(0.005)
+      local stop = false
+      local others = {}
+      for i = 1, 10 do
+        others[i] = flow.spawn(function()
+          while not stop do
+            flow.yield()
+          end
+        end)
+      end
+      local limit = os.clock() + 20
+      while not delay.is_completed and os.clock() < limit do
+        flow.yield()
+      end
+      stop = true
+      flow.await_all(others)
+      return delay.is_completed
+    end)
+    assert.is_true(passed)
+  end)
+
+  it("is not starved by timers", function()
+    local turns = flow.run(function()
+      local turns = 0
+      local other = flow.spawn(function()
+        for _ = 1, 100 do
+          turns = turns + 1
+          flow.yield()
+        end
+      end)
+      for _ = 1, 10000 do
+        flow.sleep(1e-9)
+        if other.is_completed then
+          break
+        end
+      end
+      return turns
+    end)
+    assert.equal(100, turns)
+  end)
+end)

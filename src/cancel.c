@@ -1,0 +1,718 @@
+/*
+** cancel.c - cancellation sources, tokens and registrations.
+**
+** The token is the thing; a source is the right to cancel it. A token knows
+**
+** - its registrations, an intrusive list with the newest first. Each is a userdata that the token
+**   holds in a slot table, so that a callback runs though nobody kept its registration. A linked
+**   source is a registration of another sort: it holds the token to be canceled next.
+** - what it interrupts: operations (struct pending), which it holds likewise, and parked fibers, by
+**   address only: a token keeps no parked task alive. Both leave when they complete.
+**
+** Canceling is iterative however deep the links are: a token that is being canceled remembers the one
+** above it (TOKEN_UP), the walk goes down into a link and comes back up. Every callback runs, newest
+** first, under a protected call; the errors are collected in that order and raised as one Aggregate.
+**
+** Invariant: r->token != NULL exactly while r is in its token's list, and then TOKEN_HELD[r->slot] == r.
+**
+** Source:    .NET CancellationTokenSource. One thread cancels here, so dispose never waits.
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <math.h>
+
+struct registration;
+struct token {
+  uint32_t tag;
+  bool canceled, disposed, never;
+  struct registration *newest;
+  struct link pendings; /* head of a circular list */
+};
+enum { TOKEN_HELD = 1, TOKEN_REASON, TOKEN_CAUSE, TOKEN_UP, TOKEN_LINKS, TOKEN_PROMISE, TOKEN_EXPIRY };
+
+struct source {
+  uint32_t tag;
+};
+enum { SOURCE_TOKEN = 1 };
+
+struct registration {
+  uint32_t tag;
+  bool link, captured;
+  int slot;
+  struct token *token;
+  struct registration *newer, *older;
+};
+/* of a link, REGISTRATION_TARGET is the token to cancel; else a function or { function, arguments, n } */
+enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT, REGISTRATION_TOKEN };
+
+struct expiry { /* the armed deadline of a token, which it holds */
+  struct task task;
+  struct deadline deadline;
+};
+
+/* ---- what a token interrupts ---- */
+
+bool token_canceled(const struct token *k) { return k->canceled; }
+
+void token_link(struct token *k, struct link *l) {
+  l->next = &k->pendings;
+  l->prev = k->pendings.prev;
+  k->pendings.prev->next = l;
+  k->pendings.prev = l;
+}
+
+void link_drop(struct link *l) {
+  if (l->next == NULL) return;
+  l->next->prev = l->prev;
+  l->prev->next = l->next;
+  l->next = l->prev = NULL;
+}
+
+/* [-0, +1, m] the slot table of the token at k */
+static void push_held(lua_State *L, int k) {
+  k = lua_absindex(L, k);
+  if (lua_getiuservalue(L, k, TOKEN_HELD) != LUA_TNIL) return;
+  lua_pop(L, 1);
+  lua_createtable(L, 3, 0);
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, k, TOKEN_HELD);
+}
+
+void token_hold(lua_State *L, int k, int i) {
+  struct pending *p = (struct pending *)lua_touserdata(L, i);
+  i = lua_absindex(L, i);
+  lua_pushvalue(L, k);
+  lua_setiuservalue(L, i, OP_TOKEN);
+  push_held(L, k);
+  lua_pushvalue(L, i);
+  p->task.held = (uint32_t)slots_add(L, -2);
+  lua_pop(L, 1);
+  token_link((struct token *)lua_touserdata(L, k), &p->link);
+}
+
+void token_drop(lua_State *L, int i) {
+  struct pending *p = (struct pending *)lua_touserdata(L, i);
+  link_drop(&p->link);
+  if (p->task.held == 0) return;
+  i = lua_absindex(L, i);
+  lua_getiuservalue(L, i, OP_TOKEN);
+  lua_getiuservalue(L, -1, TOKEN_HELD);
+  slots_free(L, -1, (int)p->task.held);
+  p->task.held = 0;
+  lua_pop(L, 2);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, OP_TOKEN);
+}
+
+/* ---- tokens ---- */
+
+static struct token *check_token(lua_State *L, int i) {
+  return (struct token *)object_check(L, i, TAG_TOKEN);
+}
+
+struct token *token_opt(lua_State *L, int i) {
+  if (lua_isnoneornil(L, i)) return NULL;
+  struct token *k = check_token(L, i);
+  return k->never ? NULL : k;
+}
+
+/* [-0, +1, m] */
+static struct token *token_new(lua_State *L) {
+  struct token *k = (struct token *)object_new(L, TAG_TOKEN, sizeof *k, TOKEN_EXPIRY);
+  k->pendings.next = k->pendings.prev = &k->pendings;
+  return k;
+}
+
+void token_push_error(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  bool token = object_test(L, i, TAG_TOKEN) != NULL;
+  if (!token || lua_getiuservalue(L, i, TOKEN_REASON) != LUA_TSTRING)
+    error_push(L, ERROR_CANCELED, "the operation was canceled");
+  else
+    error_push(L, ERROR_CANCELED, "the operation was canceled: %s", lua_tostring(L, -1));
+  if (!token) return;
+  lua_pushvalue(L, i);
+  lua_setfield(L, -2, "token");
+  lua_pushvalue(L, -2);
+  lua_setfield(L, -2, "reason");
+  if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_pushvalue(L, i);
+  }
+  lua_setfield(L, -2, "cause");
+  lua_remove(L, -2);
+}
+
+/* [-0, +0, -] */
+static void disarm(lua_State *L, int k) {
+  k = lua_absindex(L, k);
+  if (lua_getiuservalue(L, k, TOKEN_EXPIRY) == LUA_TUSERDATA) {
+    struct expiry *e = (struct expiry *)lua_touserdata(L, -1);
+    timer_drop(runtime(L), &e->deadline);
+    if (!(e->task.flags & TASK_LINKED)) task_forget(L, &e->task);
+    e->task.state = TASK_CANCELED; /* should it be on the ready list, it does nothing there */
+    lua_pushnil(L);
+    lua_setiuservalue(L, k, TOKEN_EXPIRY);
+  }
+  lua_pop(L, 1);
+}
+
+/* [-0, +0, -] takes the registration at r out of its token at k */
+static void detach(lua_State *L, int k, struct registration *r) {
+  struct token *token = r->token;
+  if (r->newer)
+    r->newer->older = r->older;
+  else
+    token->newest = r->older;
+  if (r->older) r->older->newer = r->newer;
+  r->newer = r->older = NULL;
+  r->token = NULL;
+  lua_getiuservalue(L, k, TOKEN_HELD);
+  slots_free(L, -1, r->slot);
+  lua_pop(L, 1);
+}
+
+/* [-0, +0, -] lets go of what the registration at i holds */
+static void clear(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  for (int uv = REGISTRATION_TARGET; uv <= REGISTRATION_CONTEXT; uv++) {
+    lua_pushnil(L);
+    lua_setiuservalue(L, i, uv);
+  }
+}
+
+/* [-0, +0, -] drops all registrations of the token at k */
+static void detach_all(lua_State *L, int k) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  k = lua_absindex(L, k);
+  while (token->newest) {
+    lua_getiuservalue(L, k, TOKEN_HELD);
+    lua_rawgeti(L, -1, token->newest->slot);
+    detach(L, k, token->newest);
+    clear(L, -1);
+    lua_pop(L, 2);
+  }
+}
+
+/* [-0, +0, -] takes the token at k out of the tokens it is linked to */
+static void unlink_parents(lua_State *L, int k) {
+  k = lua_absindex(L, k);
+  if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TTABLE)
+    for (int i = 1; lua_rawgeti(L, -1, i) == LUA_TUSERDATA; i++, lua_pop(L, 1)) {
+      struct registration *r = (struct registration *)lua_touserdata(L, -1);
+      if (r->token == NULL) continue;
+      lua_getiuservalue(L, -1, REGISTRATION_TOKEN);
+      detach(L, -1, r);
+      lua_pop(L, 1);
+      clear(L, -1);
+    }
+  else
+    lua_pushnil(L);
+  lua_pop(L, 2);
+  lua_pushnil(L);
+  lua_setiuservalue(L, k, TOKEN_LINKS);
+}
+
+/* ---- canceling ---- */
+
+/* [-0, +0, -] the token at k is canceled from now on: interrupts what is under it; no callback yet */
+static void mark(lua_State *L, int k, int reason, int cause) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  token->canceled = true;
+  k = lua_absindex(L, k);
+  lua_pushvalue(L, reason);
+  lua_setiuservalue(L, k, TOKEN_REASON);
+  if (cause != 0) {
+    lua_pushvalue(L, cause);
+    lua_setiuservalue(L, k, TOKEN_CAUSE);
+  }
+  disarm(L, k);
+  unlink_parents(L, k);
+  while (token->pendings.next != &token->pendings) {
+    struct link *l = token->pendings.next;
+    link_drop(l);
+    pending_interrupt(L, container_of(l, struct pending, link), k);
+  }
+  if (lua_getiuservalue(L, k, TOKEN_PROMISE) == LUA_TUSERDATA) task_settle(L, lua_gettop(L), 0);
+  lua_pop(L, 1);
+  loop_land_all(L);
+}
+
+/* [-0, +n, -] calls the callback of the registration at i in its context; the status, error on top */
+static int call(lua_State *L, int i) {
+  struct registration *r = (struct registration *)lua_touserdata(L, i);
+  struct runtime *rt = runtime(L);
+  i = lua_absindex(L, i);
+  if (r->captured) {
+    lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
+    context_swap(L); /* old */
+  } else
+    lua_pushnil(L);
+  int old = lua_gettop(L), arguments = 0;
+  if (lua_getiuservalue(L, i, REGISTRATION_TARGET) == LUA_TTABLE) {
+    lua_getfield(L, -1, "n");
+    int n = (int)lua_tointeger(L, -1), packed = lua_gettop(L) - 1;
+    lua_pop(L, 1);
+    luaL_checkstack(L, n, NULL);
+    for (int a = 1; a <= n; a++) lua_rawgeti(L, packed, a);
+    lua_remove(L, packed);
+    arguments = n - 1;
+  }
+  clear(L, i);
+  rt->depth++;
+  int status = lua_pcall(L, arguments, 0, 0);
+  rt->depth--;
+  if (r->captured) {
+    lua_pushvalue(L, old);
+    context_swap(L);
+    lua_pop(L, 1);
+  }
+  lua_remove(L, old);
+  return status;
+}
+
+/* [-0, +1, m] runs the callbacks of the canceled token at k and of all linked to it; leaves the list
+** of their errors, or nil. With `first` the first error is raised and the other callbacks dropped. */
+static void run_callbacks(lua_State *L, int k, bool first) {
+  luaL_checkstack(L, 20, NULL);
+  lua_pushnil(L); /* errors */
+  int errors = lua_gettop(L), at = errors + 1;
+  lua_pushvalue(L, k); /* errors token */
+  for (;;) {
+    struct token *token = (struct token *)lua_touserdata(L, at);
+    struct registration *r = token->newest;
+    if (r == NULL) {
+      if (lua_getiuservalue(L, at, TOKEN_UP) == LUA_TNIL) break;
+      lua_pushnil(L);
+      lua_setiuservalue(L, at, TOKEN_UP);
+      lua_replace(L, at);
+      continue;
+    }
+    lua_getiuservalue(L, at, TOKEN_HELD);
+    lua_rawgeti(L, -1, r->slot);
+    lua_replace(L, -2); /* errors token registration */
+    detach(L, at, r);
+    if (r->link) {
+      lua_getiuservalue(L, -1, REGISTRATION_TARGET); /* … child */
+      clear(L, -2);
+      struct token *child = (struct token *)lua_touserdata(L, -1);
+      if (child != NULL && !child->canceled && !child->disposed) {
+        lua_getiuservalue(L, at, TOKEN_REASON);
+        if (lua_getiuservalue(L, at, TOKEN_CAUSE) == LUA_TNIL) {
+          lua_pop(L, 1);
+          lua_pushvalue(L, at);
+        }
+        mark(L, at + 2, at + 3, at + 4);
+        lua_pushvalue(L, at);
+        lua_setiuservalue(L, at + 2, TOKEN_UP);
+        lua_settop(L, at + 2);
+        lua_replace(L, at);
+      }
+      lua_settop(L, at);
+      continue;
+    }
+    if (call(L, -1) != LUA_OK) { /* errors token registration error */
+      if (first) {
+        for (bool up = true; up;) { /* what is left of the whole walk is dropped */
+          detach_all(L, at);
+          up = lua_getiuservalue(L, at, TOKEN_UP) != LUA_TNIL;
+          if (!up) break;
+          lua_pushnil(L);
+          lua_setiuservalue(L, at, TOKEN_UP);
+          lua_replace(L, at);
+        }
+        lua_pushvalue(L, at + 2);
+        lua_error(L);
+      }
+      if (lua_isnil(L, errors)) {
+        lua_newtable(L);
+        lua_pushinteger(L, 0);
+        lua_setfield(L, -2, "n");
+        lua_replace(L, errors);
+      }
+      lua_getfield(L, errors, "n");
+      lua_Integer n = lua_tointeger(L, -1) + 1;
+      lua_pop(L, 1);
+      lua_rawseti(L, errors, n);
+      lua_pushinteger(L, n);
+      lua_setfield(L, errors, "n");
+    }
+    lua_settop(L, at);
+  }
+  lua_settop(L, errors);
+}
+
+/* [-1, +0, v] raises an Aggregate of the list of errors on top, unless it is nil */
+static void raise_errors(lua_State *L) {
+  if (!lua_isnil(L, -1)) {
+    lua_getfield(L, -1, "n");
+    error_push(L, ERROR_AGGREGATE, "%d callback(s) of a cancellation token failed",
+               (int)lua_tointeger(L, -1));
+    lua_pushvalue(L, -3);
+    lua_setfield(L, -2, "inner_exceptions");
+    lua_error(L);
+  }
+  lua_pop(L, 1);
+}
+
+/* cancel_token(token, reason, first) */
+static int l_cancel_token(lua_State *L) {
+  struct token *token = check_token(L, 1);
+  lua_settop(L, 3);
+  if (token->canceled || token->never) {
+    lua_pushboolean(L, 0);
+    return 1;
+  }
+  mark(L, 1, 2, 0);
+  run_callbacks(L, 1, lua_toboolean(L, 3));
+  raise_errors(L);
+  lua_pushboolean(L, 1);
+  return 1;
+}
+
+/* upvalues as ever; argument: a canceled token */
+static int l_run_callbacks(lua_State *L) {
+  run_callbacks(L, 1, false);
+  raise_errors(L);
+  return 0;
+}
+
+void expiry_land(lua_State *L, int i) {
+  struct expiry *e = (struct expiry *)lua_touserdata(L, i);
+  task_forget(L, &e->task);
+  if (task_done(&e->task)) return; /* disarmed in the meantime */
+  e->task.state = TASK_SUCCEEDED;
+  lua_getiuservalue(L, i, OP_TOKEN);
+  int k = lua_gettop(L);
+  if (!((struct token *)lua_touserdata(L, k))->canceled) {
+    module_push_function(L, l_cancel_token);
+    lua_pushvalue(L, k);
+    if (lua_pcall(L, 1, 0, 0) != LUA_OK) error_report(L, -1, 0);
+  }
+  lua_settop(L, k - 1);
+}
+
+/* ---- Lua face: tokens ---- */
+
+static int l_token_requested(lua_State *L) {
+  lua_pushboolean(L, check_token(L, 1)->canceled);
+  return 1;
+}
+
+static int l_token_can_be(lua_State *L) {
+  lua_pushboolean(L, !check_token(L, 1)->never);
+  return 1;
+}
+
+static int l_token_reason(lua_State *L) {
+  check_token(L, 1);
+  lua_getiuservalue(L, 1, TOKEN_REASON);
+  return 1;
+}
+
+static int l_token_throw(lua_State *L) {
+  if (!check_token(L, 1)->canceled) return 0;
+  token_push_error(L, 1);
+  return lua_error(L);
+}
+
+/* promise(token): the task that is complete once the token is canceled */
+static int l_token_promise(lua_State *L) {
+  struct token *k = check_token(L, 1);
+  lua_settop(L, 1);
+  if (lua_getiuservalue(L, 1, TOKEN_PROMISE) == LUA_TUSERDATA) return 1;
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  if (k->canceled) task_settle(L, lua_gettop(L), 0);
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, 1, TOKEN_PROMISE);
+  return 1;
+}
+
+/* [-0, +1, m] a registration on the token at index 1, in its list; target and context still nil */
+static struct registration *registration_new(lua_State *L, int k) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  k = lua_absindex(L, k);
+  struct registration *r =
+      (struct registration *)object_new(L, TAG_REGISTRATION, sizeof *r, REGISTRATION_TOKEN);
+  lua_pushvalue(L, k);
+  lua_setiuservalue(L, -2, REGISTRATION_TOKEN);
+  if (token->never || token->disposed) return r;
+  push_held(L, k);
+  lua_pushvalue(L, -2);
+  r->slot = slots_add(L, -2);
+  lua_pop(L, 1);
+  r->token = token;
+  r->older = token->newest;
+  if (r->older) r->older->newer = r;
+  token->newest = r;
+  return r;
+}
+
+static int register_callback(lua_State *L, bool capture) {
+  struct token *token = check_token(L, 1);
+  luaL_checktype(L, 2, LUA_TFUNCTION);
+  int n = lua_gettop(L) - 1;
+  if (n > 1) {
+    lua_createtable(L, n, 1);
+    lua_insert(L, 2); /* token packed fn arguments */
+    for (int a = n; a >= 1; a--) lua_rawseti(L, 2, a);
+    lua_pushinteger(L, n);
+    lua_setfield(L, 2, "n");
+  }
+  if (token->canceled) { /* late: at once, its error to the caller */
+    struct registration *r = registration_new(L, 1);
+    if (r->token) detach(L, 1, r);
+    r->captured = capture;
+    lua_pushvalue(L, 2);
+    lua_setiuservalue(L, 3, REGISTRATION_TARGET);
+    context_push_flowing(L, runtime(L)->me);
+    lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
+    if (call(L, 3) != LUA_OK) return lua_error(L);
+    return 1;
+  }
+  struct registration *r = registration_new(L, 1);
+  if (r->token == NULL) return 1; /* never canceled: an inert one */
+  r->captured = capture;
+  lua_pushvalue(L, 2);
+  lua_setiuservalue(L, 3, REGISTRATION_TARGET);
+  if (capture && runtime(L)->me->flags & TASK_HAS_CONTEXT) {
+    context_push_flowing(L, runtime(L)->me);
+    lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
+  }
+  return 1;
+}
+
+static int l_register(lua_State *L) { return register_callback(L, true); }
+static int l_unsafe_register(lua_State *L) { return register_callback(L, false); }
+
+static int l_unregister(lua_State *L) {
+  struct registration *r = (struct registration *)object_check(L, 1, TAG_REGISTRATION);
+  bool pending = r->token != NULL;
+  if (pending) {
+    lua_settop(L, 1);
+    lua_getiuservalue(L, 1, REGISTRATION_TOKEN);
+    detach(L, 2, r);
+    clear(L, 1);
+  }
+  lua_pushboolean(L, pending);
+  return 1;
+}
+
+static int l_registration_dispose(lua_State *L) {
+  l_unregister(L);
+  return 0;
+}
+
+static int l_registration_token(lua_State *L) {
+  object_check(L, 1, TAG_REGISTRATION);
+  lua_getiuservalue(L, 1, REGISTRATION_TOKEN);
+  return 1;
+}
+
+/* ---- Lua face: sources ---- */
+
+/* [-0, +1, v] the token of the source at index 1 */
+static struct token *source_token(lua_State *L, bool alive) {
+  object_check(L, 1, TAG_SOURCE);
+  lua_getiuservalue(L, 1, SOURCE_TOKEN);
+  struct token *k = (struct token *)lua_touserdata(L, -1);
+  if (alive && k->disposed)
+    error_throw(L, ERROR_DISPOSED, "the cancellation source has been disposed");
+  return k;
+}
+
+/* [-0, +0, m] arms the deadline of the token at k */
+static void arm(lua_State *L, int k, double seconds) {
+  k = lua_absindex(L, k);
+  disarm(L, k);
+  if (seconds == HUGE_VAL) return;
+  timer_reserve(L);
+  struct expiry *e = (struct expiry *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN);
+  e->deadline.index = -1;
+  lua_pushvalue(L, k);
+  lua_setiuservalue(L, -2, OP_TOKEN);
+  task_hold(L, -1, &e->task);
+  lua_setiuservalue(L, k, TOKEN_EXPIRY);
+  timer_add(runtime(L), &e->deadline, &e->task, seconds);
+}
+
+/* [-0, +1, m] a source and its token, whose index is returned */
+static int source_new(lua_State *L) {
+  object_new(L, TAG_SOURCE, sizeof(struct source), 1);
+  token_new(L);
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, -3, SOURCE_TOKEN);
+  return lua_gettop(L);
+}
+
+static int l_source_new(lua_State *L) {
+  double seconds = lua_isnoneornil(L, 1) ? HUGE_VAL : module_seconds(L, 1);
+  lua_settop(L, 1);
+  int k = source_new(L);
+  if (seconds == 0)
+    ((struct token *)lua_touserdata(L, k))->canceled = true;
+  else
+    arm(L, k, seconds);
+  lua_settop(L, k - 1);
+  return 1;
+}
+
+static int l_source_linked(lua_State *L) {
+  int n = lua_gettop(L);
+  luaL_checkany(L, 1);
+  for (int i = 1; i <= n; i++) check_token(L, i);
+  luaL_checkstack(L, 20, NULL);
+  int k = source_new(L); /* … source token */
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  for (int i = 1; i <= n; i++) {
+    struct token *parent = (struct token *)lua_touserdata(L, i);
+    if (!parent->canceled) continue;
+    token->canceled = true;
+    lua_getiuservalue(L, i, TOKEN_REASON);
+    lua_setiuservalue(L, k, TOKEN_REASON);
+    if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
+      lua_pop(L, 1);
+      lua_pushvalue(L, i);
+    }
+    lua_setiuservalue(L, k, TOKEN_CAUSE);
+    lua_settop(L, k - 1);
+    return 1;
+  }
+  lua_createtable(L, n, 0); /* … source token links */
+  for (int i = 1; i <= n; i++) {
+    struct registration *r = registration_new(L, i);
+    r->link = true;
+    lua_pushvalue(L, k);
+    lua_setiuservalue(L, -2, REGISTRATION_TARGET);
+    lua_rawseti(L, k + 1, i);
+  }
+  lua_setiuservalue(L, k, TOKEN_LINKS);
+  lua_settop(L, k - 1);
+  return 1;
+}
+
+static int l_source_token(lua_State *L) {
+  source_token(L, true);
+  return 1;
+}
+
+static int l_source_requested(lua_State *L) {
+  lua_pushboolean(L, source_token(L, false)->canceled);
+  return 1;
+}
+
+/* source:cancel(reason, { throw_on_first_exception = }) */
+static int l_source_cancel(lua_State *L) {
+  static const char *const options[] = {"throw_on_first_exception", NULL};
+  object_check(L, 1, TAG_SOURCE);
+  bool first = false;
+  if (!lua_isnoneornil(L, 3)) {
+    module_check_options(L, 3, options);
+    lua_getfield(L, 3, options[0]);
+    luaL_argcheck(L, lua_isnil(L, -1) || lua_isboolean(L, -1), 3,
+                  "throw_on_first_exception must be a boolean");
+    first = lua_toboolean(L, -1);
+  }
+  lua_settop(L, 2);
+  source_token(L, true);
+  lua_replace(L, 1);
+  lua_pushboolean(L, first);
+  return l_cancel_token(L) && 0;
+}
+
+static int l_source_cancel_async(lua_State *L) {
+  object_check(L, 1, TAG_SOURCE);
+  lua_settop(L, 2);
+  struct token *token = source_token(L, false); /* source reason token */
+  if (token->disposed) {
+    struct task *t = task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+    (void)t;
+    error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
+    task_settle_faulted(L, 4, 0);
+    return 1;
+  }
+  if (token->canceled || (mark(L, 3, 2, 0), token->newest == NULL)) {
+    task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+    task_settle(L, 4, 0);
+    return 1;
+  }
+  module_push_function(L, l_run_callbacks);
+  lua_pushvalue(L, 3);
+  struct fiber *f = fiber_new(L, 1);
+  f->task.state = TASK_QUEUED;
+  loop_ready(runtime(L), &f->task);
+  return 1;
+}
+
+static int l_source_cancel_after(lua_State *L) {
+  object_check(L, 1, TAG_SOURCE);
+  double seconds = module_seconds(L, 2);
+  lua_settop(L, 1);
+  if (!source_token(L, true)->canceled) arm(L, 2, seconds);
+  return 0;
+}
+
+static int l_source_try_reset(lua_State *L) {
+  lua_settop(L, 1);
+  struct token *k = source_token(L, true);
+  if (!k->canceled) {
+    disarm(L, 2);
+    detach_all(L, 2);
+  }
+  lua_pushboolean(L, !k->canceled);
+  return 1;
+}
+
+static int l_source_dispose(lua_State *L) {
+  object_check(L, 1, TAG_SOURCE);
+  lua_settop(L, 1);
+  struct token *k = source_token(L, false);
+  if (k->disposed) return 0;
+  k->disposed = true;
+  disarm(L, 2);
+  unlink_parents(L, 2);
+  detach_all(L, 2);
+  return 0;
+}
+
+static const luaL_Reg functions[] = {{"CancellationTokenSource", l_source_new},
+                                     {"linked_source", l_source_linked},
+                                     {"token_promise", l_token_promise},
+                                     {NULL, NULL}};
+
+static const luaL_Reg token_methods[] = {{"throw_if_cancellation_requested", l_token_throw},
+                                         {"register", l_register},
+                                         {"unsafe_register", l_unsafe_register},
+                                         {NULL, NULL}};
+static const luaL_Reg token_properties[] = {{"is_cancellation_requested", l_token_requested},
+                                            {"can_be_canceled", l_token_can_be},
+                                            {"reason", l_token_reason},
+                                            {NULL, NULL}};
+static const luaL_Reg registration_methods[] = {{"unregister", l_unregister},
+                                                {"dispose", l_registration_dispose},
+                                                {"__close", l_registration_dispose},
+                                                {NULL, NULL}};
+static const luaL_Reg registration_properties[] = {{"token", l_registration_token}, {NULL, NULL}};
+static const luaL_Reg source_methods[] = {{"cancel", l_source_cancel},
+                                          {"cancel_async", l_source_cancel_async},
+                                          {"cancel_after", l_source_cancel_after},
+                                          {"try_reset", l_source_try_reset},
+                                          {"dispose", l_source_dispose},
+                                          {"__close", l_source_dispose},
+                                          {NULL, NULL}};
+static const luaL_Reg source_properties[] = {{"token", l_source_token},
+                                             {"is_cancellation_requested", l_source_requested},
+                                             {NULL, NULL}};
+
+void cancel_open(lua_State *L) {
+  module_functions(L, functions);
+  module_class(L, TAG_TOKEN, "coflow.CancellationToken", token_methods, token_properties);
+  module_class(L, TAG_REGISTRATION, "coflow.CancellationTokenRegistration", registration_methods,
+               registration_properties);
+  module_class(L, TAG_SOURCE, "coflow.CancellationTokenSource", source_methods, source_properties);
+  token_new(L)->never = true;
+  lua_setfield(L, -2, "none");
+  token_new(L)->canceled = true;
+  lua_setfield(L, -2, "canceled");
+}

@@ -1,0 +1,367 @@
+/*
+** combine.c - when_all, when_any and when_each: tasks made of other tasks.
+**
+** A combinator embeds one wait for every input. It is held by its inputs, and holds them in a list
+** (OP_INPUT) copied at the call; keyed inputs keep their keys beside (OP_KEYS). It lands once, as
+** soon as enough inputs are complete, and then withdraws from those that are not: a loop of when_any
+** over one long-lived task leaves nothing behind.
+**
+** Nothing is registered before every input is known to be awaitable. The order of inputs is that of
+** the arguments, of the list, or of the table's traversal at the call.
+**
+** Source: .NET Task.WhenAll, WhenAny and WhenEach; errors stand in input order.
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <string.h>
+
+struct combine {
+  struct task task;
+  uint32_t count, left; /* inputs; not yet complete */
+  uint32_t first;       /* of when_any: the index of the winner */
+  uint32_t done, taken; /* of when_each: how far the order of completion is known, and handed out */
+  bool list;            /* the result carries n */
+  struct wait waits[];
+};
+
+/* of when_each, behind the waits: the inputs in order of completion */
+static uint32_t *order(struct combine *c) { return (uint32_t *)(void *)&c->waits[c->count]; }
+
+/* ---- inputs ---- */
+
+/* [-0, +0, e] the value at i, known to the caller as key at `key`, becomes its task */
+static void check_input(lua_State *L, int i, int key) {
+  if (task_awaitable(L, i) != NULL) return;
+  luaL_tolstring(L, key, NULL);
+  luaL_argerror(L, 1, lua_pushfstring(L, "element '%s' is not awaitable (a %s value)",
+                                      lua_tostring(L, -1), luaL_typename(L, i)));
+}
+
+/* [-n, +2, e] the arguments become a list of tasks, and a list of keys or nil; their number */
+static lua_Integer collect(lua_State *L, bool *list) {
+  int n = lua_gettop(L);
+  *list = true;
+  if (n != 1 || !lua_istable(L, 1) || luaL_getmetafield(L, 1, "__await") != LUA_TNIL) {
+    lua_settop(L, n);
+    for (int i = 1; i <= n; i++)
+      if (task_awaitable(L, i) == NULL) luaL_typeerror(L, i, "Task or awaitable");
+    lua_createtable(L, n, 0);
+    lua_insert(L, 1);
+    for (int i = n; i >= 1; i--) lua_rawseti(L, 1, i);
+    lua_pushnil(L);
+    return n;
+  }
+  lua_Integer count = 0, size = 0;
+  lua_pushliteral(L, "n");
+  bool counted = lua_rawget(L, 1) == LUA_TNUMBER && lua_isinteger(L, -1);
+  if (counted)
+    size = lua_tointeger(L, -1);
+  else {
+    for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) count++;
+    size = (lua_Integer)lua_rawlen(L, 1);
+    *list = count == size;
+  }
+  luaL_argcheck(L, size >= 0 && size < 100000000, 1, "field 'n' is out of range");
+  lua_settop(L, 1);
+  lua_newtable(L); /* table tasks */
+  if (*list) {
+    for (lua_Integer i = 1; i <= size; i++) {
+      lua_pushinteger(L, i);
+      lua_rawgeti(L, 1, i);
+      check_input(L, 4, 3);
+      lua_rawseti(L, 2, i);
+      lua_settop(L, 2);
+    }
+    lua_pushnil(L);
+    lua_remove(L, 1);
+    return size;
+  }
+  lua_newtable(L); /* table tasks keys */
+  count = 0;
+  for (lua_pushnil(L); lua_next(L, 1);) {
+    count++;
+    lua_pushvalue(L, 4);
+    lua_rawseti(L, 3, count);
+    check_input(L, 5, 4);
+    lua_rawseti(L, 2, count);
+    lua_settop(L, 4);
+  }
+  lua_remove(L, 1);
+  return count;
+}
+
+/* [-n, +1, e] a combinator of the arguments, its inputs not yet waited for */
+static struct combine *combine_new(lua_State *L, int kind) {
+  bool list;
+  lua_Integer n = collect(L, &list); /* tasks keys */
+  size_t each = sizeof(struct wait) + (kind == KIND_EACH ? sizeof(uint32_t) : 0);
+  size_t size = sizeof(struct combine) + (size_t)n * each;
+  struct combine *c = (struct combine *)task_new(L, kind, size, OP_KEYS);
+  c->count = (uint32_t)n;
+  c->list = list;
+  lua_pushvalue(L, 1);
+  lua_setiuservalue(L, 3, OP_INPUT);
+  lua_pushvalue(L, 2);
+  lua_setiuservalue(L, 3, OP_KEYS);
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  return c;
+}
+
+/* [-0, +1, m] the key of input k of the combinator at i */
+static void push_key(lua_State *L, int i, uint32_t k) {
+  if (lua_getiuservalue(L, i, OP_KEYS) == LUA_TTABLE) {
+    lua_rawgeti(L, -1, (lua_Integer)k + 1);
+    lua_remove(L, -2);
+  } else {
+    lua_pop(L, 1);
+    lua_pushinteger(L, (lua_Integer)k + 1);
+  }
+}
+
+/* [-0, +0, m] waits for all inputs that are not complete; the combinator is at index 1 */
+static void watch_inputs(lua_State *L, struct combine *c) {
+  lua_getiuservalue(L, 1, OP_INPUT);
+  int inputs = lua_gettop(L);
+  task_release(L, &c->task); /* a slot to land from */
+  for (uint32_t k = 0; k < c->count; k++) {
+    lua_rawgeti(L, inputs, (lua_Integer)k + 1);
+    if (!task_done((struct task *)lua_touserdata(L, -1))) {
+      wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k);
+      c->left++;
+    }
+    lua_settop(L, inputs);
+  }
+  lua_settop(L, inputs - 1);
+}
+
+/* [-0, +0, -] withdraws from the inputs that are not complete */
+static void unwatch(lua_State *L, int i, struct combine *c) {
+  lua_getiuservalue(L, i, OP_INPUT);
+  int inputs = lua_gettop(L);
+  for (uint32_t k = 0; k < c->count; k++)
+    if (c->waits[k].on != NULL) {
+      lua_rawgeti(L, inputs, (lua_Integer)k + 1);
+      wait_remove(L, inputs + 1, &c->waits[k]);
+      lua_settop(L, inputs);
+    }
+  lua_settop(L, inputs - 1);
+}
+
+void combine_fire(lua_State *L, int i, struct wait *w) {
+  uint32_t k = w->role - WAIT_INPUT;
+  struct combine *c = container_of(w - k, struct combine, waits);
+  c->left--;
+  switch (task_kind(&c->task)) {
+    case KIND_ALL:
+      if (c->left == 0) loop_land(L, i, &c->task);
+      break;
+    case KIND_ANY:
+      if (c->task.flags & TASK_LINKED || task_done(&c->task)) break;
+      c->first = k;
+      loop_land(L, i, &c->task);
+      break;
+    default:
+      order(c)[c->done++] = k;
+      wait_notify(L, i);
+  }
+}
+
+/* ---- landing ---- */
+
+/* [-0, +1, m] the Aggregate of the errors of the n inputs in the list at `inputs` */
+static void push_aggregate(lua_State *L, int inputs, uint32_t n, int *first) {
+  lua_Integer count = 0;
+  lua_newtable(L);
+  int errors = lua_gettop(L);
+  for (uint32_t k = 1; k <= n; k++) {
+    lua_rawgeti(L, inputs, k);
+    struct task *t = (struct task *)lua_touserdata(L, -1);
+    if (t->state == TASK_FAULTED) {
+      if (count == 0) *first = (int)k;
+      t->flags |= TASK_OBSERVED;
+      lua_getiuservalue(L, -1, TASK_RESULT);
+      if (t->flags & TASK_AGGREGATE) { /* of a when_all: its errors are laid beside the others */
+        lua_getfield(L, -1, "inner_exceptions");
+        lua_getfield(L, -1, "n");
+        lua_Integer inner = lua_tointeger(L, -1);
+        lua_pop(L, 1);
+        for (lua_Integer e = 1; e <= inner; e++) {
+          lua_rawgeti(L, -1, e);
+          lua_rawseti(L, errors, ++count);
+        }
+      } else {
+        lua_pushvalue(L, -1);
+        lua_rawseti(L, errors, ++count);
+      }
+    }
+    lua_settop(L, errors);
+  }
+  lua_pushinteger(L, count);
+  lua_setfield(L, errors, "n");
+  error_push(L, ERROR_AGGREGATE, "%d task(s) failed", (int)count);
+  lua_insert(L, errors);
+  lua_setfield(L, errors, "inner_exceptions");
+}
+
+static void land_all(lua_State *L, int i, struct combine *c) {
+  lua_getiuservalue(L, i, OP_INPUT);
+  int inputs = lua_gettop(L);
+  bool failed = false;
+  uint32_t canceled = 0;
+  for (uint32_t k = 1; k <= c->count; k++) {
+    lua_rawgeti(L, inputs, k);
+    struct task *t = (struct task *)lua_touserdata(L, -1);
+    failed = failed || t->state == TASK_FAULTED;
+    if (canceled == 0 && t->state == TASK_CANCELED) canceled = k;
+    lua_settop(L, inputs);
+  }
+  if (failed) {
+    int first = 0;
+    push_aggregate(L, inputs, c->count, &first);
+    c->task.flags |= TASK_AGGREGATE;
+    lua_rawgeti(L, inputs, first);
+    lua_insert(L, -2);
+    task_settle_faulted(L, i, lua_gettop(L) - 1);
+  } else if (canceled) {
+    lua_rawgeti(L, inputs, canceled);
+    task_settle_like(L, i, lua_gettop(L));
+  } else {
+    lua_createtable(L, c->list ? (int)c->count : 0, c->list ? 1 : (int)c->count);
+    int result = lua_gettop(L);
+    for (uint32_t k = 0; k < c->count; k++) {
+      push_key(L, i, k);
+      lua_rawgeti(L, inputs, (lua_Integer)k + 1);
+      struct task *t = (struct task *)lua_touserdata(L, -1);
+      lua_getiuservalue(L, -1, TASK_RESULT);
+      if (t->flags & TASK_MANY) lua_rawgeti(L, -1, 1);
+      lua_replace(L, result + 2);
+      lua_settop(L, result + 2);
+      lua_rawset(L, result);
+    }
+    if (c->list) {
+      lua_pushinteger(L, c->count);
+      lua_setfield(L, result, "n");
+    }
+    task_settle(L, i, 1);
+  }
+  lua_settop(L, inputs - 1);
+}
+
+static void land_any(lua_State *L, int i, struct combine *c) {
+  unwatch(L, i, c);
+  lua_getiuservalue(L, i, OP_INPUT);
+  lua_rawgeti(L, -1, (lua_Integer)c->first + 1);
+  lua_remove(L, -2);
+  push_key(L, i, c->first);
+  task_settle(L, i, 2);
+}
+
+void combine_land(lua_State *L, int i) {
+  struct combine *c = (struct combine *)lua_touserdata(L, i);
+  if (task_is(&c->task, KIND_ALL))
+    land_all(L, i, c);
+  else
+    land_any(L, i, c);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, OP_INPUT);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, OP_KEYS);
+  task_forget(L, &c->task);
+}
+
+/* ---- Lua face ---- */
+
+static int l_when_all(lua_State *L) {
+  struct combine *c = combine_new(L, KIND_ALL);
+  watch_inputs(L, c);
+  if (c->left == 0) combine_land(L, 1);
+  return 1;
+}
+
+static int l_when_any(lua_State *L) {
+  struct combine *c = combine_new(L, KIND_ANY);
+  if (c->count == 0) return error_throw(L, ERROR_ARGUMENT, "when_any needs at least one task");
+  lua_getiuservalue(L, 1, OP_INPUT);
+  for (uint32_t k = 0; k < c->count; k++) {
+    lua_rawgeti(L, 2, (lua_Integer)k + 1);
+    if (task_done((struct task *)lua_touserdata(L, -1))) {
+      lua_settop(L, 1);
+      c->first = k;
+      combine_land(L, 1);
+      return 1;
+    }
+    lua_pop(L, 1);
+  }
+  lua_settop(L, 1);
+  watch_inputs(L, c);
+  return 1;
+}
+
+/* the next one to hand out of the when_each at index 1 */
+static int next_k(lua_State *L, int status, lua_KContext ctx) {
+  struct combine *c = (struct combine *)lua_touserdata(L, 1);
+  (void)status, (void)ctx;
+  lua_settop(L, 1);
+  if (task_done(&c->task)) return 0; /* closed meanwhile */
+  if (c->taken == c->done) {
+    struct fiber *me = fiber_here(L);
+    return fiber_await(L, me, next_k);
+  }
+  uint32_t k = order(c)[c->taken++];
+  lua_getiuservalue(L, 1, OP_INPUT);
+  lua_rawgeti(L, -1, (lua_Integer)k + 1);
+  ((struct task *)lua_touserdata(L, -1))->flags |= TASK_OBSERVED;
+  push_key(L, 1, k);
+  return 2;
+}
+
+static struct combine *check_each(lua_State *L) {
+  struct combine *c = (struct combine *)task_check(L, 1);
+  luaL_argcheck(L, task_is(&c->task, KIND_EACH), 1, "the state of a when_each iteration expected");
+  return c;
+}
+
+static int l_each_next(lua_State *L) {
+  struct combine *c = check_each(L);
+  lua_settop(L, 1);
+  if (c->taken == c->count || task_done(&c->task)) return 0;
+  if (c->taken == c->done && fiber_here(L) == NULL) return fiber_outside(L, l_each_next);
+  return next_k(L, LUA_OK, 0);
+}
+
+static int l_each_close(lua_State *L) {
+  struct combine *c = check_each(L);
+  if (task_done(&c->task)) return 0;
+  unwatch(L, 1, c);
+  task_forget(L, &c->task);
+  lua_settop(L, 1);
+  task_settle(L, 1, 0);
+  return 0;
+}
+
+/* when_each(tasks) -> iterator, its state: to be closed by each_close */
+static int l_when_each(lua_State *L) {
+  luaL_checkany(L, 1);
+  struct combine *c = combine_new(L, KIND_EACH);
+  lua_getiuservalue(L, 1, OP_INPUT);
+  for (uint32_t k = 0; k < c->count; k++) {
+    lua_rawgeti(L, 2, (lua_Integer)k + 1);
+    if (task_done((struct task *)lua_touserdata(L, -1))) order(c)[c->done++] = k;
+    lua_pop(L, 1);
+  }
+  lua_settop(L, 1);
+  watch_inputs(L, c);
+  module_push_function(L, l_each_next);
+  lua_insert(L, 1);
+  return 2;
+}
+
+static const luaL_Reg functions[] = {{"when_all", l_when_all},
+                                     {"when_any", l_when_any},
+                                     {"when_each", l_when_each},
+                                     {"each_close", l_each_close},
+                                     {NULL, NULL}};
+
+void combine_open(lua_State *L) { module_functions(L, functions); }

@@ -1,0 +1,373 @@
+/*
+** core.h - start here: the rules, the structs, and each file's verbs in the order that data flows.
+**
+** Two rules hold everywhere.
+**
+** 1. libuv callbacks never touch Lua. A callback writes fields of its operation, links it on the
+**    ready list and returns. The pump (loop.c), entered from one place under protection, takes
+**    tasks off that list in order: a task with a Lua body is resumed, any other one *lands*.
+**
+** 2. What C can reach is held. Every task owns a slot of one table, the anchors. While it runs, is
+**    ready or has an operation in flight, the slot holds the task; while it is merely parked, the
+**    slot holds its address only, and the task lives by what it awaits: the awaited task holds its
+**    waiters (user value TASK_WAITERS), the waiter holds what it awaits (on its stack, or among its
+**    user values). So a task that nothing alive can wake is garbage, and its finalizer says so.
+**
+** One noun: an asynchronous operation *is* a task, its struct begins with struct task. One wait:
+** struct wait links a waiter to the task that it awaits; whichever event comes first withdraws the
+** others, so a waiter is woken once, and a stale wake cannot exist.
+**
+** Every C function of the module is a closure over the same two upvalues, the runtime and the
+** anchors; helpers called from them use these through UP_RUNTIME and UP_ANCHORS.
+**
+** SPDX-License-Identifier: MIT
+*/
+#ifndef coflow_core_h
+#define coflow_core_h
+
+#include <lauxlib.h>
+#include <lua.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <uv.h>
+
+#pragma GCC visibility push(hidden) /* only luaopen_coflow_* and coflow.h are for others */
+
+#define UP_RUNTIME lua_upvalueindex(1)
+#define UP_ANCHORS lua_upvalueindex(2)
+
+#define container_of(ptr, type, field) ((type *)(void *)((char *)(ptr)-offsetof(type, field)))
+
+/* The first word of every userdata of ours says what it is; for tasks the low byte is the kind. */
+enum tag {
+  TAG_TASK = 0xC0F10100,
+  TAG_OPERATION = 0xC0F10200, /* only names the metatable of the tasks that need a finalizer */
+  TAG_COMPLETION = 0xC0F10300,
+  TAG_LOCAL = 0xC0F10400,
+  TAG_CONTEXT = 0xC0F10500,
+  TAG_PAIR = 0xC0F10600,
+  TAG_GUARD = 0xC0F10700,
+  TAG_SOURCE = 0xC0F10800,
+  TAG_TOKEN = 0xC0F10900,
+  TAG_REGISTRATION = 0xC0F10A00,
+  TAG_FAULT = 0xC0F10B00,
+  TAG_WATCH = 0xC0F10C00
+};
+#define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* its index in the metatables */
+
+enum task_kind {
+  KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
+  KIND_PROMISE, /* completed by hand: completion sources, from_result … */
+  KIND_DELAY,
+  KIND_WAIT, /* wait_async: another task, a deadline and a token */
+  KIND_ALL,
+  KIND_ANY,
+  KIND_EACH,   /* what an iteration of when_each waits on */
+  KIND_EXPIRY, /* the armed deadline of a cancellation source */
+  KIND_COUNT
+};
+
+enum task_state {
+  TASK_CREATED,
+  TASK_QUEUED,
+  TASK_RUNNING,
+  TASK_WAITING,
+  TASK_SUCCEEDED, /* this and what follows: complete */
+  TASK_FAULTED,
+  TASK_CANCELED
+};
+
+enum task_flags {
+  TASK_STARTED = 1 << 0,    /* its body has been entered */
+  TASK_PARKED = 1 << 1,     /* suspended by us, not by a stray coroutine.yield */
+  TASK_LINKED = 1 << 2,     /* on the ready list or the landing list */
+  TASK_OBSERVED = 1 << 3,   /* somebody has seen its failure */
+  TASK_HAS_CONTEXT = 1 << 4,/* user value TASK_CONTEXT is not nil */
+  TASK_WATCHED = 1 << 5,    /* that context holds a local with a value_changed handler */
+  TASK_SUPPRESSED = 1 << 6, /* the flow of context is suppressed */
+  TASK_ABANDONED = 1 << 7,  /* collected while parked: to be closed by the pump */
+  TASK_MANY = 1 << 8,       /* the result is a packed table */
+  TASK_NONE = 1 << 9,       /* the result is no value at all */
+  TASK_AGGREGATE = 1 << 10, /* faulted with an Aggregate of which await raises the first */
+  TASK_TRACED = 1 << 11,    /* the traces table holds a record at its slot */
+  TASK_IDENTIFIED = 1 << 12,/* the ids table knows it */
+  TASK_INTERRUPTED = 1 << 13, /* woken by its token, not by what it awaited */
+  TASK_EXPIRED = 1 << 14,   /* woken by its deadline */
+  TASK_QUIET = 1 << 15      /* a wait that tells true or false instead of passing the outcome on */
+};
+
+/* User values. TASK_RESULT holds the coroutine until the task is complete, then the outcome;
+** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) the fault record. */
+enum task_uservalue { TASK_RESULT = 1, TASK_WAITERS, TASK_CONTEXT };
+enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to */
+
+struct wait {
+  struct wait *next, *prev; /* circular; prev of the first is the last */
+  struct task *on;          /* what is waited for, or NULL: not waiting */
+  uint32_t pos;             /* where TASK_WAITERS of `on` holds the waiter; 0: it is the value itself */
+  uint32_t role;            /* WAIT_FIBER, WAIT_OP, or WAIT_INPUT + index in a combinator */
+};
+enum { WAIT_FIBER, WAIT_OP, WAIT_INPUT };
+#define WAIT_INLINE UINT32_MAX /* pos: the waiter is on the C stack and needs no holding */
+
+/* A node in a token's list of what it interrupts. Unlinked: next == NULL. */
+struct link {
+  struct link *next, *prev;
+};
+
+struct deadline {
+  struct task *owner;
+  int32_t index; /* in the heap of timer.c, or -1 */
+};
+
+struct task {
+  uint32_t tag; /* TAG_TASK | kind */
+  uint8_t state;
+  uint16_t flags;
+  struct task *next;    /* on the ready or the landing list */
+  struct wait *waiters; /* the last one of a circular list */
+  int32_t slot;         /* in the anchors; 0: none */
+  union {
+    uint32_t label; /* of a fiber: index of "file:line" in the labels */
+    uint32_t held;  /* of an operation: where its token holds it; 0: nowhere */
+  };
+};
+
+/* What a token can interrupt; every struct with a link in a token begins so. */
+struct pending {
+  struct task task;
+  struct link link;
+};
+
+struct fiber {
+  struct task task;
+  struct link link;
+  lua_State *co;
+  struct guard *guards; /* the innermost open scope (context.c) */
+  union {
+    struct wait wait;         /* parked on a task */
+    struct deadline deadline; /* asleep */
+    struct fiber *caller;     /* waiting for a hot start to come back */
+  } u;
+};
+
+struct idle {
+  lua_State *co;
+  int slot;
+};
+
+enum error_kind {
+  ERROR_CANCELED,
+  ERROR_TIMEOUT,
+  ERROR_AGGREGATE,
+  ERROR_DISPOSED,
+  ERROR_OPERATION,
+  ERROR_ARGUMENT,
+  ERROR_SEMAPHORE,
+  ERROR_CHANNEL,
+  ERROR_ABANDONED,
+  ERROR_CIRCUIT,
+  ERROR_BULKHEAD,
+  ERROR_RATE,
+  ERROR_IO,
+  ERROR_WORKER,
+  ERROR_COUNT
+};
+
+enum runtime_uservalue {
+  RUNTIME_ANCHORS = 1, /* the slot table of rule 2 */
+  RUNTIME_ERRORS,      /* error_kind -> metatable */
+  RUNTIME_TRACES,      /* slot -> trace record of the error last seen by that task */
+  RUNTIME_LABELS,      /* list of "file:line" */
+  RUNTIME_NAMES,       /* task -> name, weak keys */
+  RUNTIME_IDS,         /* task -> id, weak keys */
+  RUNTIME_HANDLER,     /* of unobserved exceptions: a function, false, or nil: the default */
+  RUNTIME_LOCALS,      /* id -> AsyncLocal, weak values */
+  RUNTIME_WATCHED,     /* list of the locals with a handler, weak values */
+  RUNTIME_SHOWN,       /* the context whose values the handlers saw last */
+  RUNTIME_LANDER,      /* the function that lands what is on the landing list */
+  RUNTIME_EMPTY,       /* the empty execution context */
+  RUNTIME_NONE,        /* CancellationToken.none */
+  RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
+  RUNTIME_FIBER_TRACE, /* the message handler around their functions */
+  RUNTIME_METATABLES,  /* tag -> metatable */
+  RUNTIME_UV_COUNT = RUNTIME_METATABLES
+};
+
+struct timer_entry {
+  double due;
+  uint64_t order;
+  struct deadline *deadline;
+};
+
+enum { LABEL_CACHE = 64 };
+struct label_cache {
+  int line;
+  uint32_t label;
+  char source[LUA_IDSIZE];
+};
+
+struct runtime {
+  lua_State *main;
+  struct task *me;      /* the running task; `outside` when none is */
+  struct task *outside; /* a task that stands for the code outside every task */
+  struct task *ready, *ready_last;
+  struct task *landing, *landing_last;
+  bool pumping, land_busy, stopping;
+  bool closed;
+  int signaled; /* set by the signal callback, read by the pump */
+  struct fiber *handoff; /* to be run at once by whoever runs the one that yields now */
+  int depth;    /* fibers nested on the C stack */
+  int inlined;  /* how many more awaits may run their task in place before the pump polls */
+
+  struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
+  size_t idle_count, idle_size;
+  size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
+
+  struct timer_entry *timers;
+  size_t timer_count, timer_size;
+  uint64_t timer_order;
+  bool virtual_time; /* the seam of time: jump to the next deadline instead of waiting */
+  double virtual_now;
+
+  uint64_t next_id, next_local, next_serial;
+  int watched_count;  /* locals with a handler ever made */
+  bool shown_watched; /* RUNTIME_SHOWN holds one of them */
+  uint32_t label_count;
+  struct label_cache labels[LABEL_CACHE];
+  const void *error_metatables[ERROR_COUNT];
+
+  uv_loop_t loop;
+  uv_timer_t timer;
+  uv_signal_t signals[2];
+  bool timer_armed, signals_open;
+  double timer_due, last_trim;
+};
+
+/* ---- module.c: objects ---- */
+
+static inline struct runtime *runtime(lua_State *L) {
+  return (struct runtime *)lua_touserdata(L, UP_RUNTIME);
+}
+
+void *object_test(lua_State *L, int i, uint32_t tag);  /* the userdata at i if it is such, or NULL */
+void *object_check(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises a type error else */
+void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
+void module_push_function(lua_State *L, lua_CFunction f);                   /* [-0, +1, m] */
+void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
+                  const luaL_Reg *properties);  /* [-0, +0, m] */
+void module_functions(lua_State *L, const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
+double module_seconds(lua_State *L, int i);                     /* [-0, +0, v] >= 0, no NaN */
+void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
+int slots_add(lua_State *L, int i);            /* [-1, +0, m] stores the value on top in a free slot */
+void slots_free(lua_State *L, int i, int slot); /* [-0, +0, -] */
+
+/* ---- error.c: error objects, traces, unobserved failures ---- */
+
+void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /* [-0, +1, m] */
+int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
+bool error_is(lua_State *L, int i, enum error_kind kind);
+void error_attach(lua_State *L, int i, int from); /* [-0, +0, -] the trace of the failed task at i */
+void error_remember(lua_State *L, int i); /* [-0, +0, -] the task at i is where an error comes from */
+void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
+void error_trace(lua_State *L, int i);  /* [-0, +1, m] the async traceback of the task at i */
+int error_handler(lua_State *L);        /* the message handler of fibers */
+void error_open(lua_State *L);
+
+/* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
+
+static inline bool task_done(const struct task *t) { return t->state >= TASK_SUCCEEDED; }
+static inline int task_kind(const struct task *t) { return (int)(t->tag & 0xff); }
+static inline bool task_is(const struct task *t, int kind) { return task_kind(t) == kind; }
+struct task *task_check(lua_State *L, int i);
+struct task *task_awaitable(lua_State *L, int i); /* [-0, +0, e] replaces what is at i by its task; NULL if none */
+struct task *task_new(lua_State *L, int kind, size_t size, int uservalues); /* [-0, +1, m] */
+void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
+void task_release(lua_State *L, struct task *t);     /* [-0, +0, -] the anchor knows its address only */
+void task_forget(lua_State *L, struct task *t);      /* [-0, +0, -] gives its slot back */
+void task_push(lua_State *L, const struct task *t);  /* [-0, +1, -] a task that is held, or parked */
+void wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] */
+void wait_remove(lua_State *L, int on, struct wait *w);                        /* [-0, +0, -] */
+void wait_owner(lua_State *L, int on, const struct wait *w);                   /* [-0, +1, -] */
+void wait_notify(lua_State *L, int on); /* [-0, +0, -] wakes all that wait for the task at on */
+void task_settle(lua_State *L, int i, int results);      /* [-n, +0, m] succeeded */
+void task_settle_error(lua_State *L, int i, int from);   /* [-1, +0, -] canceled or faulted, as the error says */
+void task_settle_canceled(lua_State *L, int i);          /* [-1, +0, -] */
+void task_settle_like(lua_State *L, int i, int from);    /* [-0, +0, -] the outcome of the one at `from` */
+void task_settle_faulted(lua_State *L, int i, int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
+int task_push_outcome(lua_State *L, int i);              /* [-0, +n, e] the values, or raises the error */
+void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
+void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
+void task_open(lua_State *L);
+
+/* ---- fiber.c: tasks with a body: start, run, suspend, await ---- */
+
+struct fiber *fiber_new(lua_State *L, int arguments); /* [-(n+1), +1, m] held, in state created */
+void fiber_run(lua_State *L, struct fiber *f);        /* [-0, +0, -] until it stops */
+void fiber_close(lua_State *L, struct fiber *f);      /* [-0, +0, -] an abandoned one */
+void fiber_dispose(lua_State *L, struct fiber *f);    /* [-0, +0, -] at the end of the state */
+void fiber_trim(lua_State *L);                        /* [-0, +0, -] drops coroutines long unused */
+struct fiber *fiber_here(lua_State *L); /* who would suspend here; NULL outside; raises where it cannot */
+int fiber_outside(lua_State *L, lua_CFunction f);             /* runs the operation f as a root task */
+int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k); /* yields */
+int fiber_await(lua_State *L, struct fiber *f, lua_KFunction k);   /* for the pending task at index 1 */
+void fiber_wake(lua_State *L, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_label_early(lua_State *L, struct fiber *f); /* [-0, +0, m] */
+void fiber_open(lua_State *L);
+
+/* ---- combine.c ---- */
+
+void combine_fire(lua_State *L, int i, struct wait *w); /* [-0, +0, -] an input is complete */
+void combine_land(lua_State *L, int i);
+void combine_open(lua_State *L);
+
+/* ---- context.c: async locals and execution contexts ---- */
+
+void context_push_flowing(lua_State *L, const struct task *t); /* [-0, +1, -] what a child gets, or nil */
+void context_push_captured(lua_State *L);                      /* [-0, +1, m] of the running task */
+void context_give(lua_State *L, int i, struct task *t);        /* [-1, +0, -] the context on top to t */
+void context_swap(lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
+void context_switched(lua_State *L, struct task *to); /* [-0, +0, -] tells the handlers, if any */
+void context_drop_guards(struct fiber *f);
+void context_open(lua_State *L);
+
+/* ---- cancel.c: sources, tokens, registrations ---- */
+
+struct token;
+struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, nothing and `none` */
+bool token_canceled(const struct token *k);
+void token_link(struct token *k, struct link *l); /* weakly: for fibers */
+void link_drop(struct link *l);
+void token_hold(lua_State *L, int k, int i); /* [-0, +0, m] links the operation at i and holds it */
+void token_drop(lua_State *L, int i);        /* [-0, +0, -] the operation at i leaves its token */
+void token_push_error(lua_State *L, int i);  /* [-0, +1, m] the OperationCanceled of the token at i */
+void expiry_land(lua_State *L, int i);
+void cancel_open(lua_State *L);
+
+/* ---- timer.c: deadlines, delay, sleep, wait_async ---- */
+
+void timer_reserve(lua_State *L); /* [-0, +0, m] room for one more */
+void timer_add(struct runtime *rt, struct deadline *d, struct task *owner, double seconds);
+void timer_drop(struct runtime *rt, struct deadline *d);
+void timer_fire_due(struct runtime *rt); /* links the owners of what is due */
+void delay_land(lua_State *L, int i);
+void wait_op_fire(lua_State *L, int i); /* [-0, +0, -] what the operation at i awaited is complete */
+void wait_op_land(lua_State *L, int i);
+void pending_interrupt(lua_State *L, struct pending *p, int k); /* [-0, +0, -] by the token at k */
+void timer_open(lua_State *L);
+
+/* ---- loop.c: the ready list, the pump, time ---- */
+
+double loop_now(struct runtime *rt);
+void loop_ready(struct runtime *rt, struct task *t);
+void loop_unready(struct runtime *rt, struct task *t);
+void loop_land(lua_State *L, int i, struct task *t); /* [-0, +0, -] at the end of this settling */
+void loop_land_all(lua_State *L);                    /* [-0, +0, -] */
+int loop_run(lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
+void loop_init(struct runtime *rt);
+void loop_close(lua_State *L, struct runtime *rt);
+void loop_open(lua_State *L);
+
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,436 @@
+/*
+** error.c - error objects, async tracebacks, and failures that nobody observed.
+**
+** An error object is a table with `name` and `message` and the metatable of its name; a value that
+** user code raises is never touched. What is known about a failure stands beside it:
+**
+** - A *trace record* { text, error, name, inner } is made by the message handler where the error was
+**   raised. `inner` is the record of the awaited task that the same error came from, so the records
+**   of a chain of tasks share structure, cost one text each, and keep no task alive. The record of
+**   what a task saw last is at its slot of the traces.
+** - A *fault*, a small userdata with a finalizer, holds the record and the task. The task holds it
+**   in the user value that its waiters had. Both die in one collection, and the finalizer reports
+**   the task unless it was observed. Tasks that do not fail pay nothing for this.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+static const char *const error_names[ERROR_COUNT] = {
+    "OperationCanceled", "Timeout",       "Aggregate",        "ObjectDisposed",  "InvalidOperation",
+    "Argument",          "SemaphoreFull", "ChannelClosed",    "TaskAbandoned",   "BrokenCircuit",
+    "BulkheadRejected",  "RateLimitRejected", "IO",           "Worker"};
+
+enum record_field { RECORD_TEXT = 1, RECORD_ERROR, RECORD_NAME, RECORD_INNER };
+enum { FAULT_TASK = 1, FAULT_RECORD };
+enum { TRACE_SEGMENTS = 40 };
+
+/* ---- objects ---- */
+
+/* [-1, +1, m] a new error object whose message is on top */
+static void make(lua_State *L, enum error_kind kind) {
+  lua_createtable(L, 0, 4);
+  lua_insert(L, -2);
+  lua_setfield(L, -2, "message");
+  lua_pushstring(L, error_names[kind]);
+  lua_setfield(L, -2, "name");
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS);
+  lua_rawgeti(L, -1, kind + 1);
+  lua_setmetatable(L, -3);
+  lua_pop(L, 1);
+}
+
+void error_push(lua_State *L, enum error_kind kind, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  lua_pushvfstring(L, format, args);
+  va_end(args);
+  make(L, kind);
+}
+
+int error_throw(lua_State *L, enum error_kind kind, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  lua_pushvfstring(L, format, args);
+  va_end(args);
+  make(L, kind);
+  return lua_error(L);
+}
+
+bool error_is(lua_State *L, int i, enum error_kind kind) {
+  if (lua_type(L, i) != LUA_TTABLE || !lua_getmetatable(L, i)) return false;
+  bool same = lua_topointer(L, -1) == runtime(L)->error_metatables[kind];
+  lua_pop(L, 1);
+  return same;
+}
+
+/* ---- traces ---- */
+
+/* [-0, +1, m] the traceback of `from` as lines, without the frames of our own below the body */
+static void push_frames(lua_State *L, lua_State *from, int level) {
+  static const char bottom[] = "\n\t[C]: in ?";
+  luaL_traceback(L, from, NULL, level);
+  size_t n;
+  const char *s = lua_tolstring(L, -1, &n);
+  const char *start = strchr(s, '\n'); /* drop the line "stack traceback:" */
+  start = start ? start : s + n;
+  while ((size_t)(s + n - start) >= sizeof bottom - 1 &&
+         memcmp(s + n - (sizeof bottom - 1), bottom, sizeof bottom - 1) == 0)
+    n -= sizeof bottom - 1;
+  lua_pushlstring(L, start, (size_t)(s + n - start));
+  lua_remove(L, -2);
+}
+
+/* [-0, +1, m] one line, for cancellations: they are many, and no accident */
+static void push_place(lua_State *L) {
+  lua_Debug ar;
+  for (int level = 1; lua_getstack(L, level, &ar); level++) {
+    lua_getinfo(L, "Sl", &ar);
+    if (ar.currentline > 0) {
+      lua_pushfstring(L, "\n\t%s:%d: canceled here", ar.short_src, ar.currentline);
+      return;
+    }
+  }
+  lua_pushliteral(L, "");
+}
+
+int error_handler(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *me = rt->me;
+  lua_settop(L, 1);
+  lua_createtable(L, RECORD_INNER, 0); /* error record */
+  if (error_is(L, 1, ERROR_CANCELED))
+    push_place(L);
+  else
+    push_frames(L, L, 1);
+  lua_rawseti(L, 2, RECORD_TEXT);
+  lua_pushvalue(L, 1);
+  lua_rawseti(L, 2, RECORD_ERROR);
+  task_push(L, me);
+  task_push_name(L, -1);
+  lua_rawseti(L, 2, RECORD_NAME);
+  lua_pop(L, 1);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES); /* error record traces */
+  if (me->flags & TASK_TRACED) {
+    lua_rawgeti(L, 3, me->slot);
+    lua_rawgeti(L, -1, RECORD_ERROR);
+    if (lua_rawequal(L, -1, 1)) {
+      lua_pop(L, 1);
+      lua_rawseti(L, 2, RECORD_INNER);
+    }
+    lua_settop(L, 3);
+  }
+  lua_pushvalue(L, 2);
+  lua_rawseti(L, 3, me->slot);
+  me->flags |= TASK_TRACED;
+  lua_settop(L, 1);
+  return 1;
+}
+
+/* [-1, +1, m] the record on top, rendered: what failed first, then who awaited it */
+static void render_record(lua_State *L) {
+  int record = lua_gettop(L), segments = 0;
+  luaL_checkstack(L, TRACE_SEGMENTS + 10, NULL);
+  lua_pushvalue(L, record);
+  while (segments < TRACE_SEGMENTS && lua_type(L, -1) == LUA_TTABLE) { /* … records, outermost first */
+    lua_rawgeti(L, -1, RECORD_INNER);
+    segments++;
+  }
+  bool more = lua_type(L, -1) == LUA_TTABLE;
+  lua_pop(L, 1);
+  lua_newtable(L); /* record r1 … rn parts */
+  int parts = lua_gettop(L), n = 0;
+  if (more) {
+    lua_pushliteral(L, "… (deeper tasks left out)");
+    lua_rawseti(L, parts, ++n);
+  }
+  for (int i = parts - 1; i > record; i--) {
+    lua_rawgeti(L, i, RECORD_NAME);
+    lua_rawgeti(L, i, RECORD_TEXT);
+    lua_pushfstring(L, "%s task '%s':%s", n == 0 ? "in" : "awaited by", lua_tostring(L, -2),
+                    lua_tostring(L, -1));
+    lua_rawseti(L, parts, ++n);
+    lua_pop(L, 2);
+  }
+  luaL_Buffer b;
+  luaL_buffinit(L, &b);
+  for (int i = 1; i <= n; i++) {
+    if (i > 1) luaL_addchar(&b, '\n');
+    lua_rawgeti(L, parts, i);
+    luaL_addvalue(&b);
+  }
+  luaL_pushresult(&b);
+  lua_replace(L, record);
+  lua_settop(L, record);
+}
+
+/* [-0, +1, m] a live task: its own stack, then those of the tasks that await it */
+static void render_live(lua_State *L, int i) {
+  static const char *const states[] = {"created", "queued", "running", "waiting", "", "", ""};
+  lua_pushvalue(L, i);
+  int at = lua_gettop(L);
+  lua_pushliteral(L, "");
+  for (int n = 0; n < TRACE_SEGMENTS; n++) {
+    struct task *t = (struct task *)lua_touserdata(L, at);
+    task_push_name(L, at);
+    if (task_is(t, KIND_FIBER) && t->flags & TASK_STARTED && !task_done(t)) {
+      lua_State *co = ((struct fiber *)t)->co;
+      push_frames(L, co, co == L ? 1 : 0);
+    } else
+      lua_pushliteral(L, "");
+    lua_pushfstring(L, "%s%s task '%s' (%s):%s", lua_tostring(L, at + 1),
+                    n == 0 ? "in" : "\nawaited by", lua_tostring(L, at + 2), states[t->state],
+                    lua_tostring(L, at + 3));
+    lua_replace(L, at + 1);
+    lua_settop(L, at + 1);
+    if (t->waiters == NULL) break;
+    wait_owner(L, at, t->waiters->next);
+    lua_replace(L, at);
+  }
+  lua_remove(L, at);
+}
+
+void error_trace(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  luaL_checkstack(L, 20, NULL);
+  if (!task_done(t)) {
+    render_live(L, i);
+    return;
+  }
+  lua_getiuservalue(L, i, TASK_WAITERS);
+  if (object_test(L, -1, TAG_FAULT) && lua_getiuservalue(L, -1, FAULT_RECORD) == LUA_TTABLE) {
+    lua_remove(L, -2);
+    render_record(L);
+    return;
+  }
+  lua_settop(L, -2);
+  task_push_name(L, i);
+  static const char *const ends[] = {"completed", "faulted", "canceled"};
+  lua_pushfstring(L, "in task '%s' (%s)", lua_tostring(L, -1), ends[t->state - TASK_SUCCEEDED]);
+  lua_remove(L, -2);
+}
+
+/* ---- failures ---- */
+
+/* [-0, +0, m] task: gives the faulted task at index 1 its fault, with the record at index 2 */
+static int attach(lua_State *L) {
+  object_new(L, TAG_FAULT, sizeof(uint32_t), 2);
+  lua_pushvalue(L, 1);
+  lua_setiuservalue(L, -2, FAULT_TASK);
+  lua_pushvalue(L, 2);
+  lua_setiuservalue(L, -2, FAULT_RECORD);
+  lua_setiuservalue(L, 1, TASK_WAITERS);
+  return 0;
+}
+
+/* [-1, +0, -] the record (or nil) on top becomes that of the failed task at i. Without memory for it
+** the failure is still kept, only its trace and the report are lost. */
+static void attach_record(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  module_push_function(L, attach);
+  lua_pushvalue(L, i);
+  lua_rotate(L, -3, 2);
+  if (lua_pcall(L, 2, 0, 0) != LUA_OK) lua_pop(L, 1);
+}
+
+/* [-0, +1, m] the record of the failed task at i, or nil */
+static void push_record(lua_State *L, int i) {
+  lua_getiuservalue(L, i, TASK_WAITERS);
+  if (object_test(L, -1, TAG_FAULT))
+    lua_getiuservalue(L, -1, FAULT_RECORD);
+  else
+    lua_pushnil(L);
+  lua_remove(L, -2);
+}
+
+/* called by whoever settles: the task at i has failed; `from` is the input it has the error from, or 0 */
+void error_attach(lua_State *L, int i, int from) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  if (from != 0) {
+    push_record(L, from);
+  } else if (t->flags & TASK_TRACED) {
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+    lua_rawgeti(L, -1, t->slot);
+    lua_remove(L, -2);
+  } else
+    lua_pushnil(L);
+  attach_record(L, i);
+}
+
+/* called before the error of the task at i is raised in the running task: remembers where it is from */
+void error_remember(lua_State *L, int i) {
+  struct task *me = runtime(L)->me;
+  push_record(L, i);
+  if (lua_isnil(L, -1) || me->slot == 0) {
+    lua_pop(L, 1);
+    return;
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+  lua_insert(L, -2);
+  lua_rawseti(L, -2, me->slot);
+  lua_pop(L, 1);
+  me->flags |= TASK_TRACED;
+}
+
+/* arguments: error, task or nil */
+static int default_handler(lua_State *L) {
+  lua_settop(L, 2);
+  luaL_tolstring(L, 1, NULL);
+  if (lua_isnil(L, 2))
+    fprintf(stderr, "coflow: error in a callback: %s\n", lua_tostring(L, 3));
+  else {
+    task_push_name(L, 2);
+    error_trace(L, 2);
+    fprintf(stderr, "coflow: unobserved error in task '%s': %s\n%s\n", lua_tostring(L, 4),
+            lua_tostring(L, 3), lua_tostring(L, 5));
+  }
+  fflush(stderr);
+  return 0;
+}
+
+void error_report(lua_State *L, int error, int task) {
+  struct runtime *rt = runtime(L);
+  error = lua_absindex(L, error);
+  if (task != 0) task = lua_absindex(L, task);
+  int top = lua_gettop(L);
+  if (!lua_checkstack(L, 10)) return;
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER) == LUA_TBOOLEAN) {
+    lua_settop(L, top);
+    return;
+  }
+  if (lua_isnil(L, -1)) {
+    lua_pop(L, 1);
+    module_push_function(L, default_handler);
+  }
+  lua_pushvalue(L, error);
+  if (task != 0)
+    lua_pushvalue(L, task);
+  else
+    lua_pushnil(L);
+  struct task *me = rt->me; /* the handler is not part of the task that happens to run now */
+  rt->me = rt->outside;
+  rt->depth++;
+  if (lua_pcall(L, 2, 0, 0) != LUA_OK) {
+    const char *text = luaL_tolstring(L, -1, NULL);
+    fprintf(stderr, "coflow: error in the handler of unobserved exceptions: %s\n", text);
+  }
+  rt->depth--;
+  rt->me = me;
+  lua_settop(L, top);
+}
+
+static int l_fault_gc(lua_State *L) {
+  lua_settop(L, 1);
+  if (lua_getiuservalue(L, 1, FAULT_TASK) != LUA_TUSERDATA) return 0;
+  struct task *t = (struct task *)lua_touserdata(L, 2);
+  if (t->state != TASK_FAULTED || t->flags & TASK_OBSERVED) return 0;
+  t->flags |= TASK_OBSERVED;
+  lua_getiuservalue(L, 2, TASK_RESULT);
+  error_report(L, 3, 2);
+  return 0;
+}
+
+/* ---- Lua face ---- */
+
+static int l_error_tostring(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_getfield(L, 1, "name");
+  lua_getfield(L, 1, "message");
+  luaL_tolstring(L, -2, NULL);
+  luaL_tolstring(L, -2, NULL);
+  lua_pushfstring(L, "%s: %s", lua_tostring(L, -2), lua_tostring(L, -1));
+  return 1;
+}
+
+/* upvalues: runtime, anchors, kind */
+static int l_error_new(lua_State *L) {
+  enum error_kind kind = (enum error_kind)lua_tointeger(L, lua_upvalueindex(3));
+  luaL_optstring(L, 1, "");
+  if (!lua_isnoneornil(L, 2)) luaL_checktype(L, 2, LUA_TTABLE);
+  lua_settop(L, 2);
+  if (lua_isnil(L, 1))
+    lua_pushstring(L, error_names[kind]);
+  else
+    lua_pushvalue(L, 1);
+  make(L, kind);
+  if (lua_istable(L, 2))
+    for (lua_pushnil(L); lua_next(L, 2);) { /* message fields error key value */
+      lua_pushvalue(L, -2);
+      lua_insert(L, -2);
+      lua_pushvalue(L, -2);
+      if (lua_type(L, -1) == LUA_TSTRING && (strcmp(lua_tostring(L, -1), "name") == 0 ||
+                                             strcmp(lua_tostring(L, -1), "message") == 0)) {
+        lua_pop(L, 3);
+        continue;
+      }
+      lua_pop(L, 1);
+      lua_rawset(L, 3);
+    }
+  lua_settop(L, 3);
+  return 1;
+}
+
+static int l_error_is(lua_State *L) {
+  luaL_checkany(L, 1);
+  const char *name = luaL_checkstring(L, 2);
+  for (int kind = 0; kind < ERROR_COUNT; kind++)
+    if (strcmp(name, error_names[kind]) == 0) {
+      lua_pushboolean(L, error_is(L, 1, (enum error_kind)kind));
+      return 1;
+    }
+  return luaL_argerror(L, 2, lua_pushfstring(L, "'%s' is not the name of an error", name));
+}
+
+static int l_on_unobserved(lua_State *L) {
+  if (lua_isnone(L, 1) || !(lua_isnil(L, 1) || lua_isfunction(L, 1) ||
+                            (lua_isboolean(L, 1) && !lua_toboolean(L, 1))))
+    return luaL_typeerror(L, 1, "function, false or nil");
+  lua_settop(L, 1);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);
+  return 0;
+}
+
+/* report(error): an error of a callback that has no caller */
+static int l_report(lua_State *L) {
+  luaL_checkany(L, 1);
+  error_report(L, 1, 0);
+  return 0;
+}
+
+static const luaL_Reg functions[] = {
+    {"on_unobserved_exception", l_on_unobserved}, {"report", l_report}, {NULL, NULL}};
+
+static const luaL_Reg fault_methods[] = {{"__gc", l_fault_gc}, {NULL, NULL}};
+
+void error_open(lua_State *L) {
+  module_functions(L, functions);
+  module_class(L, TAG_FAULT, "coflow.Fault", fault_methods, NULL);
+  lua_createtable(L, 0, ERROR_COUNT + 1); /* module errors */
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS);
+  for (int kind = 0; kind < ERROR_COUNT; kind++) {
+    if (lua_rawgeti(L, -1, kind + 1) == LUA_TNIL) {
+      lua_createtable(L, 0, 2);
+      module_push_function(L, l_error_tostring);
+      lua_setfield(L, -2, "__tostring");
+      lua_pushfstring(L, "coflow.%s", error_names[kind]);
+      lua_setfield(L, -2, "__name");
+      runtime(L)->error_metatables[kind] = lua_topointer(L, -1);
+      lua_rawseti(L, -3, kind + 1);
+    }
+    lua_pop(L, 1);
+    lua_pushvalue(L, UP_RUNTIME);
+    lua_pushvalue(L, UP_ANCHORS);
+    lua_pushinteger(L, kind);
+    lua_pushcclosure(L, l_error_new, 3);
+    lua_setfield(L, -3, error_names[kind]);
+  }
+  lua_pop(L, 1);
+  module_push_function(L, l_error_is);
+  lua_setfield(L, -2, "is");
+  lua_setfield(L, -2, "errors");
+}

@@ -1,0 +1,782 @@
+/*
+** fiber.c - tasks whose body is a Lua function: start, run, suspend, await.
+**
+** A fiber runs in a coroutine of its own. Coroutines are reused: an idle one has a fixed bottom
+**
+**     [watch] [fiber_main] [fiber_trace]
+**
+** on which a new fiber puts the call  fiber_main(task, fn, trace, fn, arguments …). The body runs
+** under a protected call *inside* the coroutine, so that `<close>` variables run, and may await,
+** while an error unwinds; a coroutine that an error did leave is not used again.
+**
+** Starting. spawn queues; an async function starts hot: its fiber runs on top of the caller, up to
+** its first suspension. C calls nest at most MAX_DEPTH deep that way. Beyond, the caller yields with
+** a *handoff*: whoever resumed it runs the child first and then the caller, in a loop, so that the
+** depth of recursion is bounded by memory only.
+**
+** An await of a task that is queued, not started and the only one ready runs it in place: the same
+** order as through the ready list, without two switches.
+**
+** Parking. A fiber that waits for a task has that task at index 1 of the C function that suspended
+** it, and lives by it (core.h, rule 2). The *watch* at the bottom of its coroutine has a finalizer:
+** when the two die together the fiber is abandoned, is reported, and its `<close>` variables run on
+** a later turn. Any other finalizer that may run first only makes objects inert, so closing them
+** afterwards is harmless.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <string.h>
+
+enum { BOTTOM = 3, MAX_DEPTH = 16, HARD_DEPTH = 50, MIN_IDLE = 64 };
+enum { WATCH_COROUTINE = 1 };
+enum { BODY_TASK = 1, BODY_LABEL, BODY_TRACE, BODY_RESULTS }; /* arguments of fiber_main */
+
+/* ---- coroutines ---- */
+
+static int close_coroutine(lua_State *co, lua_State *from) {
+#if LUA_VERSION_RELEASE_NUM >= 50406
+  return lua_closethread(co, from);
+#else
+  (void)from;
+  return lua_resetthread(co);
+#endif
+}
+
+/* [-0, +0, m] adds a coroutine to the idle ones */
+static void idle_grow(lua_State *L, struct runtime *rt) {
+  if (rt->idle_count == rt->idle_size) {
+    size_t size = rt->idle_size ? rt->idle_size * 2 : MIN_IDLE;
+    lua_Alloc alloc;
+    void *ud;
+    alloc = lua_getallocf(L, &ud);
+    struct idle *idle = (struct idle *)alloc(ud, rt->idle, rt->idle_size * sizeof *idle,
+                                             size * sizeof *idle);
+    if (idle == NULL) luaL_error(L, "not enough memory");
+    rt->idle = idle;
+    rt->idle_size = size;
+  }
+  lua_State *co = lua_newthread(L);
+  object_new(L, TAG_WATCH, sizeof(uint32_t), 1); /* co watch */
+  lua_pushvalue(L, -2);
+  lua_setiuservalue(L, -2, WATCH_COROUTINE);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  lua_xmove(L, co, BOTTOM);
+  int slot = slots_add(L, UP_ANCHORS);
+  rt->idle[rt->idle_count++] = (struct idle){co, slot};
+}
+
+/* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
+static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot) {
+  rt->busy--;
+  if (rt->idle_count < rt->idle_size &&
+      (rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak)) {
+    lua_pushthread(co);
+    lua_xmove(co, L, 1);
+    lua_rawseti(L, UP_ANCHORS, slot);
+    rt->idle[rt->idle_count++] = (struct idle){co, slot};
+  } else
+    slots_free(L, UP_ANCHORS, slot);
+}
+
+void fiber_trim(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  size_t keep = rt->busy_peak > rt->busy ? rt->busy_peak - rt->busy : 0;
+  if (keep < MIN_IDLE) keep = MIN_IDLE;
+  while (rt->idle_count > keep) slots_free(L, UP_ANCHORS, rt->idle[--rt->idle_count].slot);
+  rt->busy_peak = rt->busy;
+}
+
+/* ---- labels ---- */
+
+/* the label of a function is "file:line"; the few that are used again and again are found by a look */
+static void label(lua_State *L, int i, struct task *t) {
+  struct runtime *rt = runtime(L);
+  lua_Debug ar;
+  if (lua_type(L, i) != LUA_TFUNCTION) return;
+  lua_pushvalue(L, i);
+  lua_getinfo(L, ">S", &ar);
+  size_t at = ((size_t)ar.linedefined * 31 + (size_t)(uintptr_t)ar.source / 16) % LABEL_CACHE;
+  struct label_cache *c = &rt->labels[at];
+  if (c->label == 0 || c->line != ar.linedefined || strcmp(c->source, ar.short_src) != 0) {
+    if (ar.linedefined > 0)
+      lua_pushfstring(L, "%s:%d", ar.short_src, ar.linedefined);
+    else
+      lua_pushstring(L, ar.short_src);
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LABELS); /* text labels */
+    lua_pushvalue(L, -2);
+    if (lua_rawget(L, -2) == LUA_TNIL) {
+      lua_pushvalue(L, -3);
+      lua_rawseti(L, -3, ++rt->label_count);
+      lua_pushvalue(L, -3);
+      lua_pushinteger(L, rt->label_count);
+      lua_rawset(L, -4);
+      c->label = rt->label_count;
+    } else
+      c->label = (uint32_t)lua_tointeger(L, -1);
+    lua_pop(L, 3);
+    c->line = ar.linedefined;
+    memcpy(c->source, ar.short_src, sizeof c->source);
+  }
+  t->label = c->label;
+}
+
+/* [-0, +0, m] the label of one that has not started: its function waits on the coroutine's stack */
+void fiber_label_early(lua_State *L, struct fiber *f) {
+  if (f->co == NULL || f->task.flags & TASK_STARTED || lua_gettop(f->co) <= BOTTOM) return;
+  lua_pushvalue(f->co, BOTTOM + 1 + BODY_LABEL);
+  lua_xmove(f->co, L, 1);
+  label(L, -1, &f->task);
+  lua_pop(L, 1);
+}
+
+/* ---- the body ---- */
+
+static int main_k(lua_State *L, int status, lua_KContext ctx) {
+  struct fiber *f = (struct fiber *)runtime(L)->me;
+  (void)ctx;
+  if (f->guards) context_drop_guards(f);
+  if (status == LUA_OK || status == LUA_YIELD)
+    task_settle(L, BODY_TASK, lua_gettop(L) - BODY_TRACE);
+  else
+    task_settle_error(L, BODY_TASK, 0);
+  return 0;
+}
+
+/* fiber_main(task, fn, trace, fn, arguments …) */
+static int fiber_main(lua_State *L) {
+  label(L, BODY_LABEL, runtime(L)->me);
+  int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
+  return main_k(L, status, 0);
+}
+
+struct fiber *fiber_new(lua_State *L, int arguments) {
+  struct runtime *rt = runtime(L);
+  if (rt->idle_count == 0) idle_grow(L, rt);
+  lua_State *co = rt->idle[rt->idle_count - 1].co;
+  if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
+  struct fiber *f = (struct fiber *)task_new(L, KIND_FIBER, sizeof *f, 3);
+  int first = lua_gettop(L) - arguments - 1; /* fn arguments task */
+  /* nothing raises from here: the coroutine leaves the idle ones and is the task's */
+  f->co = co;
+  f->task.slot = rt->idle[--rt->idle_count].slot;
+  if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
+  lua_pushthread(co);
+  lua_xmove(co, L, 1);
+  lua_setiuservalue(L, -2, TASK_RESULT);
+  if (rt->me->flags & TASK_HAS_CONTEXT) {
+    context_push_flowing(L, rt->me);
+    context_give(L, -2, &f->task);
+  }
+  lua_pushvalue(L, -1);
+  lua_rawseti(L, UP_ANCHORS, f->task.slot);
+  lua_insert(L, first); /* task fn arguments */
+  lua_pushvalue(co, 2);
+  lua_pushvalue(L, first);
+  lua_pushvalue(L, first + 1);
+  lua_xmove(L, co, 2);
+  lua_pushvalue(co, 3);
+  lua_xmove(L, co, arguments + 1);
+  return f;
+}
+
+/* ---- running ---- */
+
+/* [-0, +0, -] gives up the coroutine of a fiber that did not end well */
+static void drop_coroutine(lua_State *L, struct runtime *rt, struct fiber *f) {
+  rt->busy--;
+  task_forget(L, &f->task);
+  f->co = NULL;
+}
+
+static void clear_trace(lua_State *L, struct fiber *f) {
+  if (!(f->task.flags & TASK_TRACED)) return;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+  lua_pushboolean(L, 0);
+  lua_rawseti(L, -2, f->task.slot);
+  lua_pop(L, 1);
+}
+
+/* The coroutine has yielded past us, or an error has left it: its `<close>` variables run now, without
+** suspending; the task fails with the error on top, unless it is complete. [-1, +0, -] */
+static void fail(lua_State *L, struct runtime *rt, struct fiber *f) {
+  struct task *me = rt->me;
+  task_push(L, &f->task);
+  lua_insert(L, -2); /* task error */
+  rt->me = &f->task;
+  f->task.state = TASK_RUNNING;
+  close_coroutine(f->co, L);
+  context_drop_guards(f);
+  rt->me = me;
+  if (!task_done(&f->task))
+    task_settle_faulted(L, -2, 0);
+  else
+    lua_pop(L, 1);
+  clear_trace(L, f);
+  drop_coroutine(L, rt, f);
+  lua_pop(L, 1);
+}
+
+/* [-0, +1, m] the error of a body that called coroutine.yield */
+static void push_stray_yield(lua_State *L, struct fiber *f) {
+  lua_Debug ar;
+  const char *place = "?";
+  for (int level = 0; lua_getstack(f->co, level, &ar); level++) {
+    lua_getinfo(f->co, "Sl", &ar);
+    if (ar.currentline > 0) {
+      place = lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+      break;
+    }
+  }
+  error_push(L, ERROR_OPERATION,
+             "%s: coroutine.yield in the body of a task would suspend it for ever: use flow.await or "
+             "flow.yield, or make the generator with coroutine.wrap",
+             place);
+}
+
+void fiber_run(lua_State *L, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct task *before = rt->me;
+  struct fiber *callers = NULL;
+  int results;
+  rt->depth++;
+  for (;;) {
+    int arguments = f->task.flags & TASK_STARTED ? 0 : lua_gettop(f->co) - BOTTOM - 1;
+    f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
+    f->task.state = TASK_RUNNING;
+    rt->me = &f->task;
+    context_switched(L, &f->task);
+    switch (lua_resume(f->co, L, arguments, &results)) {
+      case LUA_YIELD:
+        if (rt->handoff != NULL) {
+          f->u.caller = callers;
+          callers = f;
+          f = rt->handoff;
+          rt->handoff = NULL;
+          continue;
+        }
+        if (!(f->task.flags & TASK_PARKED)) {
+          lua_pop(f->co, results);
+          push_stray_yield(L, f);
+          fail(L, rt, f);
+        }
+        break;
+      case LUA_OK: {
+        lua_State *co = f->co;
+        int slot = f->task.slot;
+        clear_trace(L, f);
+        f->co = NULL;
+        f->task.slot = 0;
+        recycle(L, rt, co, slot);
+        break;
+      }
+      default:
+        lua_xmove(f->co, L, 1);
+        fail(L, rt, f);
+    }
+    if (callers == NULL) break;
+    f = callers;
+    callers = f->u.caller;
+  }
+  rt->depth--;
+  rt->me = before;
+  if (before != rt->outside) context_switched(L, before);
+}
+
+/* ---- suspending ---- */
+
+/* [-0, +1, m] the name of the C function between the suspension and the task's own coroutine */
+static void push_barrier(lua_State *L) {
+  static const char *const passable[] = {"pcall", "xpcall", "error", "assert", "dofile", "await", NULL};
+  lua_Debug ar;
+  for (int level = 1; lua_getstack(L, level, &ar); level++) {
+    lua_getinfo(L, "Sn", &ar);
+    if (ar.what[0] != 'C' || ar.name == NULL) continue;
+    const char *const *p = passable;
+    while (*p && strcmp(*p, ar.name) != 0) p++;
+    if (*p != NULL) continue;
+    lua_pushfstring(L, "inside a function called by '%s'", ar.name);
+    return;
+  }
+  lua_pushliteral(L, "inside a message handler or another callback of C");
+}
+
+struct fiber *fiber_here(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (rt->me == rt->outside) {
+    if (rt->depth == 0 && !rt->pumping) return NULL;
+    error_throw(L, ERROR_OPERATION,
+                "cannot suspend inside a callback of the library: start a task in it (flow.spawn)");
+  }
+  struct fiber *f = (struct fiber *)rt->me;
+  if (f->co != L)
+    error_throw(L, ERROR_OPERATION,
+                "cannot suspend a task inside a coroutine made by coroutine.create or coroutine.wrap: "
+                "make it with coflow.coroutine, or await outside it");
+  if (!lua_isyieldable(L)) {
+    push_barrier(L);
+    error_throw(L, ERROR_OPERATION,
+                "cannot suspend a task %s, where Lua cannot yield: await before the call, or start a "
+                "task there (flow.spawn)",
+                lua_tostring(L, -1));
+  }
+  return f;
+}
+
+int fiber_outside(lua_State *L, lua_CFunction f) {
+  module_push_function(L, f);
+  lua_insert(L, 1);
+  return loop_run(L);
+}
+
+int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k) {
+  f->task.flags |= TASK_PARKED;
+  return lua_yieldk(L, 0, 0, k);
+}
+
+void fiber_wake(lua_State *L, int i, struct fiber *f) {
+  struct task *t = &f->task;
+  if (t->flags & (TASK_LINKED | TASK_ABANDONED)) return;
+  link_drop(&f->link);
+  lua_pushvalue(L, i);
+  lua_rawseti(L, UP_ANCHORS, t->slot);
+  t->state = TASK_QUEUED;
+  loop_ready(runtime(L), t);
+}
+
+/* [-0, +0, e] raises if the running task would await itself, directly or round a circle */
+static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
+  struct task *t = on;
+  if (me != on) {
+    if (me->waiters == NULL) return;
+    while (t != me && task_is(t, KIND_FIBER) && !task_done(t) && ((struct fiber *)t)->u.wait.on)
+      t = ((struct fiber *)t)->u.wait.on;
+    if (t != me) return;
+  }
+  task_push(L, me);
+  task_push_name(L, -1); /* me text */
+  t = on;
+  for (int n = 0;; n++) {
+    task_push(L, t);
+    task_push_name(L, -1);
+    lua_pushfstring(L, n == 0 ? "'%s' awaits '%s'" : "%s, which awaits '%s'", lua_tostring(L, -3),
+                    lua_tostring(L, -1));
+    lua_replace(L, -4);
+    lua_pop(L, 2);
+    if (t == me || n == 8) break;
+    t = ((struct fiber *)t)->u.wait.on;
+  }
+  error_throw(L, ERROR_OPERATION, "a task cannot await itself: %s", lua_tostring(L, -1));
+}
+
+static bool can_run_in_place(struct runtime *rt, struct task *on) {
+  return rt->ready == on && on->next == NULL && task_is(on, KIND_FIBER) &&
+         !(on->flags & (TASK_STARTED | TASK_ABANDONED)) && rt->depth < MAX_DEPTH && rt->inlined > 0;
+}
+
+/* Returns a value >= 0 when the await is over without a suspension: call k then. */
+static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, struct task *on) {
+  struct wait *w = &me->u.wait;
+  rt->inlined--;
+  loop_unready(rt, on);
+  w->pos = WAIT_INLINE; /* so that the circle is seen and the waiter is named */
+  w->role = WAIT_FIBER;
+  w->next = w->prev = w; /* it has not started: nobody else waits for it before us … */
+  if (on->waiters) {     /* … or they do */
+    w->next = on->waiters->next;
+    w->prev = on->waiters;
+    on->waiters->next->prev = w;
+    on->waiters->next = w;
+  }
+  on->waiters = w;
+  w->on = on;
+  me->task.state = TASK_WAITING;
+  fiber_run(L, (struct fiber *)on);
+  if (w->on != NULL) { /* it has suspended, and so do we: from here we are held by it */
+    wait_remove(L, 1, w);
+    return false;
+  }
+  if (rt->ready == NULL && !rt->stopping) {
+    me->task.state = TASK_RUNNING;
+    return true;
+  }
+  return false;
+}
+
+int fiber_await(lua_State *L, struct fiber *f, lua_KFunction k) {
+  struct runtime *rt = runtime(L);
+  struct task *me = &f->task, *on = (struct task *)lua_touserdata(L, 1);
+  refuse_circle(L, me, on);
+  if (can_run_in_place(rt, on)) {
+    if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, 0);
+    if (task_done(on)) { /* others became ready meanwhile, and come first */
+      me->state = TASK_QUEUED;
+      loop_ready(rt, me);
+      return fiber_suspend(L, f, k);
+    }
+  }
+  task_push(L, me);
+  wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
+  lua_settop(L, -2);
+  me->state = TASK_WAITING;
+  task_release(L, me);
+  return fiber_suspend(L, f, k);
+}
+
+/* ---- abandonment ---- */
+
+/* [-0, +1, m] where the suspended coroutine stands */
+static void push_where(lua_State *L, lua_State *co) {
+  lua_Debug ar;
+  for (int level = 0; lua_getstack(co, level, &ar); level++) {
+    lua_getinfo(co, "Sl", &ar);
+    if (ar.currentline > 0) {
+      lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+      return;
+    }
+  }
+  lua_pushliteral(L, "?");
+}
+
+/* [-0, +1, m] */
+static void push_abandoned(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  i = lua_absindex(L, i);
+  task_push_name(L, i);
+  push_where(L, f->co);
+  error_push(L, ERROR_ABANDONED,
+             "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
+             "awaits",
+             lua_tostring(L, -2), lua_tostring(L, -1));
+  lua_replace(L, -3);
+  lua_pop(L, 1);
+}
+
+void fiber_close(lua_State *L, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  task_push(L, &f->task);
+  int i = lua_gettop(L);
+  if (f->u.wait.on) {
+    lua_pushvalue(f->co, 1); /* what it awaits, at index 1 of the function that suspended it */
+    lua_xmove(f->co, L, 1);
+    wait_remove(L, -1, &f->u.wait);
+    lua_pop(L, 1);
+  }
+  f->task.flags |= TASK_OBSERVED;
+  push_abandoned(L, i);
+  fail(L, rt, f);
+  lua_settop(L, i - 1);
+}
+
+/* Lua calls finalizers for everything when a state closes. It then runs on the main thread, below no
+** function or below os.exit; a task that is running meanwhile has called os.exit itself. */
+static bool state_closes(lua_State *L, struct runtime *rt) {
+  lua_Debug ar;
+  if (L != rt->main) return false;
+  if (rt->me != rt->outside || !lua_getstack(L, 1, &ar)) return true;
+  lua_getinfo(L, "Sn", &ar);
+  return ar.what[0] == 'C' && ar.name && strcmp(ar.name, "exit") == 0;
+}
+
+static int l_watch_gc(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_settop(L, 1);
+  if (lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
+  lua_State *co = lua_tothread(L, 2);
+  bool closes = state_closes(L, rt);
+  if (lua_status(co) != LUA_YIELD && (!closes || lua_gettop(co) <= BOTTOM)) {
+    if (lua_status(co) != LUA_OK || lua_gettop(co) <= BOTTOM) return 0;
+    /* a cold task or a continuation that will never start: no loss to report */
+    lua_pushvalue(co, BOTTOM + 1 + BODY_TASK);
+    lua_xmove(co, L, 1);
+    struct fiber *f = (struct fiber *)object_test(L, -1, TAG_TASK);
+    if (f == NULL || f->co != co) return 0;
+    link_drop(&f->link);
+    drop_coroutine(L, rt, f);
+    return 0;
+  }
+  if (lua_status(co) != LUA_YIELD) return 0;
+  lua_Debug ar;
+  int level = 0;
+  while (lua_getstack(co, level + 1, &ar)) level++;
+  if (!lua_getstack(co, level, &ar) || !lua_getlocal(co, &ar, 1)) return 0;
+  lua_xmove(co, L, 1); /* watch coroutine task */
+  struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
+  if (f == NULL || f->co != co || task_done(&f->task)) return 0;
+  if (closes) {
+    fiber_dispose(L, f);
+    return 0;
+  }
+  if (f->task.flags & TASK_LINKED) { /* a token woke it in the meantime: watch it again */
+    luaL_getmetafield(L, 1, "__gc");
+    lua_pop(L, 1);
+    lua_getmetatable(L, 1);
+    lua_setmetatable(L, 1);
+    return 0;
+  }
+  link_drop(&f->link);
+  f->task.flags |= TASK_ABANDONED;
+  lua_pushvalue(L, 3);
+  lua_rawseti(L, UP_ANCHORS, f->task.slot);
+  loop_ready(rt, &f->task);
+  if (!(f->task.flags & TASK_OBSERVED)) {
+    push_abandoned(L, 3);
+    error_report(L, -1, 3);
+  }
+  return 0;
+}
+
+void fiber_dispose(lua_State *L, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct task *me = rt->me;
+  rt->me = &f->task;
+  lua_State *co = f->co;
+  f->co = NULL;
+  rt->depth++;
+  close_coroutine(co, L);
+  rt->depth--;
+  context_drop_guards(f);
+  rt->me = me;
+}
+
+/* ---- Lua face ---- */
+
+static bool callable(lua_State *L, int i) {
+  if (lua_isfunction(L, i)) return true;
+  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) return false;
+  lua_pop(L, 1);
+  return true;
+}
+
+static void check_callable(lua_State *L, int i) {
+  if (!callable(L, i)) luaL_typeerror(L, i, "function");
+}
+
+static int l_spawn(lua_State *L) {
+  check_callable(L, 1);
+  struct fiber *f = fiber_new(L, lua_gettop(L) - 1);
+  f->task.state = TASK_QUEUED;
+  loop_ready(runtime(L), &f->task);
+  return 1;
+}
+
+static int hot_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status, (void)ctx;
+  lua_settop(L, 1);
+  return 1;
+}
+
+/* runs the fiber at index 1, the only value, up to its first suspension; returns it */
+static int run_hot(lua_State *L, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  if (rt->depth < MAX_DEPTH)
+    fiber_run(L, f);
+  else if (me->co == L && lua_isyieldable(L)) {
+    rt->handoff = f;
+    return fiber_suspend(L, me, hot_k);
+  } else if (rt->depth < HARD_DEPTH)
+    fiber_run(L, f);
+  else { /* a recursion through C: it starts on a later turn */
+    f->task.state = TASK_QUEUED;
+    loop_ready(rt, &f->task);
+  }
+  return 1;
+}
+
+/* upvalues: runtime, anchors, fn */
+static int async_call(lua_State *L) {
+  lua_pushvalue(L, lua_upvalueindex(3));
+  lua_insert(L, 1);
+  return run_hot(L, fiber_new(L, lua_gettop(L) - 1));
+}
+
+static int l_async(lua_State *L) {
+  check_callable(L, 1);
+  lua_pushvalue(L, UP_RUNTIME);
+  lua_pushvalue(L, UP_ANCHORS);
+  lua_pushvalue(L, 1);
+  lua_pushcclosure(L, async_call, 3);
+  return 1;
+}
+
+/* Task.new(fn, ...): cold */
+static int l_new(lua_State *L) {
+  check_callable(L, 1);
+  struct fiber *f = fiber_new(L, lua_gettop(L) - 1);
+  task_release(L, &f->task);
+  return 1;
+}
+
+static struct fiber *check_cold(lua_State *L) {
+  struct fiber *f = (struct fiber *)task_check(L, 1);
+  lua_settop(L, 1);
+  if (!task_is(&f->task, KIND_FIBER) || f->task.state != TASK_CREATED) {
+    task_push_name(L, 1);
+    error_throw(L, ERROR_OPERATION, "task '%s' was started before: only a task made by Task.new starts, once",
+                lua_tostring(L, -1));
+  }
+  return f;
+}
+
+static int l_start(lua_State *L) {
+  if (!lua_isnoneornil(L, 2)) return luaL_typeerror(L, 2, "TaskScheduler");
+  struct fiber *f = check_cold(L);
+  task_hold(L, 1, &f->task);
+  f->task.state = TASK_QUEUED;
+  loop_ready(runtime(L), &f->task);
+  return 1;
+}
+
+static int l_run_synchronously(lua_State *L) {
+  struct fiber *f = check_cold(L);
+  task_hold(L, 1, &f->task);
+  return run_hot(L, f);
+}
+
+/* continuation(task, fn, token): fn(task, token) as a task once `task` is complete */
+static int l_continuation(lua_State *L) {
+  struct task *on = task_check(L, 1);
+  struct token *k = token_opt(L, 3);
+  check_callable(L, 2);
+  lua_settop(L, 3);
+  lua_pushvalue(L, 2);
+  lua_pushvalue(L, 1);
+  lua_pushvalue(L, 3);
+  on->flags |= TASK_OBSERVED;
+  struct fiber *f = fiber_new(L, 2); /* task fn token new */
+  label(L, 2, &f->task);
+  if (task_done(on)) {
+    f->task.state = TASK_QUEUED;
+    loop_ready(runtime(L), &f->task);
+    return 1;
+  }
+  f->task.state = TASK_WAITING;
+  wait_add(L, 1, &f->u.wait, 4, WAIT_FIBER);
+  task_release(L, &f->task);
+  if (k) token_link(k, &f->link);
+  return 1;
+}
+
+static int await_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status, (void)ctx;
+  lua_settop(L, 1);
+  return task_push_outcome(L, 1);
+}
+
+/* [-0, +0, e] the awaitable at index 1, or the argument error */
+static struct task *check_awaitable(lua_State *L) {
+  struct task *t = task_awaitable(L, 1);
+  if (t != NULL) return t;
+  if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
+    luaL_argerror(L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
+  luaL_typeerror(L, 1, "Task or awaitable");
+  return NULL;
+}
+
+static int l_await(lua_State *L) {
+  if (task_done(check_awaitable(L))) return task_push_outcome(L, 1);
+  struct fiber *me = fiber_here(L);
+  lua_settop(L, 1);
+  if (me == NULL) return fiber_outside(L, l_await);
+  return fiber_await(L, me, await_k);
+}
+
+static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
+  struct task *t = (struct task *)lua_touserdata(L, 1);
+  (void)status, (void)ctx;
+  lua_settop(L, 1);
+  lua_pushboolean(L, t->state == TASK_SUCCEEDED);
+  if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1);
+  error_remember(L, 1);
+  task_push_error(L, 1);
+  return 2;
+}
+
+static int l_try_await(lua_State *L) {
+  if (task_done(check_awaitable(L))) return try_await_k(L, LUA_OK, 0);
+  struct fiber *me = fiber_here(L);
+  lua_settop(L, 1);
+  if (me == NULL) return fiber_outside(L, l_try_await);
+  return fiber_await(L, me, try_await_k);
+}
+
+static int nothing_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)L, (void)status, (void)ctx;
+  return 0;
+}
+
+static int l_yield(lua_State *L) {
+  struct fiber *me = fiber_here(L);
+  if (me == NULL) return fiber_outside(L, l_yield);
+  me->task.state = TASK_QUEUED;
+  loop_ready(runtime(L), &me->task);
+  return fiber_suspend(L, me, nothing_k);
+}
+
+static int pcall_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)ctx;
+  if (status != LUA_OK && status != LUA_YIELD) {
+    lua_pushboolean(L, 0);
+    lua_insert(L, -2);
+    return 2;
+  }
+  return lua_gettop(L);
+}
+
+static int l_pcall(lua_State *L) {
+  luaL_checkany(L, 1);
+  lua_pushboolean(L, 1);
+  lua_insert(L, 1); /* true fn arguments: what a success returns */
+  return pcall_k(L, lua_pcallk(L, lua_gettop(L) - 2, LUA_MULTRET, 0, 0, pcall_k), 0);
+}
+
+static int l_current_task(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (rt->me == rt->outside)
+    lua_pushnil(L);
+  else
+    task_push(L, rt->me);
+  return 1;
+}
+
+static int l_is_awaitable_here(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_pushboolean(L, rt->me != rt->outside && ((struct fiber *)rt->me)->co == L && lua_isyieldable(L));
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"spawn", l_spawn},
+                                     {"async", l_async},
+                                     {"new", l_new},
+                                     {"start", l_start},
+                                     {"run_synchronously", l_run_synchronously},
+                                     {"continuation", l_continuation},
+                                     {"await", l_await},
+                                     {"try_await", l_try_await},
+                                     {"yield", l_yield},
+                                     {"pcall", l_pcall},
+                                     {"current_task", l_current_task},
+                                     {"is_awaitable_here", l_is_awaitable_here},
+                                     {NULL, NULL}};
+
+static const luaL_Reg watch_methods[] = {{"__gc", l_watch_gc}, {NULL, NULL}};
+
+void fiber_open(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  module_functions(L, functions);
+  module_class(L, TAG_WATCH, "coflow.Watch", watch_methods, NULL);
+  module_push_function(L, fiber_main);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
+  module_push_function(L, error_handler);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  if (rt->outside != NULL) return;
+  struct fiber *outside = (struct fiber *)task_new(L, KIND_FIBER, sizeof *outside, 3);
+  outside->task.state = TASK_RUNNING;
+  outside->task.flags = TASK_STARTED;
+  task_hold(L, -1, &outside->task);
+  lua_pop(L, 1);
+  rt->outside = rt->me = &outside->task;
+}

@@ -1,0 +1,490 @@
+/*
+** loop.c - the ready list, the pump, run, time, shutdown.
+**
+** One turn of the pump:
+**
+**     ready      tasks are resumed or landed, first in first out: until none is left, but no longer
+**                than SLICE tasks or a millisecond while timers or libuv may have something
+**     timers     what is due moves to the ready list
+**     libuv      polled without waiting while tasks are ready; else until the next deadline
+**
+** so neither a burst of ready tasks nor one of events starves the other. The pump is an ordinary C
+** function called under protection by loop_run and loop.run only, outside every libuv callback:
+** nothing that Lua raises, and no os.exit in a task, ever unwinds through libuv.
+**
+** Time is loop_now: monotonic, or virtual, when nothing is waited for: if no task is ready the clock
+** jumps to the next deadline. That, and loop_ready's choice of the end of the list, is all that
+** a test changes.
+**
+** Landing: an operation that completes while another task is settled, or a token canceled, lands at
+** the end of that, not on a later turn, in order and without recursion.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { SLICE = 256, LOOK = 16, IN_PLACE = 256 };
+#define SLICE_SECONDS 0.001
+#define TRIM_SECONDS 1.0
+
+/* ---- time ---- */
+
+double loop_now(struct runtime *rt) {
+  return rt->virtual_time ? rt->virtual_now : (double)uv_hrtime() / 1e9;
+}
+
+/* ---- lists ---- */
+
+void loop_ready(struct runtime *rt, struct task *t) {
+  if (t->flags & TASK_LINKED) return;
+  t->flags |= TASK_LINKED;
+  t->next = NULL;
+  if (rt->ready == NULL)
+    rt->ready = t;
+  else
+    rt->ready_last->next = t;
+  rt->ready_last = t;
+}
+
+/* takes the first task off the list */
+void loop_unready(struct runtime *rt, struct task *t) {
+  rt->ready = t->next;
+  t->next = NULL;
+  t->flags &= (uint16_t)~TASK_LINKED;
+}
+
+void loop_land(lua_State *L, int i, struct task *t) {
+  struct runtime *rt = runtime(L);
+  if (t->flags & TASK_LINKED || task_done(t)) return;
+  task_hold(L, i, t);
+  t->flags |= TASK_LINKED;
+  t->next = NULL;
+  if (rt->landing == NULL)
+    rt->landing = t;
+  else
+    rt->landing_last->next = t;
+  rt->landing_last = t;
+}
+
+/* [-0, +0, m] */
+static void land(lua_State *L, struct task *t) {
+  task_push(L, t);
+  int i = lua_gettop(L);
+  switch (task_kind(t)) {
+    case KIND_DELAY:
+      delay_land(L, i);
+      break;
+    case KIND_WAIT:
+      wait_op_land(L, i);
+      break;
+    case KIND_EXPIRY:
+      expiry_land(L, i);
+      break;
+    default:
+      combine_land(L, i);
+  }
+  lua_settop(L, i - 1);
+}
+
+static int lander(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  while (rt->landing != NULL) {
+    struct task *t = rt->landing;
+    rt->landing = t->next;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    land(L, t);
+  }
+  return 0;
+}
+
+void loop_land_all(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (rt->landing == NULL || rt->land_busy) return;
+  rt->land_busy = true;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LANDER);
+  int status = lua_pcall(L, 0, 0, 0);
+  rt->land_busy = false;
+  if (status != LUA_OK) lua_error(L); /* out of memory; what is left lands with the next one */
+}
+
+/* ---- the pump ---- */
+
+static void run_one(lua_State *L, struct runtime *rt) {
+  struct task *t = rt->ready;
+  loop_unready(rt, t);
+  if (!task_is(t, KIND_FIBER))
+    land(L, t);
+  else if (t->flags & TASK_ABANDONED)
+    fiber_close(L, (struct fiber *)t);
+  else
+    fiber_run(L, (struct fiber *)t);
+}
+
+static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
+  double start = 0;
+  rt->inlined = IN_PLACE;
+  for (int n = 1; rt->ready != NULL && n <= SLICE; n++) {
+    run_one(L, rt);
+    if ((until && task_done(until)) || rt->stopping || rt->signaled) return;
+    if (n % LOOK == 0) {
+      double now = (double)uv_hrtime() / 1e9;
+      if (start == 0)
+        start = now;
+      else if (now - start > SLICE_SECONDS)
+        return;
+    }
+  }
+}
+
+/* ---- libuv side: no Lua below this line until the Lua face ---- */
+
+static void on_timer(uv_timer_t *timer) { (void)timer; }
+
+static void on_signal(uv_signal_t *handle, int number) {
+  struct runtime *rt = (struct runtime *)(void *)((char *)handle->loop - offsetof(struct runtime, loop));
+  rt->signaled = number;
+}
+
+static void disarm(struct runtime *rt) {
+  if (!rt->timer_armed) return;
+  uv_timer_stop(&rt->timer);
+  rt->timer_armed = false;
+}
+
+/* something may still happen that nobody here has to do */
+static bool is_alive(struct runtime *rt) {
+  if (rt->ready != NULL || rt->timer_count > 0) return true;
+  disarm(rt);
+  return uv_loop_alive(&rt->loop);
+}
+
+static void poll(struct runtime *rt, bool wait) {
+  if (wait && rt->timer_count > 0 && !rt->virtual_time) {
+    double due = rt->timers[0].due;
+    if (!rt->timer_armed || rt->timer_due != due) {
+      double seconds = due - loop_now(rt);
+      uint64_t ms = seconds <= 0 ? 0 : seconds > 1e9 ? (uint64_t)1e12 : (uint64_t)ceil(seconds * 1e3);
+      uv_update_time(&rt->loop);
+      uv_timer_start(&rt->timer, on_timer, ms, 0);
+      rt->timer_armed = true;
+      rt->timer_due = due;
+    }
+  } else if (wait)
+    disarm(rt);
+  uv_run(&rt->loop, wait ? UV_RUN_ONCE : UV_RUN_NOWAIT);
+  if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
+}
+
+/* nothing is ready: let time pass. False when nothing can ever happen. */
+static bool pass_time(struct runtime *rt) {
+  if (rt->virtual_time && rt->timer_count > 0) {
+    if (uv_loop_alive(&rt->loop)) poll(rt, false);
+    if (rt->ready == NULL && rt->timers[0].due > rt->virtual_now)
+      rt->virtual_now = rt->timers[0].due;
+    return true;
+  }
+  if (!is_alive(rt)) return false;
+  poll(rt, true);
+  return true;
+}
+
+static void on_close(uv_handle_t *handle) { (void)handle; }
+
+static void close_any(uv_handle_t *handle, void *arg) {
+  (void)arg;
+  if (!uv_is_closing(handle)) uv_close(handle, on_close);
+}
+
+void loop_init(struct runtime *rt) {
+  uv_loop_init(&rt->loop);
+  uv_timer_init(&rt->loop, &rt->timer);
+  rt->closed = false;
+}
+
+/* ---- driving ---- */
+
+enum drive_end { DRIVE_DONE, DRIVE_DEAD, DRIVE_STOPPED, DRIVE_SIGNALED };
+
+/* [-0, +0, e] turns until the task is complete (NULL: until nothing is left alive) */
+static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task *until) {
+  for (;;) {
+    if (until && task_done(until)) return DRIVE_DONE;
+    if (rt->stopping) return DRIVE_STOPPED;
+    if (rt->signaled) return DRIVE_SIGNALED;
+    if (rt->ready != NULL) {
+      run_ready(L, rt, until);
+      if (until && task_done(until)) return DRIVE_DONE;
+      timer_fire_due(rt);
+      if (rt->ready != NULL) {
+        poll(rt, false);
+        continue;
+      }
+    }
+    timer_fire_due(rt);
+    if (rt->ready != NULL) continue;
+    double now = (double)uv_hrtime() / 1e9;
+    if (now - rt->last_trim > TRIM_SECONDS) {
+      fiber_trim(L);
+      rt->last_trim = now;
+    }
+    if (!pass_time(rt)) return DRIVE_DEAD;
+  }
+}
+
+/* [-0, +0, e] one turn; waits for an event only if nothing was ready, and if told to */
+static enum drive_end turn(lua_State *L, struct runtime *rt, bool wait) {
+  timer_fire_due(rt);
+  if (rt->ready == NULL) {
+    if (wait)
+      pass_time(rt);
+    else
+      poll(rt, false);
+    timer_fire_due(rt);
+  }
+  run_ready(L, rt, NULL);
+  return DRIVE_DONE;
+}
+
+/* [-0, +1, m] what waits where, a line each */
+static void push_report(lua_State *L) {
+  enum { LINES = 30 };
+  int lines = 0, more = 0;
+  luaL_checkstack(L, 20, NULL);
+  lua_newtable(L);
+  int list = lua_gettop(L);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
+  for (lua_Integer slot = 2; slot <= n; slot++, lua_settop(L, list)) {
+    lua_rawgeti(L, UP_ANCHORS, slot);
+    if (!lua_islightuserdata(L, -1)) continue;
+    struct task *t = (struct task *)lua_touserdata(L, -1);
+    if (!task_is(t, KIND_FIBER) || !(t->flags & TASK_STARTED)) continue;
+    if (++lines > LINES) {
+      more++;
+      continue;
+    }
+    struct fiber *f = (struct fiber *)t;
+    task_push(L, t);
+    task_push_name(L, -1); /* … task name */
+    const char *what = "for ever";
+    if (f->u.wait.on) {
+      lua_pushvalue(f->co, 1);
+      lua_xmove(f->co, L, 1);
+      task_push_name(L, -1);
+      what = lua_pushfstring(L, "for '%s'", lua_tostring(L, -1));
+    }
+    const char *place = "?";
+    lua_Debug ar;
+    for (int level = 0; lua_getstack(f->co, level, &ar); level++) {
+      lua_getinfo(f->co, "Sl", &ar);
+      if (ar.currentline <= 0) continue;
+      place = lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+      break;
+    }
+    lua_pushfstring(L, "\n\ttask '%s' waits %s at %s", lua_tostring(L, list + 3), what, place);
+    lua_rawseti(L, list, lines);
+  }
+  luaL_Buffer b;
+  luaL_buffinit(L, &b);
+  for (int i = 1; i <= lines - more; i++) {
+    lua_rawgeti(L, list, i);
+    luaL_addvalue(&b);
+  }
+  if (more > 0) {
+    lua_pushfstring(L, "\n\t… and %d more", more);
+    luaL_addvalue(&b);
+  }
+  luaL_pushresult(&b);
+  lua_remove(L, list);
+}
+
+enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT };
+
+/* pump(task or nil, mode) under protection -> how it ended */
+static int pump(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  enum loop_mode mode = (enum loop_mode)lua_tointeger(L, 2);
+  if (mode == LOOP_DEFAULT)
+    lua_pushinteger(L, drive(L, rt, (struct task *)lua_touserdata(L, 1)));
+  else
+    lua_pushinteger(L, turn(L, rt, mode == LOOP_ONCE));
+  return 1;
+}
+
+/* [-0, +0, e] the one place that enters the pump; the task at i, or 0 */
+static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
+  struct runtime *rt = runtime(L);
+  rt->pumping = true;
+  rt->stopping = false;
+  rt->signaled = 0;
+  module_push_function(L, pump);
+  if (i != 0)
+    lua_pushvalue(L, i);
+  else
+    lua_pushnil(L);
+  lua_pushinteger(L, mode);
+  int status = lua_pcall(L, 2, 1, 0);
+  rt->pumping = false;
+  context_switched(L, rt->outside);
+  if (status != LUA_OK) lua_error(L);
+  enum drive_end end = (enum drive_end)lua_tointeger(L, -1);
+  lua_pop(L, 1);
+  return end;
+}
+
+static void check_outside(lua_State *L, const char *what) {
+  struct runtime *rt = runtime(L);
+  if (rt->me != rt->outside)
+    error_throw(L, ERROR_OPERATION,
+                "%s inside a task would block the event loop: await the work instead", what);
+  if (rt->pumping || rt->depth > 0)
+    error_throw(L, ERROR_OPERATION,
+                "%s inside a callback: the event loop is running already; start a task (flow.spawn)",
+                what);
+}
+
+int loop_run(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  check_outside(L, "run");
+  struct fiber *root = fiber_new(L, lua_gettop(L) - 1);
+  root->task.state = TASK_QUEUED;
+  loop_ready(rt, &root->task);
+  switch (enter(L, 1, LOOP_DEFAULT)) {
+    case DRIVE_DONE:
+      return task_push_outcome(L, 1);
+    case DRIVE_DEAD:
+      root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
+      push_report(L);
+      return error_throw(L, ERROR_OPERATION,
+                         "deadlock: no task is ready, and no timer, request or handle is alive that "
+                         "could complete one%s",
+                         lua_tostring(L, -1));
+    case DRIVE_SIGNALED:
+      root->task.flags |= TASK_OBSERVED;
+      error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
+      lua_pushinteger(L, rt->signaled);
+      lua_setfield(L, -2, "signal");
+      return lua_error(L);
+    default:
+      root->task.flags |= TASK_OBSERVED;
+      return error_throw(L, ERROR_OPERATION, "the event loop was stopped by loop.stop");
+  }
+}
+
+/* [-0, +0, -] at the end of the state: no finalizer of a fiber runs after this one */
+void loop_close(lua_State *L, struct runtime *rt) {
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  rt->closed = true;
+  uv_walk(&rt->loop, close_any, NULL);
+  while (uv_run(&rt->loop, UV_RUN_DEFAULT) != 0) continue;
+  uv_loop_close(&rt->loop);
+  alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
+  alloc(ud, rt->timers, rt->timer_size * sizeof *rt->timers, 0);
+  rt->idle = NULL;
+  rt->timers = NULL;
+  rt->timer_count = rt->idle_count = 0;
+}
+
+/* ---- Lua face ---- */
+
+static int l_run(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TFUNCTION);
+  return loop_run(L);
+}
+
+/* loop.run(mode) */
+static int l_loop_run(lua_State *L) {
+  static const char *const modes[] = {"default", "once", "nowait", NULL};
+  struct runtime *rt = runtime(L);
+  enum loop_mode mode = (enum loop_mode)luaL_checkoption(L, 1, "default", modes);
+  check_outside(L, "loop.run");
+  enter(L, 0, mode);
+  lua_pushboolean(L, is_alive(rt));
+  return 1;
+}
+
+static int l_loop_stop(lua_State *L) {
+  runtime(L)->stopping = true;
+  return 0;
+}
+
+static int l_loop_now(lua_State *L) {
+  lua_pushnumber(L, loop_now(runtime(L)));
+  return 1;
+}
+
+static int l_loop_is_alive(lua_State *L) {
+  lua_pushboolean(L, is_alive(runtime(L)));
+  return 1;
+}
+
+static int l_loop_backend_fd(lua_State *L) {
+  lua_pushinteger(L, uv_backend_fd(&runtime(L)->loop));
+  return 1;
+}
+
+/* seconds until the loop has something to do; nil: only an event can tell */
+static int l_loop_timeout(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  double now = loop_now(rt);
+  if (rt->ready != NULL)
+    lua_pushnumber(L, 0);
+  else if (rt->timer_count == 0)
+    lua_pushnil(L);
+  else
+    lua_pushnumber(L, rt->timers[0].due > now ? rt->timers[0].due - now : 0);
+  return 1;
+}
+
+/* watch_signals(bool): SIGINT and SIGTERM end the pump; the handles do not keep the loop alive */
+static int l_watch_signals(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  static const int numbers[] = {SIGINT, SIGTERM};
+  bool on = lua_toboolean(L, 1);
+  for (int i = 0; i < 2; i++) {
+    if (!rt->signals_open) {
+      uv_signal_init(&rt->loop, &rt->signals[i]);
+      uv_unref((uv_handle_t *)&rt->signals[i]);
+    }
+    if (on)
+      uv_signal_start(&rt->signals[i], on_signal, numbers[i]);
+    else
+      uv_signal_stop(&rt->signals[i]);
+  }
+  rt->signals_open = true;
+  return 0;
+}
+
+/* virtual(start or nil): virtual time from `start` on, or real time again */
+static int l_virtual(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  rt->virtual_time = !lua_isnoneornil(L, 1);
+  rt->virtual_now = luaL_optnumber(L, 1, 0);
+  return 0;
+}
+
+static const luaL_Reg functions[] = {{"run", l_run},
+                                     {"watch_signals", l_watch_signals},
+                                     {"virtual", l_virtual},
+                                     {NULL, NULL}};
+static const luaL_Reg loop_functions[] = {{"run", l_loop_run},
+                                          {"stop", l_loop_stop},
+                                          {"now", l_loop_now},
+                                          {"is_alive", l_loop_is_alive},
+                                          {"backend_fd", l_loop_backend_fd},
+                                          {"timeout", l_loop_timeout},
+                                          {NULL, NULL}};
+
+void loop_open(lua_State *L) {
+  module_functions(L, functions);
+  lua_newtable(L);
+  module_functions(L, loop_functions);
+  lua_setfield(L, -2, "loop");
+  module_push_function(L, lander);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LANDER);
+}

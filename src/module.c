@@ -1,0 +1,266 @@
+/*
+** module.c - luaopen_coflow_core, and what every other file needs to define classes.
+**
+** The module's state is one userdata, the runtime, at a registry key with a static address; there
+** are no C globals, so any number of Lua states may each open the module. Every function is a
+** closure over the runtime and the anchors (core.h), which makes both one instruction away.
+**
+** A class is a metatable whose __index function looks first among the methods, then among the
+** properties: C functions called with the object, kept as light userdata so that reading
+** `task.status` costs one call.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <math.h>
+#include <string.h>
+
+static const char runtime_key = 0;
+
+/* ---- objects ---- */
+
+void *object_test(lua_State *L, int i, uint32_t tag) {
+  uint32_t mask = tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF;
+  const uint32_t *o = (const uint32_t *)lua_touserdata(L, i);
+  if (o == NULL || lua_rawlen(L, i) < sizeof(uint32_t) || lua_islightuserdata(L, i)) return NULL;
+  return (*o & mask) == tag ? (void *)o : NULL;
+}
+
+static void push_metatable(lua_State *L, uint32_t tag) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
+  lua_rawgeti(L, -1, TAG_CLASS(tag));
+  lua_remove(L, -2);
+}
+
+void *object_check(lua_State *L, int i, uint32_t tag) {
+  void *o = object_test(L, i, tag);
+  if (o == NULL) {
+    push_metatable(L, tag);
+    lua_getfield(L, -1, "__name");
+    luaL_typeerror(L, i, lua_tostring(L, -1));
+  }
+  return o;
+}
+
+void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
+  uint32_t *o = (uint32_t *)lua_newuserdatauv(L, size, uservalues);
+  memset(o, 0, size);
+  *o = tag;
+  push_metatable(L, tag);
+  lua_setmetatable(L, -2);
+  return o;
+}
+
+/* ---- classes ---- */
+
+void module_push_function(lua_State *L, lua_CFunction f) {
+  lua_pushvalue(L, UP_RUNTIME);
+  lua_pushvalue(L, UP_ANCHORS);
+  lua_pushcclosure(L, f, 2);
+}
+
+void module_functions(lua_State *L, const luaL_Reg *functions) {
+  for (; functions->name; functions++) {
+    module_push_function(L, functions->func);
+    lua_setfield(L, -2, functions->name);
+  }
+}
+
+/* upvalues: runtime, anchors, methods, properties */
+static int l_index(lua_State *L) {
+  lua_settop(L, 2);
+  lua_pushvalue(L, 2);
+  if (lua_rawget(L, lua_upvalueindex(3)) != LUA_TNIL) return 1;
+  lua_pushvalue(L, 2);
+  if (lua_rawget(L, lua_upvalueindex(4)) != LUA_TLIGHTUSERDATA) return 1;
+  lua_CFunction get;
+  void *p = lua_touserdata(L, -1);
+  memcpy(&get, &p, sizeof p);
+  lua_settop(L, 1);
+  return get(L);
+}
+
+void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
+                  const luaL_Reg *properties) {
+  lua_newtable(L); /* metatable */
+  lua_pushstring(L, name);
+  lua_setfield(L, -2, "__name");
+  lua_pushboolean(L, 0);
+  lua_setfield(L, -2, "__metatable");
+  lua_pushvalue(L, UP_RUNTIME);
+  lua_pushvalue(L, UP_ANCHORS);
+  lua_newtable(L); /* metatable runtime anchors methods */
+  for (; methods->name; methods++) {
+    module_push_function(L, methods->func);
+    if (strncmp(methods->name, "__", 2) == 0 && strcmp(methods->name, "__await") != 0)
+      lua_setfield(L, -5, methods->name);
+    else
+      lua_setfield(L, -2, methods->name);
+  }
+  lua_pushvalue(L, -1);
+  lua_setfield(L, -5, "methods"); /* the library adds to them; not visible to scripts */
+  lua_newtable(L);
+  for (; properties && properties->name; properties++) {
+    void *p;
+    memcpy(&p, &properties->func, sizeof p);
+    lua_pushlightuserdata(L, p);
+    lua_setfield(L, -2, properties->name);
+  }
+  lua_pushcclosure(L, l_index, 4);
+  lua_setfield(L, -2, "__index");
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
+  lua_insert(L, -2);
+  lua_rawseti(L, -2, TAG_CLASS(tag));
+  lua_pop(L, 1);
+}
+
+/* ---- arguments ---- */
+
+double module_seconds(lua_State *L, int i) {
+  lua_Number s = luaL_checknumber(L, i);
+  luaL_argcheck(L, s >= 0, i, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
+  return (double)s;
+}
+
+void module_check_options(lua_State *L, int i, const char *const names[]) {
+  luaL_checktype(L, i, LUA_TTABLE);
+  for (lua_pushnil(L); lua_next(L, i); lua_pop(L, 1)) {
+    const char *const *name = names;
+    if (lua_type(L, -2) == LUA_TSTRING)
+      while (*name && strcmp(*name, lua_tostring(L, -2)) != 0) name++;
+    else
+      while (*name) name++;
+    if (*name == NULL) {
+      lua_pushvalue(L, -2);
+      luaL_argerror(L, i, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -1, NULL)));
+    }
+  }
+}
+
+/* ---- slot tables: t[1] is the first free slot or 0; a free slot holds the next one ---- */
+
+int slots_add(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  lua_rawgeti(L, i, 1);
+  int slot = (int)lua_tointeger(L, -1);
+  lua_pop(L, 1);
+  if (slot != 0) {
+    lua_rawgeti(L, i, slot);
+    lua_rawseti(L, i, 1);
+  } else {
+    slot = (int)lua_rawlen(L, i) + 1;
+    if (slot == 1) { /* a new table */
+      lua_pushinteger(L, 0);
+      lua_rawseti(L, i, 1);
+      slot = 2;
+    }
+  }
+  lua_rawseti(L, i, slot);
+  return slot;
+}
+
+void slots_free(lua_State *L, int i, int slot) {
+  i = lua_absindex(L, i);
+  lua_rawgeti(L, i, 1);
+  lua_rawseti(L, i, slot);
+  lua_pushinteger(L, slot);
+  lua_rawseti(L, i, 1);
+}
+
+/* ---- Lua face ---- */
+
+/* methods(class name) -> the table of its methods, for the library to add those written in Lua */
+static int l_methods(lua_State *L) {
+  const char *name = luaL_checkstring(L, 1);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
+  for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1)) {
+    lua_getfield(L, -1, "__name");
+    if (strcmp(lua_tostring(L, -1), name) == 0) {
+      lua_getfield(L, -2, "methods");
+      return 1;
+    }
+    lua_pop(L, 1);
+  }
+  return luaL_argerror(L, 1, "no such class");
+}
+
+static int l_runtime_gc(lua_State *L) {
+  struct runtime *rt = (struct runtime *)lua_touserdata(L, 1);
+  if (!rt->closed) loop_close(L, rt);
+  return 0;
+}
+
+static const luaL_Reg functions[] = {{"methods", l_methods}, {NULL, NULL}};
+
+/* upvalues: runtime, anchors */
+static int open_all(lua_State *L) {
+  lua_newtable(L);
+  module_functions(L, functions);
+  error_open(L);
+  context_open(L);
+  task_open(L);
+  fiber_open(L);
+  combine_open(L);
+  cancel_open(L);
+  timer_open(L);
+  loop_open(L);
+  return 1;
+}
+
+/* [-0, +1, m] a new table, also kept in that user value of the runtime on top; weak if told */
+static void runtime_table(lua_State *L, int n, const char *mode) {
+  lua_newtable(L);
+  if (mode) {
+    lua_newtable(L);
+    lua_pushstring(L, mode);
+    lua_setfield(L, -2, "__mode");
+    lua_setmetatable(L, -2);
+  }
+  lua_setiuservalue(L, -2, n);
+}
+
+static void runtime_new(lua_State *L) {
+  struct runtime *rt =
+      (struct runtime *)lua_newuserdatauv(L, sizeof(struct runtime), RUNTIME_UV_COUNT);
+  memset(rt, 0, sizeof *rt);
+  rt->closed = true; /* nothing to close before loop_init */
+  runtime_table(L, RUNTIME_ANCHORS, NULL);
+  runtime_table(L, RUNTIME_ERRORS, NULL);
+  runtime_table(L, RUNTIME_TRACES, NULL);
+  runtime_table(L, RUNTIME_LABELS, NULL);
+  runtime_table(L, RUNTIME_NAMES, "k");
+  runtime_table(L, RUNTIME_IDS, "k");
+  runtime_table(L, RUNTIME_LOCALS, "v");
+  runtime_table(L, RUNTIME_WATCHED, "v");
+  runtime_table(L, RUNTIME_METATABLES, NULL);
+  lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
+  rt->main = lua_tothread(L, -1);
+  lua_pop(L, 1);
+  lua_newtable(L);
+  lua_pushcfunction(L, l_runtime_gc);
+  lua_setfield(L, -2, "__gc");
+  lua_setmetatable(L, -2);
+  loop_init(rt);
+}
+
+__attribute__((visibility("default"))) int luaopen_coflow_core(lua_State *L);
+
+int luaopen_coflow_core(lua_State *L) {
+  if (lua_rawgetp(L, LUA_REGISTRYINDEX, &runtime_key) == LUA_TNIL) {
+    lua_pop(L, 1);
+    runtime_new(L); /* runtime */
+    lua_pushvalue(L, -1);
+    lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
+    lua_pushcclosure(L, open_all, 2); /* runtime open_all */
+    lua_call(L, 0, 1);                /* runtime module */
+    lua_pushvalue(L, -2);
+    lua_rawsetp(L, LUA_REGISTRYINDEX, &runtime_key);
+    return 1;
+  }
+  /* loaded a second time (package.loaded cleared): the same classes on the same loop */
+  lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
+  lua_pushcclosure(L, open_all, 2);
+  lua_call(L, 0, 1);
+  return 1;
+}

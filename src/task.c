@@ -1,0 +1,615 @@
+/*
+** task.c - what all tasks share: the anchor, the waits, the outcome.
+**
+** A task is complete once; then its outcome never changes, and everybody who waited has been made
+** ready, first in, first out. Nobody's code runs while a task is settled (queue-all): fibers are put
+** on the ready list, and tasks made of others (when_all …) land at the end of the settling.
+**
+** Waiting. Every waiter embeds one struct wait per task that it waits for. The nodes form a circular
+** list, which gives order and O(1) removal; what keeps the waiters alive is beside it, in the user
+** value TASK_WAITERS of the awaited task: nil, the one waiter, or a slot table of several.
+**
+** Invariants: w->on != NULL exactly while w is in the list of w->on. t->waiters is the last node.
+**             A task in the slot of the anchors by its address only is parked, or not started.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <string.h>
+
+/* ---- anchors ---- */
+
+struct task *task_new(lua_State *L, int kind, size_t size, int uservalues) {
+  bool finalizer = kind >= KIND_WAIT && kind <= KIND_EACH; /* may die before it lands */
+  uint32_t class = finalizer ? TAG_OPERATION : TAG_TASK;
+  struct task *t = (struct task *)object_new(L, class, size, uservalues);
+  t->tag = TAG_TASK | (uint32_t)kind;
+  t->state = kind == KIND_FIBER ? TASK_CREATED : TASK_WAITING;
+  return t;
+}
+
+void task_hold(lua_State *L, int i, struct task *t) {
+  lua_pushvalue(L, i);
+  if (t->slot == 0)
+    t->slot = slots_add(L, UP_ANCHORS);
+  else
+    lua_rawseti(L, UP_ANCHORS, t->slot);
+}
+
+void task_release(lua_State *L, struct task *t) {
+  lua_pushlightuserdata(L, t);
+  if (t->slot == 0)
+    t->slot = slots_add(L, UP_ANCHORS);
+  else
+    lua_rawseti(L, UP_ANCHORS, t->slot);
+}
+
+void task_forget(lua_State *L, struct task *t) {
+  if (t->slot == 0) return;
+  slots_free(L, UP_ANCHORS, t->slot);
+  t->slot = 0;
+}
+
+/* A parked fiber is at the bottom of its own stack, where the body has it as first argument. */
+static bool push_parked(lua_State *L, const struct fiber *f) {
+  lua_Debug ar;
+  int low = 0, high = 1;
+  if (lua_status(f->co) != LUA_YIELD) { /* not started: watch, main, trace, main, task … */
+    if (lua_gettop(f->co) < 5 || !lua_checkstack(f->co, 1)) return false;
+    lua_pushvalue(f->co, 5);
+    lua_xmove(f->co, L, 1);
+    return true;
+  }
+  while (lua_getstack(f->co, high, &ar)) low = high, high *= 2;
+  while (high - low > 1) { /* the outermost level */
+    int middle = low + (high - low) / 2;
+    if (lua_getstack(f->co, middle, &ar))
+      low = middle;
+    else
+      high = middle;
+  }
+  if (!lua_getstack(f->co, low, &ar) || !lua_checkstack(f->co, 1)) return false;
+  if (lua_getlocal(f->co, &ar, 1) == NULL) return false;
+  lua_xmove(f->co, L, 1);
+  return true;
+}
+
+void task_push(lua_State *L, const struct task *t) {
+  if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return;
+  lua_pop(L, 1);
+  if (!push_parked(L, (const struct fiber *)t)) lua_pushnil(L);
+}
+
+/* ---- waits ---- */
+
+static void list_append(struct task *t, struct wait *w) {
+  struct wait *last = t->waiters;
+  if (last == NULL)
+    w->next = w->prev = w;
+  else {
+    w->next = last->next;
+    w->prev = last;
+    last->next->prev = w;
+    last->next = w;
+  }
+  t->waiters = w;
+  w->on = t;
+}
+
+static void list_remove(struct wait *w) {
+  struct task *t = w->on;
+  if (w->next == w)
+    t->waiters = NULL;
+  else {
+    w->next->prev = w->prev;
+    w->prev->next = w->next;
+    if (t->waiters == w) t->waiters = w->prev;
+  }
+  w->on = NULL;
+}
+
+void wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
+  struct task *t = (struct task *)lua_touserdata(L, on);
+  uint32_t pos = 0;
+  owner = lua_absindex(L, owner);
+  switch (lua_getiuservalue(L, on, TASK_WAITERS)) {
+    case LUA_TNIL:
+      lua_pushvalue(L, owner);
+      lua_setiuservalue(L, on, TASK_WAITERS);
+      break;
+    case LUA_TTABLE:
+      lua_pushvalue(L, owner);
+      pos = (uint32_t)slots_add(L, -2);
+      break;
+    default: { /* the second waiter: the first one moves into a table with it */
+      struct wait *first = t->waiters;
+      while (first->pos != 0) first = first->prev;
+      lua_createtable(L, 3, 0);
+      lua_insert(L, -2); /* … table first */
+      uint32_t first_pos = (uint32_t)slots_add(L, -2);
+      lua_pushvalue(L, owner);
+      pos = (uint32_t)slots_add(L, -2);
+      first->pos = first_pos; /* nothing raises from here */
+      lua_pushvalue(L, -1);
+      lua_setiuservalue(L, on, TASK_WAITERS);
+    }
+  }
+  lua_pop(L, 1);
+  w->pos = pos;
+  w->role = role;
+  list_append(t, w);
+}
+
+void wait_remove(lua_State *L, int on, struct wait *w) {
+  struct task *t = w->on;
+  if (t == NULL) return;
+  list_remove(w);
+  if (w->pos == WAIT_INLINE) return;
+  on = lua_absindex(L, on);
+  if (w->pos == 0 || t->waiters == NULL) {
+    lua_pushnil(L);
+    lua_setiuservalue(L, on, TASK_WAITERS);
+  } else {
+    lua_getiuservalue(L, on, TASK_WAITERS);
+    slots_free(L, -1, (int)w->pos);
+    lua_pop(L, 1);
+  }
+}
+
+void wait_owner(lua_State *L, int on, const struct wait *w) {
+  if (w->pos == WAIT_INLINE) {
+    task_push(L, &container_of(w, struct fiber, u.wait)->task);
+    return;
+  }
+  lua_getiuservalue(L, on, TASK_WAITERS);
+  if (w->pos != 0) {
+    lua_rawgeti(L, -1, (lua_Integer)w->pos);
+    lua_remove(L, -2);
+  }
+}
+
+void wait_notify(lua_State *L, int on) {
+  struct task *t = (struct task *)lua_touserdata(L, on);
+  struct wait *w = t->waiters ? t->waiters->next : NULL, *last = t->waiters;
+  if (w == NULL) return;
+  on = lua_absindex(L, on);
+  t->waiters = NULL;
+  lua_getiuservalue(L, on, TASK_WAITERS);
+  lua_pushnil(L);
+  lua_setiuservalue(L, on, TASK_WAITERS); /* waiters */
+  for (;;) {
+    struct wait *next = w->next;
+    bool end = w == last;
+    w->on = NULL;
+    if (w->pos != WAIT_INLINE) {
+      if (w->pos == 0)
+        lua_pushvalue(L, -1);
+      else
+        lua_rawgeti(L, -1, (lua_Integer)w->pos); /* waiters waiter */
+      if (w->role == WAIT_FIBER)
+        fiber_wake(L, -1, container_of(w, struct fiber, u.wait));
+      else if (w->role == WAIT_OP)
+        wait_op_fire(L, -1);
+      else
+        combine_fire(L, -1, w);
+      lua_pop(L, 1);
+    }
+    if (end) break;
+    w = next;
+  }
+  lua_pop(L, 1);
+}
+
+/* ---- outcomes ---- */
+
+/* [-1, +0, -] the outcome is complete: the result is on top; `error`: where its trace comes from */
+static void settle(lua_State *L, int i, enum task_state s, int from) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  i = lua_absindex(L, i);
+  lua_setiuservalue(L, i, TASK_RESULT);
+  t->state = (uint8_t)s;
+  if (t->waiters) wait_notify(L, i);
+  if (s == TASK_FAULTED || (s == TASK_CANCELED && t->flags & TASK_TRACED)) error_attach(L, i, from);
+  if (t->flags & TASK_HAS_CONTEXT) {
+    lua_pushnil(L);
+    context_give(L, i, t);
+  }
+  loop_land_all(L);
+}
+
+void task_settle(lua_State *L, int i, int results) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  if (results == 0) {
+    t->flags |= TASK_NONE;
+    lua_pushnil(L);
+  } else if (results > 1) {
+    lua_createtable(L, results, 1); /* … r1 … rn table */
+    lua_insert(L, -(results + 1));
+    for (int k = results; k >= 1; k--) lua_rawseti(L, -(k + 1), k);
+    lua_pushinteger(L, results);
+    lua_setfield(L, -2, "n");
+    t->flags |= TASK_MANY;
+  }
+  settle(L, i, TASK_SUCCEEDED, 0);
+}
+
+void task_settle_canceled(lua_State *L, int i) { settle(L, i, TASK_CANCELED, 0); }
+
+void task_settle_faulted(lua_State *L, int i, int from) { settle(L, i, TASK_FAULTED, from); }
+
+void task_settle_error(lua_State *L, int i, int from) {
+  settle(L, i, error_is(L, -1, ERROR_CANCELED) ? TASK_CANCELED : TASK_FAULTED, from);
+}
+
+void task_settle_like(lua_State *L, int i, int from) {
+  const struct task *source = (const struct task *)lua_touserdata(L, from);
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  t->flags |= source->flags & (TASK_MANY | TASK_NONE | TASK_AGGREGATE);
+  lua_getiuservalue(L, from, TASK_RESULT);
+  settle(L, i, (enum task_state)source->state, from);
+}
+
+void task_push_error(lua_State *L, int i) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  t->flags |= TASK_OBSERVED;
+  lua_getiuservalue(L, i, TASK_RESULT);
+  if (t->flags & TASK_AGGREGATE) {
+    lua_getfield(L, -1, "inner_exceptions");
+    lua_rawgeti(L, -1, 1);
+    lua_replace(L, -3);
+    lua_pop(L, 1);
+  }
+}
+
+static int push_values(lua_State *L, int i) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  if (t->flags & TASK_NONE) return 0;
+  lua_getiuservalue(L, i, TASK_RESULT);
+  if (!(t->flags & TASK_MANY)) return 1;
+  int table = lua_gettop(L);
+  lua_getfield(L, table, "n");
+  int n = (int)lua_tointeger(L, -1);
+  lua_pop(L, 1);
+  luaL_checkstack(L, n, "too many results");
+  for (int k = 1; k <= n; k++) lua_rawgeti(L, table, k);
+  lua_remove(L, table);
+  return n;
+}
+
+int task_push_outcome(lua_State *L, int i) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  if (t->state == TASK_SUCCEEDED) return push_values(L, i);
+  error_remember(L, i);
+  task_push_error(L, i);
+  return lua_error(L);
+}
+
+void task_push_name(lua_State *L, int i) {
+  static const char *const kinds[KIND_COUNT] = {"task",      "promise",   "delay",
+                                                "wait_async", "when_all", "when_any",
+                                                "when_each", "cancel_after"};
+  i = lua_absindex(L, i);
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  if (t->label == 0 && task_is(t, KIND_FIBER)) fiber_label_early(L, (struct fiber *)t);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
+  lua_pushvalue(L, i);
+  if (lua_rawget(L, -2) == LUA_TNIL && t->label != 0) {
+    lua_pop(L, 1);
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LABELS);
+    lua_rawgeti(L, -1, (lua_Integer)t->label);
+    lua_remove(L, -2);
+  } else if (lua_isnil(L, -1)) {
+    lua_pop(L, 1);
+    lua_pushstring(L, kinds[task_kind(t)]);
+  }
+  lua_remove(L, -2);
+}
+
+/* ---- arguments ---- */
+
+struct task *task_check(lua_State *L, int i) {
+  struct task *t = (struct task *)object_test(L, i, TAG_TASK);
+  return t ? t : (struct task *)object_check(L, i, TAG_TASK);
+}
+
+struct task *task_awaitable(lua_State *L, int i) {
+  struct task *t = (struct task *)object_test(L, i, TAG_TASK);
+  if (t != NULL) return t;
+  i = lua_absindex(L, i);
+  if (luaL_getmetafield(L, i, "__await") == LUA_TNIL) return NULL;
+  lua_pushvalue(L, i);
+  lua_call(L, 1, 1);
+  if (object_test(L, -1, TAG_TASK) == NULL)
+    error_throw(L, ERROR_ARGUMENT, "the __await metamethod must return a Task, not a %s value",
+                luaL_typename(L, -1));
+  lua_replace(L, i);
+  return (struct task *)lua_touserdata(L, i);
+}
+
+/* ---- Lua face: Task ---- */
+
+static int l_status(lua_State *L) {
+  static const char *const names[] = {"created", "waiting_to_run",    "running", "waiting_for_activation",
+                                      "ran_to_completion", "faulted", "canceled"};
+  lua_pushstring(L, names[task_check(L, 1)->state]);
+  return 1;
+}
+
+static int l_is_completed(lua_State *L) {
+  lua_pushboolean(L, task_done(task_check(L, 1)));
+  return 1;
+}
+
+static int l_is_successful(lua_State *L) {
+  lua_pushboolean(L, task_check(L, 1)->state == TASK_SUCCEEDED);
+  return 1;
+}
+
+static int l_is_faulted(lua_State *L) {
+  lua_pushboolean(L, task_check(L, 1)->state == TASK_FAULTED);
+  return 1;
+}
+
+static int l_is_canceled(lua_State *L) {
+  lua_pushboolean(L, task_check(L, 1)->state == TASK_CANCELED);
+  return 1;
+}
+
+static int l_exception(lua_State *L) {
+  struct task *t = task_check(L, 1);
+  if (t->state == TASK_FAULTED) {
+    t->flags |= TASK_OBSERVED;
+    lua_getiuservalue(L, 1, TASK_RESULT);
+  } else
+    lua_pushnil(L);
+  return 1;
+}
+
+static int l_results(lua_State *L) {
+  struct task *t = task_check(L, 1);
+  lua_settop(L, 1);
+  if (!task_done(t)) {
+    task_push_name(L, 1);
+    return error_throw(L, ERROR_OPERATION,
+                       "task '%s' is not complete: await it (a result never blocks)",
+                       lua_tostring(L, -1));
+  }
+  return task_push_outcome(L, 1);
+}
+
+static int l_result(lua_State *L) {
+  int n = l_results(L);
+  if (n == 0) lua_pushnil(L);
+  if (n > 1) lua_settop(L, 2);
+  return 1;
+}
+
+static int l_name(lua_State *L) {
+  task_check(L, 1);
+  task_push_name(L, 1);
+  return 1;
+}
+
+static int l_id(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *t = task_check(L, 1);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_IDS);
+  lua_pushvalue(L, 1);
+  if (t->flags & TASK_IDENTIFIED)
+    lua_rawget(L, -2);
+  else {
+    lua_pushinteger(L, (lua_Integer)++rt->next_id); /* ids task id */
+    lua_pushvalue(L, -1);
+    lua_insert(L, -4);
+    lua_rawset(L, -3);
+    lua_pop(L, 1);
+    t->flags |= TASK_IDENTIFIED;
+  }
+  return 1;
+}
+
+static int l_newindex(lua_State *L) {
+  task_check(L, 1);
+  const char *key = luaL_tolstring(L, 2, NULL);
+  if (strcmp(key, "name") != 0)
+    return luaL_argerror(L, 2, lua_pushfstring(L, "field '%s' of a Task cannot be assigned", key));
+  luaL_checkstring(L, 3);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
+  lua_pushvalue(L, 1);
+  lua_pushvalue(L, 3);
+  lua_rawset(L, -3);
+  return 0;
+}
+
+static int l_tostring(lua_State *L) {
+  task_check(L, 1);
+  lua_settop(L, 1);
+  task_push_name(L, 1);
+  lua_pushvalue(L, 1);
+  lua_insert(L, 1);
+  l_status(L);
+  lua_pushfstring(L, "coflow.Task '%s' (%s)", lua_tostring(L, 3), lua_tostring(L, -1));
+  return 1;
+}
+
+static int l_traceback(lua_State *L) {
+  task_check(L, 1);
+  lua_settop(L, 1);
+  error_trace(L, 1);
+  return 1;
+}
+
+/* An operation that can die unfinished gives its slot back and leaves the list of its token. */
+static int l_operation_gc(lua_State *L) {
+  struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
+  if (t == NULL || runtime(L)->closed) return 0;
+  if (task_is(t, KIND_WAIT)) link_drop(&((struct pending *)t)->link);
+  task_forget(L, t);
+  return 0;
+}
+
+/* ---- Lua face: promises ---- */
+
+static int l_from_result(lua_State *L) {
+  int n = lua_gettop(L);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  lua_insert(L, 1);
+  task_settle(L, 1, n);
+  return 1;
+}
+
+static int l_from_exception(lua_State *L) {
+  luaL_checkany(L, 1);
+  lua_settop(L, 1);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  lua_insert(L, 1);
+  task_settle_faulted(L, 1, 0);
+  return 1;
+}
+
+/* canceled_by(error): complete, canceled with that error */
+static int l_from_canceled(lua_State *L) {
+  struct token *k = token_opt(L, 1);
+  if (k == NULL || !token_canceled(k))
+    return error_throw(L, ERROR_ARGUMENT,
+                       "from_canceled needs a token whose cancellation has been requested");
+  lua_settop(L, 1);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  token_push_error(L, 1);
+  task_settle_canceled(L, 2);
+  return 1;
+}
+
+enum { COMPLETION_TASK = 1 };
+
+/* [-0, +1, v] the task of the completion source at index 1 */
+static struct task *completion(lua_State *L) {
+  object_check(L, 1, TAG_COMPLETION);
+  lua_getiuservalue(L, 1, COMPLETION_TASK);
+  return (struct task *)lua_touserdata(L, -1);
+}
+
+static int l_completion_new(lua_State *L) {
+  if (lua_gettop(L) > 0 && !lua_isnil(L, 1))
+    return luaL_argerror(L, 1, "a TaskCompletionSource takes no arguments");
+  object_new(L, TAG_COMPLETION, sizeof(uint32_t), 1);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  lua_setiuservalue(L, -2, COMPLETION_TASK);
+  return 1;
+}
+
+static int l_completion_task(lua_State *L) {
+  completion(L);
+  return 1;
+}
+
+/* false, or raises if `must`, when the source at index 1 has been completed before */
+static bool completable(lua_State *L, bool must) {
+  struct task *t = completion(L);
+  lua_pop(L, 1);
+  if (!task_done(t)) return true;
+  if (must)
+    error_throw(L, ERROR_OPERATION, "the completion source has already been completed: "
+                                    "use the try_ form where several may complete it");
+  return false;
+}
+
+static int set_result(lua_State *L, bool must) {
+  int n = lua_gettop(L) - 1;
+  bool first = completable(L, must);
+  if (first) {
+    completion(L);
+    lua_replace(L, 1);
+    task_settle(L, 1, n);
+  }
+  lua_pushboolean(L, first);
+  return !must;
+}
+
+static int set_exception(lua_State *L, bool must) {
+  object_check(L, 1, TAG_COMPLETION);
+  luaL_checkany(L, 2);
+  lua_settop(L, 2);
+  bool first = completable(L, must);
+  if (first) {
+    completion(L);
+    lua_replace(L, 1);
+    task_settle_faulted(L, 1, 0);
+  }
+  lua_pushboolean(L, first);
+  return !must;
+}
+
+static int set_canceled(lua_State *L, bool must) {
+  object_check(L, 1, TAG_COMPLETION);
+  token_opt(L, 2);
+  lua_settop(L, 2);
+  bool first = completable(L, must);
+  if (first) {
+    token_push_error(L, 2);
+    completion(L);
+    lua_replace(L, 1);
+    task_settle_canceled(L, 1);
+  }
+  lua_pushboolean(L, first);
+  return !must;
+}
+
+static int l_set_result(lua_State *L) { return set_result(L, true); }
+static int l_try_set_result(lua_State *L) { return set_result(L, false); }
+static int l_set_exception(lua_State *L) { return set_exception(L, true); }
+static int l_try_set_exception(lua_State *L) { return set_exception(L, false); }
+static int l_set_canceled(lua_State *L) { return set_canceled(L, true); }
+static int l_try_set_canceled(lua_State *L) { return set_canceled(L, false); }
+
+static const luaL_Reg functions[] = {{"from_result", l_from_result},
+                                     {"from_exception", l_from_exception},
+                                     {"from_canceled", l_from_canceled},
+                                     {"TaskCompletionSource", l_completion_new},
+                                     {NULL, NULL}};
+
+static const luaL_Reg methods[] = {{"results", l_results},
+                                   {"traceback", l_traceback},
+                                   {"__newindex", l_newindex},
+                                   {"__tostring", l_tostring},
+                                   {NULL, NULL}};
+static const luaL_Reg properties[] = {{"status", l_status},
+                                      {"is_completed", l_is_completed},
+                                      {"is_completed_successfully", l_is_successful},
+                                      {"is_faulted", l_is_faulted},
+                                      {"is_canceled", l_is_canceled},
+                                      {"exception", l_exception},
+                                      {"result", l_result},
+                                      {"name", l_name},
+                                      {"id", l_id},
+                                      {NULL, NULL}};
+
+static const luaL_Reg completion_methods[] = {{"set_result", l_set_result},
+                                              {"try_set_result", l_try_set_result},
+                                              {"set_exception", l_set_exception},
+                                              {"try_set_exception", l_try_set_exception},
+                                              {"set_canceled", l_set_canceled},
+                                              {"try_set_canceled", l_try_set_canceled},
+                                              {NULL, NULL}};
+static const luaL_Reg completion_properties[] = {{"task", l_completion_task}, {NULL, NULL}};
+
+void task_open(lua_State *L) {
+  module_functions(L, functions);
+  module_class(L, TAG_TASK, "coflow.Task", methods, properties);
+  module_class(L, TAG_COMPLETION, "coflow.TaskCompletionSource", completion_methods,
+               completion_properties);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
+  lua_newtable(L); /* the same class with a finalizer */
+  lua_rawgeti(L, -2, TAG_CLASS(TAG_TASK));
+  for (lua_pushnil(L); lua_next(L, -2);) {
+    lua_pushvalue(L, -2);
+    lua_insert(L, -2);
+    lua_rawset(L, -5);
+  }
+  lua_pop(L, 1);
+  module_push_function(L, l_operation_gc);
+  lua_setfield(L, -2, "__gc");
+  lua_rawseti(L, -2, TAG_CLASS(TAG_OPERATION));
+  lua_pop(L, 1);
+}
