@@ -106,8 +106,7 @@ describe("errors of the library", function()
     local first, second = { "first" }, { "second" }
     local both = flow.when_all(flow.Task.from_exception(first), flow.Task.from_exception(second))
     assert.equal(first, raised(flow.await, both))
-    assert.is_true(errors.is(both.exception, "Aggregate"))
-    assert.same({ first, second }, both.exception.inner_exceptions)
+    assert.same({ first, second }, helper.inner(both.exception))
     assert.equal(first, both.exception.inner_exceptions[1])
   end))
 

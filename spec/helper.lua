@@ -75,6 +75,15 @@ function helper.raises(name, fn, ...)
   return err
 end
 
+---Checks that `err` is an Aggregate; returns its inner errors as a list that has no `n`.
+function helper.inner(err)
+  if not flow.errors.is(err, "Aggregate") then
+    error("expected the error Aggregate, got: " .. tostring(err), 2)
+  end
+  local inner = err.inner_exceptions
+  return { table.unpack(inner, 1, inner.n or #inner) }
+end
+
 ---"file.lua:LINE" of the caller's own line, or of the line `offset` below it.
 function helper.here(offset)
   local info = debug.getinfo(2, "Sl")

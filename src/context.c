@@ -188,6 +188,7 @@ static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int s
   lua_remove(L, -2);
   count += !lua_isnil(L, -1);
   if (count == 0) return; /* the nil on top is the whole map */
+  node_new(L, true, count, watched || old->watched);
   int fresh = lua_gettop(L);
   for (int k = 1; k <= FANOUT; k++)
     if (k != child) copy_value(L, i, k, fresh, k);
