@@ -9,6 +9,8 @@ into whatever it calls and starts, and nowhere else.
 Whether that held is not taken on trust. `log` also files what its caller was working on, an ordinary argument that
 the flow cannot touch, and `audit` compares the two for every line. The exit code is 0 only if all of them agree.
 
+The idea is in the first half, which ends with `serve`; the second half reads the input, checks and reports.
+
     lua5.4 examples/correlate.lua [--all] [--break-flow] [path | -]
 
 SPDX-License-Identifier: MIT
@@ -52,15 +54,14 @@ end
 
 local function render(entry, page, token)
   flow.sleep(0.002, token)
-  if entry.status >= 500 then
-    error(("no page for %s %s: status %d"):format(entry.method, entry.path, entry.status))
-  end
+  if entry.status == 500 then error("cannot render " .. entry.path) end
   log(entry, "render", "%d, %d bytes from %s for %s", entry.status, entry.bytes, page.body, page.profile)
 end
 
 -- An async function: calling it starts a task, which inherits the caller's async locals as they are now.
 local read_profile = flow.async(function(entry, token)
   flow.sleep(0.003 + #entry.path / 10000, token)
+  if entry.status > 500 then error(("the profile service answers %d"):format(entry.status)) end
   log(entry, "load.profile", "%s", entry.user == "-" and "a guest" or "a customer")
   return entry.user == "-" and "a guest" or entry.user
 end)
@@ -123,6 +124,10 @@ local function keep_first_context(handler)
   end
 end
 
+local function complain(message, ...)
+  io.stderr:write("correlate: ", message:format(...), "\n")
+end
+
 -- ---- The input ------------------------------------------------------------------------------------------------
 
 -- host ident user [date] "request" status bytes; what may follow (the Combined format's extras) is ignored.
@@ -138,12 +143,12 @@ local function parse(text)
   }
 end
 
--- The entries of the log at `path`, and how many lines were none; or nil and why it cannot be read.
+-- The entries of the log at `path`, and how many lines were none; or nil if it cannot be read. Says what is wrong.
 local function read_entries(path)
   local file, content, reason
   if path == "-" then file = io.stdin else file, reason = io.open(path, "rb") end
   if file then content, reason = file:read("a") end
-  if not content then return nil, reason end
+  if not content then return complain("%s: %s", path, reason) end
   local entries, skipped, number = {}, 0, 0
   for text in (content .. "\n"):gmatch("(.-)\r?\n") do
     number = number + 1
@@ -153,7 +158,7 @@ local function read_entries(path)
       entries[#entries + 1] = entry
     elseif text:find("%S") then
       skipped = skipped + 1
-      io.stderr:write(("correlate: line %d is not in the Common Log Format, skipped: %.60s\n"):format(number, text))
+      complain("line %d is not in the Common Log Format, skipped: %.60s", number, text)
     end
   end
   return entries, skipped
@@ -192,12 +197,13 @@ local function print_excerpt()
 end
 
 -- Looking for one id finds a request's whole story, from whichever tasks it was told.
-local function print_failure(task, id)
-  print(("\nWhat %s logged before it failed, and its async traceback"):format(id))
+local function print_failure(task)
+  print(("\nAll that %s logged, and the async traceback of its failure"):format(task.name))
   for _, line in ipairs(journal) do
-    if line.id == id then print_line(line) end
+    if line.id == task.name then print_line(line) end
   end
-  print("  " .. task:traceback():gsub("\n", "\n  "))
+  local report = ("\n%s\n%s"):format(task.exception, task:traceback())
+  print((report:gsub("\n", "\n  ")))
 end
 
 -- Serves all entries at once; true if every log line proved to be where it belongs.
@@ -206,17 +212,18 @@ local function replay(entries, skipped)
   for i, entry in ipairs(entries) do
     ids[entry] = ("r%04d"):format(i)
     tasks[i] = flow.spawn(serve, entry, ids[entry])
+    tasks[i].name = ids[entry] -- for tracebacks
   end
 
   local outcomes = { ok = {}, denied = {}, failed = {}, cut_off = {} }
-  local first_failure, unexpected, time_in_requests = nil, 0, 0
+  local first_failure, unexpected, time_in_requests = math.huge, 0, 0
   for task, i in flow.when_each(tasks) do -- in the order in which they end, however they end
     local entry = entries[i]
     local outcome = task.is_canceled and "cut_off" or task.is_faulted and "failed" or task.result
     table.insert(outcomes[outcome], ("%s  %-7s %s %s"):format(ids[entry], entry.user, entry.method, entry.path))
     time_in_requests = time_in_requests + flow.loop.now() - started
     if task.is_faulted then
-      first_failure = first_failure or i
+      first_failure = math.min(first_failure, i)
       if entry.status < 500 then unexpected = unexpected + 1 end -- an error that the input does not call for
     end
   end
@@ -224,7 +231,7 @@ local function replay(entries, skipped)
   local strays, voices = audit(ids)
 
   if not show_all then print_excerpt() end
-  if first_failure then print_failure(tasks[first_failure], ids[entries[first_failure]]) end
+  if tasks[first_failure] then print_failure(tasks[first_failure]) end
   print_list("Failed", outcomes.failed)
   print_list(("Cut off after %g s"):format(TIME_LIMIT), outcomes.cut_off)
   print_list("Strays: lines that carry another request's id or user", strays)
@@ -243,22 +250,27 @@ local function replay(entries, skipped)
 end
 
 local function main(...)
-  local path, break_flow = "examples/data/access.log", false
+  local path, options = "examples/data/access.log", { ["--all"] = false, ["--break-flow"] = false, ["--help"] = false }
   for _, word in ipairs { ... } do
-    if word == "--help" then print(USAGE) return 0 end
-    if word == "--all" then show_all = true
-    elseif word == "--break-flow" then break_flow = true
+    if options[word] ~= nil then
+      options[word] = true
     elseif word:find("^%-.") then
-      io.stderr:write(("correlate: unknown option %s\n%s\n"):format(word, USAGE))
+      complain("unknown option %s\n%s", word, USAGE)
       return 1
-    else path = word end
+    else
+      path = word
+    end
   end
+  if options["--help"] then print(USAGE) return 0 end
+  show_all = options["--all"]
+  if options["--break-flow"] then read_profile = keep_first_context(read_profile) end
+
   local entries, skipped = read_entries(path)
-  if not entries or #entries == 0 then
-    io.stderr:write(("correlate: %s: %s\n"):format(path, entries and "no request in it" or skipped))
+  if not entries then return 1 end
+  if #entries == 0 then -- a check of nothing proves nothing
+    complain("%s: no request in it", path)
     return 1
   end
-  if break_flow then read_profile = keep_first_context(read_profile) end
 
   print(("%d requests, all at once"):format(#entries))
   started = flow.loop.now()

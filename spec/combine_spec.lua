@@ -206,7 +206,7 @@ describe("when_any", function()
   end))
 
   it("gives a first one that failed or was canceled, and does not fail itself", in_task(function()
-    local slow = after(2)
+    local slow = after(5)
     for _, err in ipairs { "boom", stop("enough") } do
       local bad = failing(1, err)
       local any = flow.when_any(slow, bad)

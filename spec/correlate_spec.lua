@@ -108,17 +108,31 @@ describe("examples/correlate.lua", function()
     assert.truthy(output:find("\nCut off after 1 s (1)\n  r0002  bob     GET /huge.iso\n", 1, true), output)
   end)
 
-  it("reports a failing request with the lines it wrote and its async traceback, innermost first", function()
-    local output, code = correlate("-", ALICE .. line("192.0.2.1", "bob", "GET /broken", 500, 10))
-    assert.equal(0, code, output)
-    assert.equal("1", summary(output).failed)
-    local report = output:match("What r0002 logged before it failed.-\n(.-)\n\n")
-    assert.truthy(report:find("r0002  bob     load.profile", 1, true), report)
-    local at = 1
-    for _, frame in ipairs { "no page for GET /broken: status 500", "render", "load_page", "authenticate", "serve" } do
-      at = assert(report:find(frame, at, true), ("%s is not where it should be in:\n%s"):format(frame, report))
+  describe("when a request fails", function()
+    -- The report of the one failing request must hold these, in this order.
+    local function reports(status, expected)
+      local output, code = correlate("-", ALICE .. line("192.0.2.1", "bob", "GET /broken", status, 10))
+      assert.equal(0, code, output)
+      assert.equal("1", summary(output).failed)
+      local report = output:match("\nAll that r0002 logged.-\n(.-)\n\n")
+      local from = 1
+      for _, text in ipairs(expected) do
+        local at = report:find(text, from, true)
+        assert.truthy(at, ("%q is missing, or out of order, in:\n%s"):format(text, report))
+        from = at
+      end
+      assert.falsy(report:find("r0001", 1, true), report)
     end
-    assert.truthy(report:find("correlate.lua:%d+"), report)
+
+    it("prints the lines that it wrote, the error, and the traceback, innermost frame first", function()
+      reports(500, { "r0002  bob     serve", "r0002  bob     load.profile", "cannot render /broken",
+        "in task 'r0002'", "in upvalue 'render'", "in upvalue 'load_page'", "in upvalue 'authenticate'" })
+    end)
+
+    it("follows the traceback from the part that failed to the request that awaits it", function()
+      reports(502, { "r0002  bob     serve", "the profile service answers 502", "in task", "in function 'error'",
+        "awaited by task 'r0002'", "in upvalue 'load_page'", "in upvalue 'authenticate'" })
+    end)
   end)
 
   describe("with a handler that breaks the flow on purpose", function()

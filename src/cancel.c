@@ -29,7 +29,7 @@ struct token {
   struct registration *newest;
   struct link pendings; /* head of a circular list */
 };
-enum { TOKEN_HELD = 1, TOKEN_REASON, TOKEN_CAUSE, TOKEN_UP, TOKEN_LINKS, TOKEN_PROMISE, TOKEN_EXPIRY };
+enum { TOKEN_HELD = 1, TOKEN_REASON, TOKEN_CAUSE, TOKEN_UP, TOKEN_LINKS, TOKEN_PROMISE, TOKEN_INERT, TOKEN_EXPIRY };
 
 struct source {
   uint32_t tag;
@@ -417,15 +417,33 @@ static int l_token_throw(lua_State *L) {
   return lua_error(L);
 }
 
-/* promise(token): the task that is complete once the token is canceled */
-static int l_token_promise(lua_State *L) {
+/* token:wait_async(other) -> a task that is complete once the token is canceled */
+static int l_token_wait_async(lua_State *L) {
   struct token *k = check_token(L, 1);
+  token_opt(L, 2);
+  lua_settop(L, 2);
+  if (lua_getiuservalue(L, 1, TOKEN_PROMISE) == LUA_TNIL) {
+    lua_pop(L, 1);
+    task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+    if (k->canceled) task_settle(L, 3, 0);
+    lua_pushvalue(L, 3);
+    lua_setiuservalue(L, 1, TOKEN_PROMISE);
+  }
+  lua_replace(L, 1); /* promise other: as wait_async(promise, nil, other) */
+  lua_pushnil(L);
+  lua_insert(L, 2);
+  return timer_wait_async(L);
+}
+
+static int l_token_wait(lua_State *L) {
+  l_token_wait_async(L);
+  lua_insert(L, 1);
   lua_settop(L, 1);
-  if (lua_getiuservalue(L, 1, TOKEN_PROMISE) == LUA_TUSERDATA) return 1;
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
-  if (k->canceled) task_settle(L, lua_gettop(L), 0);
-  lua_pushvalue(L, -1);
-  lua_setiuservalue(L, 1, TOKEN_PROMISE);
+  return fiber_await_value(L);
+}
+
+static int l_is_token(lua_State *L) {
+  lua_pushboolean(L, object_test(L, 1, TAG_TOKEN) != NULL);
   return 1;
 }
 
@@ -437,7 +455,7 @@ static struct registration *registration_new(lua_State *L, int k) {
       (struct registration *)object_new(L, TAG_REGISTRATION, sizeof *r, REGISTRATION_TOKEN);
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, REGISTRATION_TOKEN);
-  if (token->never || token->disposed) return r;
+  if (token->never) return r; /* of a link to `none` */
   push_held(L, k);
   lua_pushvalue(L, -2);
   r->slot = slots_add(L, -2);
@@ -447,6 +465,19 @@ static struct registration *registration_new(lua_State *L, int k) {
   if (r->older) r->older->newer = r;
   token->newest = r;
   return r;
+}
+
+/* [-0, +1, m] the one registration of the token at k whose callback will not run, or has run */
+static int push_inert(lua_State *L, int k) {
+  if (lua_getiuservalue(L, k, TOKEN_INERT) == LUA_TNIL) {
+    lua_pop(L, 1);
+    object_new(L, TAG_REGISTRATION, sizeof(struct registration), REGISTRATION_TOKEN);
+    lua_pushvalue(L, k);
+    lua_setiuservalue(L, -2, REGISTRATION_TOKEN);
+    lua_pushvalue(L, -1);
+    lua_setiuservalue(L, k, TOKEN_INERT);
+  }
+  return 1;
 }
 
 static int register_callback(lua_State *L, bool capture) {
@@ -469,10 +500,10 @@ static int register_callback(lua_State *L, bool capture) {
     context_push_flowing(L, runtime(L)->me);
     lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
     if (call(L, 3) != LUA_OK) return lua_error(L);
-    return 1;
+    return push_inert(L, 1);
   }
+  if (token->never || token->disposed) return push_inert(L, 1);
   struct registration *r = registration_new(L, 1);
-  if (r->token == NULL) return 1; /* never canceled: an inert one */
   r->captured = capture;
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 3, REGISTRATION_TARGET);
@@ -678,10 +709,13 @@ static int l_source_dispose(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"CancellationTokenSource", l_source_new},
                                      {"linked_source", l_source_linked},
-                                     {"token_promise", l_token_promise},
+                                     {"is_token", l_is_token},
+                                     
                                      {NULL, NULL}};
 
 static const luaL_Reg token_methods[] = {{"throw_if_cancellation_requested", l_token_throw},
+                                         {"wait", l_token_wait},
+                                         {"wait_async", l_token_wait_async},
                                          {"register", l_register},
                                          {"unsafe_register", l_unsafe_register},
                                          {NULL, NULL}};

@@ -18,7 +18,7 @@
 
 struct combine {
   struct task task;
-  uint32_t count, left; /* inputs; not yet complete */
+  uint32_t count, left; /* inputs; not yet complete (of a failed when_all, finally: its errors) */
   uint32_t first;       /* of when_any: the index of the winner */
   uint32_t done, taken; /* of when_each: how far the order of completion is known, and handed out */
   bool list;            /* the result carries n */
@@ -170,8 +170,25 @@ void combine_fire(lua_State *L, int i, struct wait *w) {
 
 /* ---- landing ---- */
 
-/* [-0, +1, m] the Aggregate of the errors of the n inputs in the list at `inputs` */
-static void push_aggregate(lua_State *L, int inputs, uint32_t n, int *first) {
+/* the number of errors in the list on top */
+static lua_Integer inner_count(lua_State *L) {
+  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
+  if (lua_getfield(L, -1, "n") != LUA_TNIL) n = lua_tointeger(L, -1);
+  lua_pop(L, 1);
+  return n;
+}
+
+static bool has_nil(lua_State *L, int i, lua_Integer n) {
+  bool found = false;
+  for (lua_Integer k = 1; k <= n && !found; k++) {
+    found = lua_rawgeti(L, i, k) == LUA_TNIL;
+    lua_pop(L, 1);
+  }
+  return found;
+}
+
+/* [-0, +1, m] the Aggregate of the errors of the n inputs in the list at `inputs`; how many */
+static uint32_t push_aggregate(lua_State *L, int inputs, uint32_t n, int *first) {
   lua_Integer count = 0;
   lua_newtable(L);
   int errors = lua_gettop(L);
@@ -184,9 +201,7 @@ static void push_aggregate(lua_State *L, int inputs, uint32_t n, int *first) {
       lua_getiuservalue(L, -1, TASK_RESULT);
       if (t->flags & TASK_AGGREGATE) { /* of a when_all: its errors are laid beside the others */
         lua_getfield(L, -1, "inner_exceptions");
-        lua_getfield(L, -1, "n");
-        lua_Integer inner = lua_tointeger(L, -1);
-        lua_pop(L, 1);
+        lua_Integer inner = inner_count(L);
         for (lua_Integer e = 1; e <= inner; e++) {
           lua_rawgeti(L, -1, e);
           lua_rawseti(L, errors, ++count);
@@ -198,11 +213,14 @@ static void push_aggregate(lua_State *L, int inputs, uint32_t n, int *first) {
     }
     lua_settop(L, errors);
   }
-  lua_pushinteger(L, count);
-  lua_setfield(L, errors, "n");
-  error_push(L, ERROR_AGGREGATE, "%d task(s) failed", (int)count);
+  if ((lua_Integer)lua_rawlen(L, errors) != count || has_nil(L, errors, count)) {
+    lua_pushinteger(L, count); /* nil is a legal error value: only n tells how many */
+    lua_setfield(L, errors, "n");
+  }
+  error_push(L, ERROR_AGGREGATE, count == 1 ? "a task failed" : "%d tasks failed", (int)count);
   lua_insert(L, errors);
   lua_setfield(L, errors, "inner_exceptions");
+  return (uint32_t)count;
 }
 
 static void land_all(lua_State *L, int i, struct combine *c) {
@@ -219,7 +237,7 @@ static void land_all(lua_State *L, int i, struct combine *c) {
   }
   if (failed) {
     int first = 0;
-    push_aggregate(L, inputs, c->count, &first);
+    c->left = push_aggregate(L, inputs, c->count, &first);
     c->task.flags |= TASK_AGGREGATE;
     lua_rawgeti(L, inputs, first);
     lua_insert(L, -2);
@@ -358,7 +376,46 @@ static int l_when_each(lua_State *L) {
   return 2;
 }
 
+/* the values of the when_all at index 1, one by one; the one error as it is, else the Aggregate */
+static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
+  struct combine *c = (struct combine *)lua_touserdata(L, 1);
+  (void)status, (void)ctx;
+  lua_settop(L, 1);
+  if (c->task.state != TASK_SUCCEEDED && !(c->task.flags & TASK_AGGREGATE && c->left > 1))
+    return task_push_outcome(L, 1);
+  lua_getiuservalue(L, 1, TASK_RESULT);
+  if (c->task.state == TASK_FAULTED) {
+    error_remember(L, 1);
+    c->task.flags |= TASK_OBSERVED;
+    return lua_error(L);
+  }
+  if (!c->list) return 1;
+  luaL_checkstack(L, (int)c->count, "too many tasks");
+  for (uint32_t k = 1; k <= c->count; k++) lua_rawgeti(L, 2, k);
+  return (int)c->count;
+}
+
+static int await_all(lua_State *L) {
+  struct combine *c = (struct combine *)lua_touserdata(L, 1);
+  if (task_done(&c->task)) return await_all_k(L, LUA_OK, 0);
+  struct fiber *me = fiber_here(L);
+  if (me == NULL) return fiber_outside(L, await_all);
+  return fiber_await(L, me, await_all_k);
+}
+
+static int l_await_all(lua_State *L) {
+  l_when_all(L);
+  return await_all(L);
+}
+
+static int l_await_any(lua_State *L) {
+  l_when_any(L);
+  return fiber_await_value(L);
+}
+
 static const luaL_Reg functions[] = {{"when_all", l_when_all},
+                                     {"await_all", l_await_all},
+                                     {"await_any", l_await_any},
                                      {"when_any", l_when_any},
                                      {"when_each", l_when_each},
                                      {"each_close", l_each_close},

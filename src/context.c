@@ -517,7 +517,8 @@ static int l_local_set(lua_State *L) {
 static int l_local_newindex(lua_State *L) {
   check_local(L, 1);
   const char *key = luaL_tolstring(L, 2, NULL);
-  luaL_argcheck(L, strcmp(key, "value") == 0, 2, "only 'value' of an AsyncLocal can be assigned");
+  if (strcmp(key, "value") != 0)
+    return luaL_error(L, "field '%s' of an AsyncLocal cannot be assigned, only 'value'", key);
   local_set(L, 1, 3);
   return 0;
 }
@@ -694,8 +695,8 @@ static int l_guard_close(lua_State *L) {
 }
 
 static int l_guard_gc(lua_State *L) {
-  struct guard *g = (struct guard *)lua_touserdata(L, 1);
-  if (!g->done) guard_unlink(g);
+  struct guard *g = (struct guard *)object_test(L, 1, TAG_GUARD);
+  if (g != NULL && !g->done) guard_unlink(g);
   return 0;
 }
 
@@ -718,6 +719,7 @@ static int l_local_with(lua_State *L) {
 /* ---- ExecutionContext ---- */
 
 static struct context *check_context(lua_State *L, int i) {
+  luaL_checkany(L, i);
   if (lua_isnil(L, i))
     error_throw(L, ERROR_OPERATION,
                 "there is no context: it was captured while the flow was suppressed");
@@ -734,7 +736,6 @@ static int l_capture(lua_State *L) {
 
 /* enter(ctx) -> guard */
 static int l_enter(lua_State *L) {
-  if (lua_isnone(L, 1)) luaL_checkany(L, 1);
   check_context(L, 1);
   lua_settop(L, 1);
   struct guard *g = guard_new(L, GUARD_CONTEXT);
@@ -743,6 +744,11 @@ static int l_enter(lua_State *L) {
   context_swap(L); /* ctx guard old */
   lua_setiuservalue(L, 2, GUARD_SAVED);
   return 1;
+}
+
+static int l_context_enter(lua_State *L) {
+  object_check(L, 1, TAG_CONTEXT);
+  return l_enter(L);
 }
 
 /* isolate() -> guard: whatever happens to the context until it is closed is undone */
@@ -755,7 +761,6 @@ static int l_isolate(lua_State *L) {
 }
 
 static int l_restore(lua_State *L) {
-  if (lua_isnone(L, 1)) luaL_checkany(L, 1);
   check_context(L, 1);
   lua_settop(L, 1);
   context_swap(L);
@@ -826,7 +831,7 @@ static const luaL_Reg local_properties[] = {
     {"value", l_local_get}, {"name", l_local_name}, {NULL, NULL}};
 
 static const luaL_Reg context_methods[] = {
-    {"get", l_context_get}, {"enter", l_enter}, {"__pairs", l_context_pairs}, {NULL, NULL}};
+    {"get", l_context_get}, {"enter", l_context_enter}, {"__pairs", l_context_pairs}, {NULL, NULL}};
 static const luaL_Reg pair_methods[] = {{NULL, NULL}};
 
 static const luaL_Reg guard_methods[] = {{"dispose", l_guard_dispose},

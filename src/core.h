@@ -218,6 +218,7 @@ struct runtime {
   bool closed;
   int signaled; /* set by the signal callback, read by the pump */
   struct fiber *handoff; /* to be run at once by whoever runs the one that yields now */
+  int hot;      /* of these, hot starts: their callers go on as soon as they suspend */
   int depth;    /* fibers nested on the C stack */
   int inlined;  /* how many more awaits may run their task in place before the pump polls */
 
@@ -312,6 +313,7 @@ struct fiber *fiber_here(lua_State *L); /* who would suspend here; NULL outside;
 int fiber_outside(lua_State *L, lua_CFunction f);             /* runs the operation f as a root task */
 int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k); /* yields */
 int fiber_await(lua_State *L, struct fiber *f, lua_KFunction k);   /* for the pending task at index 1 */
+int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 void fiber_wake(lua_State *L, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
 void fiber_label_early(lua_State *L, struct fiber *f); /* [-0, +0, m] */
 void fiber_open(lua_State *L);
@@ -354,6 +356,9 @@ void timer_fire_due(struct runtime *rt); /* links the owners of what is due */
 void delay_land(lua_State *L, int i);
 void wait_op_fire(lua_State *L, int i); /* [-0, +0, -] what the operation at i awaited is complete */
 void wait_op_land(lua_State *L, int i);
+void timer_push_wait(lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
+                                    ** or of false after the timeout; it observes nothing */
+int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
 void pending_interrupt(lua_State *L, struct pending *p, int k); /* [-0, +0, -] by the token at k */
 void timer_open(lua_State *L);
 

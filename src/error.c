@@ -102,6 +102,7 @@ int error_handler(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
   lua_settop(L, 1);
+  if (me == rt->outside) return 1; /* called by hand */
   lua_createtable(L, RECORD_INNER, 0); /* error record */
   if (error_is(L, 1, ERROR_CANCELED))
     push_place(L);
@@ -194,6 +195,16 @@ static void render_live(lua_State *L, int i) {
   lua_remove(L, at);
 }
 
+/* [-0, +1, m] the record of the failed task at i, or nil */
+static void push_record(lua_State *L, int i) {
+  lua_getiuservalue(L, i, TASK_WAITERS);
+  if (object_test(L, -1, TAG_FAULT))
+    lua_getiuservalue(L, -1, FAULT_RECORD);
+  else
+    lua_pushnil(L);
+  lua_remove(L, -2);
+}
+
 void error_trace(lua_State *L, int i) {
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
@@ -202,13 +213,12 @@ void error_trace(lua_State *L, int i) {
     render_live(L, i);
     return;
   }
-  lua_getiuservalue(L, i, TASK_WAITERS);
-  if (object_test(L, -1, TAG_FAULT) && lua_getiuservalue(L, -1, FAULT_RECORD) == LUA_TTABLE) {
-    lua_remove(L, -2);
+  push_record(L, i);
+  if (lua_istable(L, -1)) {
     render_record(L);
     return;
   }
-  lua_settop(L, -2);
+  lua_pop(L, 1);
   task_push_name(L, i);
   static const char *const ends[] = {"completed", "faulted", "canceled"};
   lua_pushfstring(L, "in task '%s' (%s)", lua_tostring(L, -1), ends[t->state - TASK_SUCCEEDED]);
@@ -236,16 +246,6 @@ static void attach_record(lua_State *L, int i) {
   lua_pushvalue(L, i);
   lua_rotate(L, -3, 2);
   if (lua_pcall(L, 2, 0, 0) != LUA_OK) lua_pop(L, 1);
-}
-
-/* [-0, +1, m] the record of the failed task at i, or nil */
-static void push_record(lua_State *L, int i) {
-  lua_getiuservalue(L, i, TASK_WAITERS);
-  if (object_test(L, -1, TAG_FAULT))
-    lua_getiuservalue(L, -1, FAULT_RECORD);
-  else
-    lua_pushnil(L);
-  lua_remove(L, -2);
 }
 
 /* called by whoever settles: the task at i has failed; `from` is the input it has the error from, or 0 */
@@ -326,7 +326,7 @@ void error_report(lua_State *L, int error, int task) {
 
 static int l_fault_gc(lua_State *L) {
   lua_settop(L, 1);
-  if (lua_getiuservalue(L, 1, FAULT_TASK) != LUA_TUSERDATA) return 0;
+  if (!object_test(L, 1, TAG_FAULT) || lua_getiuservalue(L, 1, FAULT_TASK) != LUA_TUSERDATA) return 0;
   struct task *t = (struct task *)lua_touserdata(L, 2);
   if (t->state != TASK_FAULTED || t->flags & TASK_OBSERVED) return 0;
   t->flags |= TASK_OBSERVED;
@@ -378,12 +378,11 @@ static int l_error_new(lua_State *L) {
 static int l_error_is(lua_State *L) {
   luaL_checkany(L, 1);
   const char *name = luaL_checkstring(L, 2);
-  for (int kind = 0; kind < ERROR_COUNT; kind++)
-    if (strcmp(name, error_names[kind]) == 0) {
-      lua_pushboolean(L, error_is(L, 1, (enum error_kind)kind));
-      return 1;
-    }
-  return luaL_argerror(L, 2, lua_pushfstring(L, "'%s' is not the name of an error", name));
+  bool is = false;
+  for (int kind = 0; kind < ERROR_COUNT && !is; kind++)
+    is = strcmp(name, error_names[kind]) == 0 && error_is(L, 1, (enum error_kind)kind);
+  lua_pushboolean(L, is);
+  return 1;
 }
 
 static int l_on_unobserved(lua_State *L) {

@@ -15,7 +15,8 @@
 ** depth of recursion is bounded by memory only.
 **
 ** An await of a task that is queued, not started and the only one ready runs it in place: the same
-** order as through the ready list, without two switches.
+** order as through the ready list, without two switches. Not while a hot start below waits to go on as
+** soon as its callee suspends (rt->hot).
 **
 ** Parking. A fiber that waits for a task has that task at index 1 of the C function that suspended
 ** it, and lives by it (core.h, rule 2). The *watch* at the bottom of its coroutine has a finalizer:
@@ -135,7 +136,7 @@ void fiber_label_early(lua_State *L, struct fiber *f) {
 /* ---- the body ---- */
 
 static int main_k(lua_State *L, int status, lua_KContext ctx) {
-  struct fiber *f = (struct fiber *)runtime(L)->me;
+  struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
   (void)ctx;
   if (f->guards) context_drop_guards(f);
   if (status == LUA_OK || status == LUA_YIELD)
@@ -147,7 +148,11 @@ static int main_k(lua_State *L, int status, lua_KContext ctx) {
 
 /* fiber_main(task, fn, trace, fn, arguments …) */
 static int fiber_main(lua_State *L) {
-  label(L, BODY_LABEL, runtime(L)->me);
+  struct runtime *rt = runtime(L);
+  lua_Debug ar;
+  if (lua_getstack(L, 1, &ar) || object_test(L, BODY_TASK, TAG_TASK) != (void *)rt->me)
+    return luaL_error(L, "the body of a task is not to be called"); /* found by debug functions */
+  label(L, BODY_LABEL, rt->me);
   int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
   return main_k(L, status, 0);
 }
@@ -234,6 +239,7 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
              "%s: coroutine.yield in the body of a task would suspend it for ever: use flow.await or "
              "flow.yield, or make the generator with coroutine.wrap",
              place);
+  if (ar.currentline > 0) lua_remove(L, -2);
 }
 
 void fiber_run(lua_State *L, struct fiber *f) {
@@ -253,6 +259,7 @@ void fiber_run(lua_State *L, struct fiber *f) {
         if (rt->handoff != NULL) {
           f->u.caller = callers;
           callers = f;
+          rt->hot++;
           f = rt->handoff;
           rt->handoff = NULL;
           continue;
@@ -279,6 +286,7 @@ void fiber_run(lua_State *L, struct fiber *f) {
     if (callers == NULL) break;
     f = callers;
     callers = f->u.caller;
+    rt->hot--;
   }
   rt->depth--;
   rt->me = before;
@@ -373,7 +381,8 @@ static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
 
 static bool can_run_in_place(struct runtime *rt, struct task *on) {
   return rt->ready == on && on->next == NULL && task_is(on, KIND_FIBER) &&
-         !(on->flags & (TASK_STARTED | TASK_ABANDONED)) && rt->depth < MAX_DEPTH && rt->inlined > 0;
+         !(on->flags & (TASK_STARTED | TASK_ABANDONED)) && rt->hot == 0 && rt->depth < MAX_DEPTH &&
+         rt->inlined > 0;
 }
 
 /* Returns a value >= 0 when the await is over without a suspension: call k then. */
@@ -483,7 +492,7 @@ static bool state_closes(lua_State *L, struct runtime *rt) {
 static int l_watch_gc(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_settop(L, 1);
-  if (lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
+  if (!object_test(L, 1, TAG_WATCH) || lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
   lua_State *co = lua_tothread(L, 2);
   bool closes = state_closes(L, rt);
   if (lua_status(co) != LUA_YIELD && (!closes || lua_gettop(co) <= BOTTOM)) {
@@ -572,14 +581,16 @@ static int hot_k(lua_State *L, int status, lua_KContext ctx) {
 static int run_hot(lua_State *L, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
-  if (rt->depth < MAX_DEPTH)
-    fiber_run(L, f);
-  else if (me->co == L && lua_isyieldable(L)) {
+  bool handoff = rt->depth >= MAX_DEPTH && me->co == L && lua_isyieldable(L);
+  if (handoff) {
     rt->handoff = f;
     return fiber_suspend(L, me, hot_k);
-  } else if (rt->depth < HARD_DEPTH)
+  }
+  if (rt->depth < HARD_DEPTH) {
+    rt->hot++;
     fiber_run(L, f);
-  else { /* a recursion through C: it starts on a later turn */
+    rt->hot--;
+  } else { /* a recursion through C: it starts on a later turn */
     f->task.state = TASK_QUEUED;
     loop_ready(rt, &f->task);
   }
@@ -622,7 +633,6 @@ static struct fiber *check_cold(lua_State *L) {
 }
 
 static int l_start(lua_State *L) {
-  if (!lua_isnoneornil(L, 2)) return luaL_typeerror(L, 2, "TaskScheduler");
   struct fiber *f = check_cold(L);
   task_hold(L, 1, &f->task);
   f->task.state = TASK_QUEUED;
@@ -660,28 +670,59 @@ static int l_continuation(lua_State *L) {
   return 1;
 }
 
+static int l_try_await(lua_State *L);
+
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status, (void)ctx;
   lua_settop(L, 1);
   return task_push_outcome(L, 1);
 }
 
-/* [-0, +0, e] the awaitable at index 1, or the argument error */
-static struct task *check_awaitable(lua_State *L) {
-  struct task *t = task_awaitable(L, 1);
-  if (t != NULL) return t;
-  if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
-    luaL_argerror(L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
-  luaL_typeerror(L, 1, "Task or awaitable");
-  return NULL;
+/* __await has returned what to wait for instead; ctx is the operation to go on with */
+static int converted_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status;
+  if (object_test(L, -1, TAG_TASK) == NULL)
+    return error_throw(L, ERROR_ARGUMENT, "the __await metamethod must return a Task, not a %s value",
+                       luaL_typename(L, -1));
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  return ctx ? l_try_await(L) : fiber_await_value(L);
 }
 
-static int l_await(lua_State *L) {
-  if (task_done(check_awaitable(L))) return task_push_outcome(L, 1);
+/* [-0, +0, e] the operation on an awaitable at index 1 that is no task; __await may suspend */
+static int await_other(lua_State *L, bool try) {
+  if (luaL_getmetafield(L, 1, "__await") != LUA_TNIL) {
+    luaL_argcheck(L, lua_isfunction(L, -1), 1, "its __await metamethod is not a function");
+    lua_pushvalue(L, 1);
+    lua_callk(L, 1, 1, try, converted_k);
+    return converted_k(L, LUA_OK, try);
+  }
+  if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
+    return luaL_argerror(L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
+  return luaL_typeerror(L, 1, "Task or awaitable");
+}
+
+int fiber_await_value(lua_State *L) {
+  struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
+  if (t == NULL) return await_other(L, false);
+  if (task_done(t)) return task_push_outcome(L, 1);
   struct fiber *me = fiber_here(L);
   lua_settop(L, 1);
-  if (me == NULL) return fiber_outside(L, l_await);
+  if (me == NULL) return fiber_outside(L, fiber_await_value);
   return fiber_await(L, me, await_k);
+}
+
+/* task:wait(timeout, token), at the top level only */
+static int l_wait(lua_State *L) {
+  lua_settop(L, 3);
+  timer_push_wait(L);
+  lua_insert(L, 1);
+  lua_settop(L, 1);
+  if (runtime(L)->me != runtime(L)->outside)
+    return error_throw(L, ERROR_OPERATION,
+                       "wait inside a task would block the event loop: use task:await() or "
+                       "task:wait_async(timeout)");
+  return fiber_await_value(L);
 }
 
 static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
@@ -696,7 +737,9 @@ static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 static int l_try_await(lua_State *L) {
-  if (task_done(check_awaitable(L))) return try_await_k(L, LUA_OK, 0);
+  struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
+  if (t == NULL) return await_other(L, true);
+  if (task_done(t)) return try_await_k(L, LUA_OK, 0);
   struct fiber *me = fiber_here(L);
   lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, l_try_await);
@@ -754,8 +797,9 @@ static const luaL_Reg functions[] = {{"spawn", l_spawn},
                                      {"start", l_start},
                                      {"run_synchronously", l_run_synchronously},
                                      {"continuation", l_continuation},
-                                     {"await", l_await},
+                                     {"await", fiber_await_value},
                                      {"try_await", l_try_await},
+                                     {"wait", l_wait},
                                      {"yield", l_yield},
                                      {"pcall", l_pcall},
                                      {"current_task", l_current_task},

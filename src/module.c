@@ -67,6 +67,13 @@ void module_functions(lua_State *L, const luaL_Reg *functions) {
   }
 }
 
+static int l_newindex(lua_State *L) {
+  lua_settop(L, 2);
+  luaL_tolstring(L, 2, NULL);
+  luaL_tolstring(L, 1, NULL);
+  return luaL_error(L, "field '%s' of '%s' cannot be assigned", lua_tostring(L, 3), lua_tostring(L, 4));
+}
+
 /* upvalues: runtime, anchors, methods, properties */
 static int l_index(lua_State *L) {
   lua_settop(L, 2);
@@ -88,6 +95,8 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   lua_setfield(L, -2, "__name");
   lua_pushboolean(L, 0);
   lua_setfield(L, -2, "__metatable");
+  lua_pushcfunction(L, l_newindex);
+  lua_setfield(L, -2, "__newindex");
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
   lua_newtable(L); /* metatable runtime anchors methods */
@@ -138,6 +147,28 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
   }
 }
 
+/* Like luaL_argerror for a public function written in Lua, which calls us directly: counts as its
+** caller sees the arguments, and blames the line of that caller. */
+static int blame(lua_State *L, int n, const char *message) {
+  lua_Debug ar;
+  if (!lua_getstack(L, 1, &ar)) return luaL_argerror(L, n, message);
+  lua_getinfo(L, "n", &ar);
+  const char *name = ar.name ? ar.name : "?";
+  luaL_where(L, 2);
+  if (strcmp(ar.namewhat, "method") == 0 && --n == 0)
+    lua_pushfstring(L, "calling '%s' on bad self (%s)", name, message);
+  else
+    lua_pushfstring(L, "bad argument #%d to '%s' (%s)", n, name, message);
+  lua_concat(L, 2);
+  return lua_error(L);
+}
+
+static int blame_type(lua_State *L, int n, const char *expected, int i) {
+  const char *got = lua_isnone(L, i) || lua_isnil(L, i) ? "no value" : luaL_typename(L, i);
+  if (luaL_getmetafield(L, i, "__name") == LUA_TSTRING) got = lua_tostring(L, -1);
+  return blame(L, n, lua_pushfstring(L, "%s expected, got %s", expected, got));
+}
+
 /* ---- slot tables: t[1] is the first free slot or 0; a free slot holds the next one ---- */
 
 int slots_add(lua_State *L, int i) {
@@ -185,13 +216,63 @@ static int l_methods(lua_State *L) {
   return luaL_argerror(L, 1, "no such class");
 }
 
+/* argument_error(n, message) */
+static int l_argument_error(lua_State *L) {
+  return blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
+}
+
+/* check_function(n, value) */
+static int l_check_function(lua_State *L) {
+  lua_settop(L, 2);
+  if (lua_isfunction(L, 2) || luaL_getmetafield(L, 2, "__call") != LUA_TNIL) return 0;
+  return blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
+}
+
+/* check_class(n, value, "coflow.Class") */
+static int l_check_class(lua_State *L) {
+  const char *name = luaL_checkstring(L, 3);
+  lua_settop(L, 3);
+  if (lua_isuserdata(L, 2) && luaL_getmetafield(L, 2, "__name") == LUA_TSTRING &&
+      strcmp(lua_tostring(L, -1), name) == 0 && lua_getmetatable(L, 2)) {
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
+    for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1))
+      if (lua_rawequal(L, -1, -4)) return 0;
+  }
+  lua_settop(L, 3);
+  return blame_type(L, (int)luaL_checkinteger(L, 1), name, 2);
+}
+
+/* check_options(n, options or nil, known) -> options: a table with keys of `known` only */
+static int l_check_options(lua_State *L) {
+  int n = (int)luaL_checkinteger(L, 1);
+  lua_settop(L, 3);
+  if (lua_isnil(L, 2)) {
+    lua_newtable(L);
+    return 1;
+  }
+  if (!lua_istable(L, 2)) return blame_type(L, n, "table of options", 2);
+  for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
+    lua_pushvalue(L, -2);
+    if (lua_rawget(L, 3) == LUA_TNIL)
+      return blame(L, n, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -3, NULL)));
+    lua_pop(L, 1);
+  }
+  lua_settop(L, 2);
+  return 1;
+}
+
 static int l_runtime_gc(lua_State *L) {
   struct runtime *rt = (struct runtime *)lua_touserdata(L, 1);
   if (!rt->closed) loop_close(L, rt);
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"methods", l_methods}, {NULL, NULL}};
+static const luaL_Reg functions[] = {{"methods", l_methods},
+                                     {"argument_error", l_argument_error},
+                                     {"check_function", l_check_function},
+                                     {"check_class", l_check_class},
+                                     {"check_options", l_check_options},
+                                     {NULL, NULL}};
 
 /* upvalues: runtime, anchors */
 static int open_all(lua_State *L) {

@@ -332,7 +332,9 @@ struct task *task_awaitable(lua_State *L, int i) {
 static int l_status(lua_State *L) {
   static const char *const names[] = {"created", "waiting_to_run",    "running", "waiting_for_activation",
                                       "ran_to_completion", "faulted", "canceled"};
-  lua_pushstring(L, names[task_check(L, 1)->state]);
+  const struct task *t = task_check(L, 1);
+  bool resuming = t->state == TASK_QUEUED && t->flags & TASK_STARTED; /* still suspended */
+  lua_pushstring(L, names[resuming ? TASK_WAITING : t->state]);
   return 1;
 }
 
@@ -413,8 +415,9 @@ static int l_newindex(lua_State *L) {
   task_check(L, 1);
   const char *key = luaL_tolstring(L, 2, NULL);
   if (strcmp(key, "name") != 0)
-    return luaL_argerror(L, 2, lua_pushfstring(L, "field '%s' of a Task cannot be assigned", key));
-  luaL_checkstring(L, 3);
+    return luaL_error(L, "field '%s' of a Task cannot be assigned", key);
+  if (lua_type(L, 3) != LUA_TSTRING)
+    return luaL_error(L, "the name of a Task must be a string, not a %s value", luaL_typename(L, 3));
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
   lua_pushvalue(L, 1);
   lua_pushvalue(L, 3);
@@ -470,6 +473,7 @@ static int l_from_exception(lua_State *L) {
 
 /* canceled_by(error): complete, canceled with that error */
 static int l_from_canceled(lua_State *L) {
+  object_check(L, 1, TAG_TOKEN);
   struct token *k = token_opt(L, 1);
   if (k == NULL || !token_canceled(k))
     return error_throw(L, ERROR_ARGUMENT,
@@ -529,8 +533,7 @@ static int set_result(lua_State *L, bool must) {
 
 static int set_exception(lua_State *L, bool must) {
   object_check(L, 1, TAG_COMPLETION);
-  luaL_checkany(L, 2);
-  lua_settop(L, 2);
+  lua_settop(L, 2); /* nil is a legal error value */
   bool first = completable(L, must);
   if (first) {
     completion(L);
@@ -543,9 +546,9 @@ static int set_exception(lua_State *L, bool must) {
 
 static int set_canceled(lua_State *L, bool must) {
   object_check(L, 1, TAG_COMPLETION);
-  token_opt(L, 2);
   lua_settop(L, 2);
   bool first = completable(L, must);
+  token_opt(L, 2);
   if (first) {
     token_push_error(L, 2);
     completion(L);

@@ -292,15 +292,13 @@ static int new_wait(lua_State *L, bool quiet) {
   return 1;
 }
 
-static int l_wait_async(lua_State *L) { return new_wait(L, false); }
+int timer_wait_async(lua_State *L) { return new_wait(L, false); }
 
-/* wait_quiet(task, timeout, token): a task of true, or false after the timeout; observes nothing */
-static int l_wait_quiet(lua_State *L) { return new_wait(L, true); }
+void timer_push_wait(lua_State *L) { new_wait(L, true); }
 
 static const luaL_Reg functions[] = {{"delay", l_delay},
                                      {"sleep", l_sleep},
-                                     {"wait_async", l_wait_async},
-                                     {"wait_quiet", l_wait_quiet},
+                                     {"wait_async", timer_wait_async},
                                      {NULL, NULL}};
 
 void timer_open(lua_State *L) { module_functions(L, functions); }

@@ -23,44 +23,14 @@ local flow = {
   delay = core.delay,
   when_all = core.when_all,
   when_any = core.when_any,
+  await_all = core.await_all,
+  await_any = core.await_any,
   current_task = core.current_task,
   is_awaitable_here = core.is_awaitable_here,
   on_unobserved_exception = core.on_unobserved_exception,
   TaskCompletionSource = core.TaskCompletionSource,
   AsyncLocal = core.AsyncLocal,
 }
-
----The argument error of Lua, for functions written in Lua: blames the caller of the caller.
-local function argument_error(n, name, message)
-  error(("bad argument #%d to '%s' (%s)"):format(n, name, message), 3)
-end
-
-local function is_callable(f)
-  if type(f) == "function" then return true end
-  local mt = getmetatable(f)
-  return type(mt) == "table" and mt.__call ~= nil
-end
-
-local function check_function(n, name, f)
-  if not is_callable(f) then
-    error(("bad argument #%d to '%s' (function expected, got %s)"):format(
-      n, name, f == nil and "no value" or type(f)), 3)
-  end
-end
-
----Raises for a key of `options` that is not in `known`, and for options that are not a table.
-local function check_options(n, name, options, known)
-  if options == nil then return {} end
-  if type(options) ~= "table" then
-    error(("bad argument #%d to '%s' (table expected, got %s)"):format(n, name, type(options)), 3)
-  end
-  for key in pairs(options) do
-    if not known[key] then
-      error(("bad argument #%d to '%s' (unknown option '%s')"):format(n, name, tostring(key)), 3)
-    end
-  end
-  return options
-end
 
 -- Execution contexts --------------------------------------------------------------------------
 
@@ -80,7 +50,8 @@ flow.ExecutionContext = ExecutionContext
 ---@param fn function
 ---@return any ... what `fn` returns
 function ExecutionContext.run(context, fn, ...)
-  check_function(2, "run", fn)
+  if context ~= nil then core.check_class(1, context, "coflow.ExecutionContext") end
+  core.check_function(2, fn)
   local _ <close> = core.enter(context)
   return fn(...)
 end
@@ -92,7 +63,7 @@ local wrapped = setmetatable({}, { __mode = "k" })
 ---@param fn function
 ---@return function
 function ExecutionContext.wrap(fn)
-  check_function(1, "wrap", fn)
+  core.check_function(1, fn)
   if wrapped[fn] then return fn end
   local context = core.capture() or core.empty_context
   local function wrapper(...)
@@ -110,7 +81,7 @@ core.methods("coflow.ExecutionContext").run = ExecutionContext.run
 ---@param fn function
 ---@return any ... what `fn` returns
 function flow.call(fn, ...)
-  check_function(1, "call", fn)
+  core.check_function(1, fn)
   local _ <close> = core.isolate()
   return fn(...)
 end
@@ -122,7 +93,8 @@ local AsyncLocal = core.methods("coflow.AsyncLocal")
 ---@param fn function
 ---@return any ... what `fn` returns
 function AsyncLocal:run(value, fn, ...)
-  check_function(3, "run", fn)
+  core.check_class(1, self, "coflow.AsyncLocal")
+  core.check_function(3, fn)
   local _ <close> = self:with(value)
   return fn(...)
 end
@@ -158,49 +130,15 @@ function flow.when_each(...)
 end
 Task.when_each = flow.when_each
 
----Waits for all of them; the first values one by one, or for a table with keys the table of them.
----Raises: the error if one failed, an Aggregate if several did, else the cancellation.
----@return any ...
-function flow.await_all(...)
-  local all = core.when_all(...)
-  local ok, result = core.try_await(all)
-  if ok then
-    if result.n and type(result.n) == "number" then return table.unpack(result, 1, result.n) end
-    return result
-  end
-  local exception = all.exception
-  if exception and exception.inner_exceptions.n > 1 then error(exception, 0) end
-  return core.await(all)
-end
-
----Waits for the first of them to complete: the task, and its key.
----@return coflow.Task task, any key
-function flow.await_any(...)
-  return core.await(core.when_any(...))
-end
-
 local task_methods = core.methods("coflow.Task")
 task_methods.await = core.await
 task_methods.try_await = core.try_await
 task_methods.start = core.start
 task_methods.run_synchronously = core.run_synchronously
+task_methods.wait = core.wait
 task_methods.wait_async = core.wait_async
 
----Drives the loop until the task is complete. For the top level only: inside a task, await it.
----Cancellation: a canceled token raises OperationCanceled; the task goes on.
----Raises: InvalidOperation inside a task, or when nothing alive could ever complete the task.
----@param timeout? number seconds
----@param token? coflow.CancellationToken
----@return boolean complete true whatever the outcome, which counts as unobserved; false on timeout
-function task_methods:wait(timeout, token)
-  local done = core.wait_quiet(self, timeout, token)
-  if core.current_task() then
-    error(flow.errors.InvalidOperation("wait inside a task would block the event loop: "
-      .. "use task:await() or task:wait_async(timeout)"), 0)
-  end
-  return core.await(done)
-end
-
+local continuation_options = { on = true, token = true }
 local met = {
   any = function() return true end,
   success = function(task) return task.is_completed_successfully end,
@@ -214,20 +152,23 @@ local met = {
 ---@param options? { on?: "any"|"success"|"fault"|"cancel", token?: coflow.CancellationToken }
 ---@return coflow.Task
 function task_methods:continue_with(fn, options)
-  check_function(2, "continue_with", fn)
-  options = check_options(3, "continue_with", options, { on = true, token = true, scheduler = true })
+  core.check_class(1, self, "coflow.Task")
+  core.check_function(2, fn)
+  options = core.check_options(3, options, continuation_options)
   local condition = met[options.on or "any"]
   if not condition then
-    argument_error(3, "continue_with", "on must be \"any\", \"success\", \"fault\" or \"cancel\"")
+    core.argument_error(3, "on must be \"any\", \"success\", \"fault\" or \"cancel\"")
   end
-  local continuation = core.continuation(self, function(task, token)
+  if options.token ~= nil and not core.is_token(options.token) then
+    core.argument_error(3, "token must be a CancellationToken")
+  end
+  return (core.continuation(self, function(task, token)
     if token then token:throw_if_cancellation_requested() end
     if not condition(task) then
       error(flow.errors.OperationCanceled("the task did not end as the continuation asks"), 0)
     end
     return fn(task)
-  end, options.token)
-  return continuation
+  end, options.token))
 end
 
 -- Cancellation ------------------------------------------------------------------------------------
@@ -238,21 +179,6 @@ flow.CancellationTokenSource = setmetatable({ linked = core.linked_source }, {
   __call = function(_, delay) return core.CancellationTokenSource(delay) end,
 })
 
-local token_methods = core.methods("coflow.CancellationToken")
-
----A task that is complete once the token is canceled.
----@param token? coflow.CancellationToken ends the wait
----@return coflow.Task
-function token_methods:wait_async(token)
-  return core.wait_async(core.token_promise(self), nil, token)
-end
-
----Returns once the token is canceled, also when it is the task's own.
----@param token? coflow.CancellationToken ends the wait
-function token_methods:wait(token)
-  core.await(token_methods.wait_async(self, token))
-end
-
 -- Scripts -----------------------------------------------------------------------------------------
 
 ---Runs `fn` as a program: SIGINT and SIGTERM end it, an error is written to standard error with its
@@ -260,7 +186,10 @@ end
 ---@param fn function
 ---@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned
 function flow.main(fn, ...)
-  check_function(1, "main", fn)
+  core.check_function(1, fn)
+  if core.current_task() then
+    error(flow.errors.InvalidOperation("main inside a task would block the event loop: call the function"), 0)
+  end
   local task
   local function root(...)
     task = core.current_task()
