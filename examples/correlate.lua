@@ -25,7 +25,6 @@ usage: lua5.4 examples/correlate.lua [--all] [--break-flow] [path | -]
   --break-flow  plant a handler that runs under another request's context; the check must then fail
 exit code: 0 if every log line carried its own request's id and user, else 1]]
 
-local TIME_LIMIT = 1.0 -- seconds that a request may take
 local BYTES_PER_SECOND = 4e6 -- how fast a mirror sends: the sizes in the log become waiting times
 
 -- ---- The log: who is speaking is read from the flow ---------------------------------------------------------
@@ -34,7 +33,7 @@ local request_id = flow.AsyncLocal("request_id")
 local user = flow.AsyncLocal("user")
 
 local journal = {} -- every line, in the order written
-local started -- when the first request was; set in `main`
+local started -- when the requests were handed out, on the loop's clock
 local show_all = false
 
 local function print_line(line)
@@ -106,10 +105,10 @@ end
 
 -- The body of a request's task, and the only place that sets the async locals. Nothing has to be put back: they
 -- belong to this task and end with it. An error faults the task; a cut-off makes it "canceled".
-local function serve(entry, id)
+local function serve(entry, id, time_limit)
   request_id.value, user.value = id, entry.user
   local limit <close> = flow.CancellationTokenSource()
-  limit:cancel_after(TIME_LIMIT)
+  limit:cancel_after(time_limit)
   log(entry, "serve", "%s %s from %s", entry.method, entry.path, entry.host)
   return authenticate(entry, limit.token)
 end
@@ -124,11 +123,11 @@ local function keep_first_context(handler)
   end
 end
 
+-- ---- The input ------------------------------------------------------------------------------------------------
+
 local function complain(message, ...)
   io.stderr:write("correlate: ", message:format(...), "\n")
 end
-
--- ---- The input ------------------------------------------------------------------------------------------------
 
 -- host ident user [date] "request" status bytes; what may follow (the Combined format's extras) is ignored.
 local COMMON_LOG_FORMAT = '^(%S+) %S+ (%S+) %[[^%]]+%] "(.-)" (%d%d%d) (%S+)'
@@ -145,10 +144,11 @@ end
 
 -- The entries of the log at `path`, and how many lines were none; or nil if it cannot be read. Says what is wrong.
 local function read_entries(path)
-  local file, content, reason
-  if path == "-" then file = io.stdin else file, reason = io.open(path, "rb") end
-  if file then content, reason = file:read("a") end
-  if not content then return complain("%s: %s", path, reason) end
+  local file, no_file = io.stdin, nil
+  if path ~= "-" then file, no_file = io.open(path, "rb") end
+  if not file then return complain("cannot open %s", no_file) end
+  local content, no_content = file:read("a")
+  if not content then return complain("cannot read %s: %s", path, no_content) end
   local entries, skipped, number = {}, 0, 0
   for text in (content .. "\n"):gmatch("(.-)\r?\n") do
     number = number + 1
@@ -202,16 +202,18 @@ local function print_failure(task)
   for _, line in ipairs(journal) do
     if line.id == task.name then print_line(line) end
   end
-  local report = ("\n%s\n%s"):format(task.exception, task:traceback())
-  print((report:gsub("\n", "\n  ")))
+  local report = ("%s\n%s"):format(task.exception, task:traceback())
+  print("  " .. report:gsub("\n", "\n  "))
 end
 
 -- Serves all entries at once; true if every log line proved to be where it belongs.
 local function replay(entries, skipped)
   local tasks, ids = {}, {}
+  local time_limit = 1 + #entries / 10000 -- seconds; they share one thread, so more of them are slower
+  started = flow.loop.now()
   for i, entry in ipairs(entries) do
     ids[entry] = ("r%04d"):format(i)
-    tasks[i] = flow.spawn(serve, entry, ids[entry])
+    tasks[i] = flow.spawn(serve, entry, ids[entry], time_limit)
     tasks[i].name = ids[entry] -- for tracebacks
   end
 
@@ -233,7 +235,7 @@ local function replay(entries, skipped)
   if not show_all then print_excerpt() end
   if tasks[first_failure] then print_failure(tasks[first_failure]) end
   print_list("Failed", outcomes.failed)
-  print_list(("Cut off after %g s"):format(TIME_LIMIT), outcomes.cut_off)
+  print_list(("Cut off after %.2f s"):format(time_limit), outcomes.cut_off)
   print_list("Strays: lines that carry another request's id or user", strays)
 
   print("\nSummary")
@@ -273,7 +275,6 @@ local function main(...)
   end
 
   print(("%d requests, all at once"):format(#entries))
-  started = flow.loop.now()
   local intact = replay(entries, skipped)
   print(intact and "\nEvery log line carried its own request's id and user."
     or "\nThe check FAILED: see the strays and the errors above.")

@@ -450,6 +450,27 @@ describe("a parked task that nothing alive can ever complete", function()
     assert.same({ "inner", "outer" }, log)
   end))
 
+  it("takes with it the continuations, waits and combinators upon it", function()
+    assert.equal("survived\n", helper.output [[
+      local flow = require "coflow"
+      flow.on_unobserved_exception(false)
+      local function park()
+        local gate = flow.TaskCompletionSource()
+        local task = flow.async(function() gate.task:await() end)()
+        task:continue_with(print)
+        task:wait_async(nil, flow.CancellationTokenSource().token)
+        flow.when_all(task, gate.task)
+        flow.when_any(task, gate.task)
+        flow.spawn(function() for _ in flow.when_each { task } do print("an item") end end)
+      end
+      flow.run(function()
+        for _ = 1, 20 do park() end
+        for _ = 1, 4 do flow.yield() collectgarbage() end
+      end)
+      print("survived")
+    ]])
+  end)
+
   it("is collected although its own body holds what could complete it", in_task(function()
     local reports = watch()
     drop(function()

@@ -215,6 +215,7 @@ struct runtime {
   struct task *ready, *ready_last;
   struct task *landing, *landing_last;
   bool pumping, land_busy, stopping;
+  bool resuming; /* a coroutine of ours is on top of the C stack */
   bool closed;
   int signaled; /* set by the signal callback, read by the pump */
   struct fiber *handoff; /* to be run at once by whoever runs the one that yields now */

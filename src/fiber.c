@@ -246,6 +246,7 @@ void fiber_run(lua_State *L, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct task *before = rt->me;
   struct fiber *callers = NULL;
+  bool resuming = rt->resuming;
   int results;
   rt->depth++;
   for (;;) {
@@ -254,7 +255,10 @@ void fiber_run(lua_State *L, struct fiber *f) {
     f->task.state = TASK_RUNNING;
     rt->me = &f->task;
     context_switched(L, &f->task);
-    switch (lua_resume(f->co, L, arguments, &results)) {
+    rt->resuming = true;
+    int status = lua_resume(f->co, L, arguments, &results);
+    rt->resuming = resuming;
+    switch (status) {
       case LUA_YIELD:
         if (rt->handoff != NULL) {
           f->u.caller = callers;
@@ -479,12 +483,12 @@ void fiber_close(lua_State *L, struct fiber *f) {
   lua_settop(L, i - 1);
 }
 
-/* Lua calls finalizers for everything when a state closes. It then runs on the main thread, below no
-** function or below os.exit; a task that is running meanwhile has called os.exit itself. */
+/* Lua calls finalizers for everything when a state closes. It then runs on the main thread: below no
+** function, below os.exit, or, when a task has called that, while the main thread resumes the task. */
 static bool state_closes(lua_State *L, struct runtime *rt) {
   lua_Debug ar;
   if (L != rt->main) return false;
-  if (rt->me != rt->outside || !lua_getstack(L, 1, &ar)) return true;
+  if (rt->resuming || !lua_getstack(L, 1, &ar)) return true;
   lua_getinfo(L, "Sn", &ar);
   return ar.what[0] == 'C' && ar.name && strcmp(ar.name, "exit") == 0;
 }
@@ -503,6 +507,11 @@ static int l_watch_gc(lua_State *L) {
     struct fiber *f = (struct fiber *)object_test(L, -1, TAG_TASK);
     if (f == NULL || f->co != co) return 0;
     link_drop(&f->link);
+    if (f->u.wait.on) { /* a continuation: its task is the last argument but one */
+      lua_pushvalue(co, lua_gettop(co) - 1);
+      lua_xmove(co, L, 1);
+      wait_remove(L, -1, &f->u.wait);
+    }
     drop_coroutine(L, rt, f);
     return 0;
   }
