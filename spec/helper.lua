@@ -10,6 +10,11 @@ local testing = require "coflow.testing"
 
 local helper = {}
 
+---How many a spec about depth takes: `n`, or a hundredth where each allocation runs the collector.
+function helper.many(n)
+  return os.getenv("COFLOW_GC_STRESS") and n // 100 or n
+end
+
 ---A test body that runs `fn(clock)` as the root task under a virtual clock.
 function helper.in_task(fn)
   return function()

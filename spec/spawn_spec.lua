@@ -473,6 +473,8 @@ describe("a cold task", function()
 end)
 
 describe("depth", function()
+  local DEEP = helper.many(100000)
+
   it("of 100,000 async functions that call each other recursively is no limit", in_task(function()
     local function start(bottom)
       local descend
@@ -483,10 +485,10 @@ describe("depth", function()
         end
         return descend(n - 1):await() + 1
       end)
-      return descend(100000)
+      return descend(DEEP)
     end
-    assert.equal(100000, start(function() end):await())
-    assert.equal(100000, start(flow.yield):await())
+    assert.equal(DEEP, start(function() end):await())
+    assert.equal(DEEP, start(flow.yield):await())
   end))
 
   it("of 100,000 async functions lets the error at the bottom out, unchanged", in_task(function()
@@ -498,7 +500,7 @@ describe("depth", function()
       end
       return descend(n - 1):await()
     end)
-    local task = descend(100000)
+    local task = descend(DEEP)
     assert.equal(value, raised(flow.await, task))
     assert.equal("faulted", task.status)
   end))
@@ -513,24 +515,24 @@ describe("depth", function()
       end
       ended = ended + 1
     end)
-    local first = descend(100000)
+    local first = descend(DEEP)
     first:await()
     last:await()
     for _ = 1, 3 do
       flow.yield()
     end
-    assert.equal(100001, ended)
+    assert.equal(DEEP + 1, ended)
   end))
 
   it("of a chain of 100,000 tasks each awaiting the next is no limit", in_task(function()
     local gate = flow.TaskCompletionSource()
     local increment = flow.async(function(task) return task:await() + 1 end)
     local task = gate.task
-    for _ = 1, 100000 do
+    for _ = 1, DEEP do
       task = increment(task)
     end
     gate:set_result(0)
-    assert.equal(100000, task:await())
+    assert.equal(DEEP, task:await())
   end))
 
   it("of 100,000 tasks each spawning and awaiting the next is no limit", in_task(function()
@@ -540,6 +542,6 @@ describe("depth", function()
       end
       return flow.spawn(descend, n - 1):await() + 1
     end
-    assert.equal(100000, flow.spawn(descend, 100000):await())
+    assert.equal(DEEP, flow.spawn(descend, DEEP):await())
   end))
 end)

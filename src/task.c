@@ -446,7 +446,8 @@ static int l_traceback(lua_State *L) {
 /* An operation that can die unfinished gives its slot back and leaves the list of its token. */
 static int l_operation_gc(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
-  if (t == NULL || runtime(L)->closed) return 0;
+  if (t == NULL || t->slot == 0 || runtime(L)->closed) return 0;
+  if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return 0; /* held: called by hand */
   if (task_is(t, KIND_WAIT)) link_drop(&((struct pending *)t)->link);
   task_forget(L, t);
   return 0;
