@@ -3,7 +3,8 @@
 local flow = require "coflow"
 local support = require "spec.support.flow_support"
 
-local in_task, raises, bad_argument = support.in_task, support.raises, support.bad_argument
+local in_task, heavy = support.in_task, support.heavy
+local raises, bad_argument = support.raises, support.bad_argument
 local recorder, weak, alive = support.recorder, support.weak, support.alive
 local Source, Token = flow.CancellationTokenSource, flow.CancellationToken
 local is = flow.errors.is
@@ -399,7 +400,7 @@ describe("callbacks", function()
     end
   end)
 
-  it("run 100,000 strong, newest first", in_task(function()
+  it("run 100,000 strong, newest first", in_task(heavy(function()
     local n, expected, wrong = 100000, 100000, 0
     local source <close> = Source()
     local function callback(i)
@@ -410,7 +411,7 @@ describe("callbacks", function()
     source:cancel()
     assert.equal(0, wrong)
     assert.equal(0, expected)
-  end))
+  end)))
 end)
 
 describe("a registration", function()
@@ -940,7 +941,7 @@ describe("a linked source", function()
     assert.is_false(parent.is_cancellation_requested)
   end))
 
-  it("is canceled at the end of a chain of 100,000", in_task(function()
+  it("is canceled at the end of a chain of 100,000", in_task(heavy(function()
     local events, record = recorder()
     local chain = { Source() }
     for i = 2, 100000 do chain[i] = Source.linked(chain[i - 1].token) end
@@ -956,9 +957,9 @@ describe("a linked source", function()
     local late <close> = Source.linked(chain[100000].token)
     assert.is_true(late.is_cancellation_requested)
     for i = 1, 100000 do chain[i]:dispose() end
-  end))
+  end)))
 
-  it("can be the end of a chain of 100,000 that is dropped without a word", in_task(function()
+  it("can be the end of a chain of 100,000 that is dropped without a word", in_task(heavy(function()
     local values = weak()
     flow.call(function()
       local last = Source()
@@ -968,7 +969,7 @@ describe("a linked source", function()
       end
     end)
     assert.equal(0, alive(values))
-  end))
+  end)))
 
   it("can be one of 10,000 of one parent", in_task(function()
     local parent <close> = Source()

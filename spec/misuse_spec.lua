@@ -561,6 +561,66 @@ describe("finalizers and metamethods", function()
     ]])
   end)
 
+  it("of users may use the library, whenever the collector runs them", function()
+    assert.equal("survived\n", helper.output [[
+      local flow = require "coflow"
+      flow.on_unobserved_exception(false)
+      collectgarbage("incremental", 1, 1000, 63) -- a whole cycle at each step
+      math.randomseed(42)
+      local source, loc = flow.CancellationTokenSource(), flow.AsyncLocal()
+      local function fn() end
+      local uses = {
+        function() flow.spawn(flow.yield) end,
+        function() flow.async(function() flow.sleep(1e-6) end)() end,
+        function() flow.Task.new(fn):start() end,
+        function() flow.Task.new(fn):run_synchronously() end,
+        function() flow.delay(1e-6):continue_with(fn) end,
+        function() flow.delay(1e-3):wait_async(1e-6, source.token) end,
+        function() flow.when_all(flow.delay(1e-6), flow.when_any { flow.Task.completed_task }) end,
+        function() flow.TaskCompletionSource():try_set_result(1, 2) end,
+        function() flow.async(function() flow.TaskCompletionSource().task:await() end)() end,
+        function() source.token:register(fn) source.token:register(fn):unregister() end,
+        function() flow.CancellationTokenSource.linked(source.token):cancel() end,
+        function() local old = source source = flow.CancellationTokenSource(1e-6) old:cancel() end,
+        function() loc.value = {} end,
+        function() local _ <close> = loc:with({}) flow.spawn(fn) end,
+        function() local _ <close> = flow.ExecutionContext.suppress_flow() flow.spawn(fn) end,
+        function() flow.call(function() loc.value = 1 end) end,
+        function() flow.async(error)("boom") end,
+        function() flow.run(fn) end, function() flow.yield() end, function() flow.loop.run("once") end,
+      }
+      local finalizers, inside = 2000, 0
+      local function use()
+        pcall(uses[math.random(#uses)])
+      end
+      local function arm()
+        setmetatable({}, { __gc = function()
+          finalizers = finalizers - 1
+          if finalizers > 0 then
+            inside = inside + 1
+            if inside < 4 then use() use() end
+            inside = inside - 1
+            arm()
+          end
+        end })
+      end
+      arm() arm() arm()
+      flow.run(function()
+        local tasks = {}
+        for i = 1, 20 do
+          tasks[i] = flow.spawn(function()
+            for _ = 1, 10 do use() flow.yield() flow.sleep(1e-6) end
+          end)
+        end
+        flow.await_all(tasks)
+      end)
+      finalizers = 0
+      collectgarbage()
+      print("survived")
+      os.exit(0, true)
+    ]])
+  end)
+
   it("of pairs over a context take no other arguments", function()
     assert.equal("survived\n", helper.output [[
       local flow = require "coflow"

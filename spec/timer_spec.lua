@@ -4,7 +4,8 @@ local flow = require "coflow"
 local testing = require "coflow.testing"
 local support = require "spec.support.flow_support"
 
-local in_task, raises, bad_argument = support.in_task, support.raises, support.bad_argument
+local in_task, heavy = support.in_task, support.heavy
+local raises, bad_argument = support.raises, support.bad_argument
 local recorder, weak, alive = support.recorder, support.weak, support.alive
 local Source, Token = flow.CancellationTokenSource, flow.CancellationToken
 local is = flow.errors.is
@@ -323,7 +324,7 @@ end)
 
 describe("10,000 delays", function()
   it("end in order of their deadlines, equal ones in the order they were set",
-    in_task(function(clock)
+    in_task(heavy(function(clock)
       local random, expected, got, tasks = support.random(42), {}, {}, {}
       local start = clock:now()
       for i = 1, 10000 do
@@ -346,7 +347,7 @@ describe("10,000 delays", function()
       assert.equal(start + expected[10000].due, clock:now())
     end))
 
-  it("leave nothing when half of them are canceled in any order", in_task(function(clock)
+  it("leave nothing when half of them are canceled in any order", in_task(heavy(function(clock)
     local random, sources, tasks = support.random(43), {}, {}
     for i = 1, 10000 do
       sources[i] = Source()
@@ -362,7 +363,7 @@ describe("10,000 delays", function()
     for n = 1, 5000 do assert.is_true(tasks[order[n]].is_canceled) end
     assert.is_true(last <= start + 126)
     for _, source in ipairs(sources) do source:dispose() end
-  end))
+  end))))
 
   it("that are dropped do not outlive their deadlines", in_task(function()
     local tasks = weak()

@@ -218,6 +218,7 @@ static void unlink_parents(lua_State *L, int k) {
 
 /* [-0, +0, -] the token at k is canceled from now on: interrupts what is under it; no callback yet */
 static void mark(lua_State *L, int k, int reason, int cause) {
+  struct runtime *rt = runtime(L);
   struct token *token = (struct token *)lua_touserdata(L, k);
   token->canceled = true;
   k = lua_absindex(L, k);
@@ -234,9 +235,9 @@ static void mark(lua_State *L, int k, int reason, int cause) {
     link_drop(l);
     pending_interrupt(L, container_of(l, struct pending, link), k);
   }
-  if (lua_getiuservalue(L, k, TOKEN_PROMISE) == LUA_TUSERDATA) task_settle(L, lua_gettop(L), 0);
+  if (lua_getiuservalue(L, k, TOKEN_PROMISE) == LUA_TUSERDATA) task_settle(L, rt, lua_gettop(L), 0);
   lua_pop(L, 1);
-  loop_land_all(L);
+  if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
 /* [-0, +n, -] calls the callback of the registration at i in its context; the status, error on top */
@@ -419,13 +420,14 @@ static int l_token_throw(lua_State *L) {
 
 /* token:wait_async(other) -> a task that is complete once the token is canceled */
 static int l_token_wait_async(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct token *k = check_token(L, 1);
   token_opt(L, 2);
   lua_settop(L, 2);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) == LUA_TNIL) {
     lua_pop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2);
-    if (k->canceled) task_settle(L, 3, 0);
+    if (k->canceled) task_settle(L, rt, 3, 0);
     lua_pushvalue(L, 3);
     lua_setiuservalue(L, 1, TOKEN_PROMISE);
   }
@@ -653,6 +655,7 @@ static int l_source_cancel(lua_State *L) {
 }
 
 static int l_source_cancel_async(lua_State *L) {
+  struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_SOURCE);
   lua_settop(L, 2);
   struct token *token = source_token(L, false); /* source reason token */
@@ -660,17 +663,17 @@ static int l_source_cancel_async(lua_State *L) {
     struct task *t = task_new(L, KIND_PROMISE, sizeof(struct task), 2);
     (void)t;
     error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
-    task_settle_faulted(L, 4, 0);
+    task_settle_faulted(L, rt, 4, 0);
     return 1;
   }
   if (token->canceled || (mark(L, 3, 2, 0), token->newest == NULL)) {
     task_new(L, KIND_PROMISE, sizeof(struct task), 2);
-    task_settle(L, 4, 0);
+    task_settle(L, rt, 4, 0);
     return 1;
   }
   module_push_function(L, l_run_callbacks);
   lua_pushvalue(L, 3);
-  struct fiber *f = fiber_new(L, 1);
+  struct fiber *f = fiber_new(L, rt, 1);
   f->task.state = TASK_QUEUED;
   loop_ready(runtime(L), &f->task);
   return 1;

@@ -149,22 +149,22 @@ static void unwatch(lua_State *L, int i, struct combine *c) {
   lua_settop(L, inputs - 1);
 }
 
-void combine_fire(lua_State *L, int i, struct wait *w) {
+void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w) {
   uint32_t k = w->role - WAIT_INPUT;
   struct combine *c = container_of(w - k, struct combine, waits);
   c->left--;
   switch (task_kind(&c->task)) {
     case KIND_ALL:
-      if (c->left == 0) loop_land(L, i, &c->task);
+      if (c->left == 0) loop_land(L, rt, i, &c->task);
       break;
     case KIND_ANY:
       if (c->task.flags & TASK_LINKED || task_done(&c->task)) break;
       c->first = k;
-      loop_land(L, i, &c->task);
+      loop_land(L, rt, i, &c->task);
       break;
     default:
       order(c)[c->done++] = k;
-      wait_notify(L, i);
+      if (c->task.waiters) wait_notify(L, rt, i);
   }
 }
 
@@ -224,6 +224,7 @@ static uint32_t push_aggregate(lua_State *L, int inputs, uint32_t n, int *first)
 }
 
 static void land_all(lua_State *L, int i, struct combine *c) {
+  struct runtime *rt = runtime(L);
   lua_getiuservalue(L, i, OP_INPUT);
   int inputs = lua_gettop(L);
   bool failed = false;
@@ -241,10 +242,10 @@ static void land_all(lua_State *L, int i, struct combine *c) {
     c->task.flags |= TASK_AGGREGATE;
     lua_rawgeti(L, inputs, first);
     lua_insert(L, -2);
-    task_settle_faulted(L, i, lua_gettop(L) - 1);
+    task_settle_faulted(L, rt, i, lua_gettop(L) - 1);
   } else if (canceled) {
     lua_rawgeti(L, inputs, canceled);
-    task_settle_like(L, i, lua_gettop(L));
+    task_settle_like(L, rt, i, lua_gettop(L));
   } else {
     lua_createtable(L, c->list ? (int)c->count : 0, c->list ? 1 : (int)c->count);
     int result = lua_gettop(L);
@@ -262,18 +263,19 @@ static void land_all(lua_State *L, int i, struct combine *c) {
       lua_pushinteger(L, c->count);
       lua_setfield(L, result, "n");
     }
-    task_settle(L, i, 1);
+    task_settle(L, rt, i, 1);
   }
   lua_settop(L, inputs - 1);
 }
 
 static void land_any(lua_State *L, int i, struct combine *c) {
+  struct runtime *rt = runtime(L);
   unwatch(L, i, c);
   lua_getiuservalue(L, i, OP_INPUT);
   lua_rawgeti(L, -1, (lua_Integer)c->first + 1);
   lua_remove(L, -2);
   push_key(L, i, c->first);
-  task_settle(L, i, 2);
+  task_settle(L, rt, i, 2);
 }
 
 void combine_land(lua_State *L, int i) {
@@ -319,13 +321,14 @@ static int l_when_any(lua_State *L) {
 
 /* the next one to hand out of the when_each at index 1 */
 static int next_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
   (void)status, (void)ctx;
   lua_settop(L, 1);
   if (task_done(&c->task)) return 0; /* closed meanwhile */
   if (c->taken == c->done) {
-    struct fiber *me = fiber_here(L);
-    return fiber_await(L, me, next_k);
+    struct fiber *me = fiber_here(L, rt);
+    return fiber_await(L, rt, me, next_k);
   }
   uint32_t k = order(c)[c->taken++];
   lua_getiuservalue(L, 1, OP_INPUT);
@@ -342,20 +345,22 @@ static struct combine *check_each(lua_State *L) {
 }
 
 static int l_each_next(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct combine *c = check_each(L);
   lua_settop(L, 1);
   if (c->taken == c->count || task_done(&c->task)) return 0;
-  if (c->taken == c->done && fiber_here(L) == NULL) return fiber_outside(L, l_each_next);
+  if (c->taken == c->done && fiber_here(L, rt) == NULL) return fiber_outside(L, l_each_next);
   return next_k(L, LUA_OK, 0);
 }
 
 static int l_each_close(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct combine *c = check_each(L);
   if (task_done(&c->task)) return 0;
   unwatch(L, 1, c);
   task_forget(L, &c->task);
   lua_settop(L, 1);
-  task_settle(L, 1, 0);
+  task_settle(L, rt, 1, 0);
   return 0;
 }
 
@@ -396,11 +401,12 @@ static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 static int await_all(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
   if (task_done(&c->task)) return await_all_k(L, LUA_OK, 0);
-  struct fiber *me = fiber_here(L);
+  struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, await_all);
-  return fiber_await(L, me, await_all_k);
+  return fiber_await(L, rt, me, await_all_k);
 }
 
 static int l_await_all(lua_State *L) {

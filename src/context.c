@@ -391,10 +391,7 @@ static void tell_switch(lua_State *L, int old, int new) {
   lua_settop(L, list - 1);
 }
 
-/* the context of t is now the current one */
-static void show(lua_State *L, struct task *t) {
-  struct runtime *rt = runtime(L);
-  if (!rt->shown_watched && !(t->flags & TASK_WATCHED)) return;
+void context_show(lua_State *L, struct runtime *rt, struct task *t) {
   if (!lua_checkstack(L, 20)) return;
   int top = lua_gettop(L);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_SHOWN);
@@ -409,8 +406,6 @@ static void show(lua_State *L, struct task *t) {
   }
   lua_settop(L, top);
 }
-
-void context_switched(lua_State *L, struct task *to) { show(L, to); }
 
 /* [-1, +0, m] the running task's context becomes that on top, by a set */
 static void replace(lua_State *L) {
@@ -435,7 +430,7 @@ void context_swap(lua_State *L) {
   lua_insert(L, -2); /* old me new */
   context_give(L, lua_gettop(L) - 1, me);
   lua_pop(L, 1);
-  show(L, me);
+  context_switched(L, rt, me);
 }
 
 /* ---- AsyncLocal ---- */

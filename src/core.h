@@ -41,20 +41,22 @@
 
 /* The first word of every userdata of ours says what it is; for tasks the low byte is the kind. */
 enum tag {
-  TAG_TASK = 0xC0F10100,
-  TAG_OPERATION = 0xC0F10200, /* only names the metatable of the tasks that need a finalizer */
-  TAG_COMPLETION = 0xC0F10300,
-  TAG_LOCAL = 0xC0F10400,
-  TAG_CONTEXT = 0xC0F10500,
-  TAG_PAIR = 0xC0F10600,
-  TAG_GUARD = 0xC0F10700,
-  TAG_SOURCE = 0xC0F10800,
-  TAG_TOKEN = 0xC0F10900,
-  TAG_REGISTRATION = 0xC0F10A00,
-  TAG_FAULT = 0xC0F10B00,
-  TAG_WATCH = 0xC0F10C00
+  TAG_TASK = 0xC0F10200, /* the first slot of the anchors is the head of the free ones */
+  TAG_OPERATION = 0xC0F10300, /* only names the metatable of the tasks that need a finalizer */
+  TAG_COMPLETION = 0xC0F10400,
+  TAG_LOCAL = 0xC0F10500,
+  TAG_CONTEXT = 0xC0F10600,
+  TAG_PAIR = 0xC0F10700,
+  TAG_GUARD = 0xC0F10800,
+  TAG_SOURCE = 0xC0F10900,
+  TAG_TOKEN = 0xC0F10A00,
+  TAG_REGISTRATION = 0xC0F10B00,
+  TAG_FAULT = 0xC0F10C00,
+  TAG_WATCH = 0xC0F10D00
 };
-#define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* its index in the metatables */
+#define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
+#define TAG_FIRST TAG_CLASS(TAG_TASK)
+#define TAG_LAST TAG_CLASS(TAG_WATCH)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -97,7 +99,8 @@ enum task_flags {
   TASK_QUIET = 1 << 15      /* a wait that tells true or false instead of passing the outcome on */
 };
 
-/* User values. TASK_RESULT holds the coroutine until the task is complete, then the outcome;
+/* User values. TASK_CONTEXT of a complete fiber is its function, if that tells its name and holds
+** nothing else alive. TASK_RESULT holds the coroutine until the task is complete, then the outcome;
 ** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) the fault record. */
 enum task_uservalue { TASK_RESULT = 1, TASK_WAITERS, TASK_CONTEXT };
 enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to */
@@ -191,8 +194,7 @@ enum runtime_uservalue {
   RUNTIME_NONE,        /* CancellationToken.none */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
-  RUNTIME_METATABLES,  /* tag -> metatable */
-  RUNTIME_UV_COUNT = RUNTIME_METATABLES
+  RUNTIME_UV_COUNT = RUNTIME_FIBER_TRACE
 };
 
 struct timer_entry {
@@ -218,6 +220,7 @@ struct runtime {
   bool resuming; /* a coroutine of ours is on top of the C stack */
   bool closed;
   int signaled; /* set by the signal callback, read by the pump */
+  struct fiber *starting; /* about to enter its body */
   struct fiber *handoff; /* to be run at once by whoever runs the one that yields now */
   int hot;      /* of these, hot starts: their callers go on as soon as they suspend */
   int depth;    /* fibers nested on the C stack */
@@ -292,12 +295,12 @@ void task_push(lua_State *L, const struct task *t);  /* [-0, +1, -] a task that 
 void wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] */
 void wait_remove(lua_State *L, int on, struct wait *w);                        /* [-0, +0, -] */
 void wait_owner(lua_State *L, int on, const struct wait *w);                   /* [-0, +1, -] */
-void wait_notify(lua_State *L, int on); /* [-0, +0, -] wakes all that wait for the task at on */
-void task_settle(lua_State *L, int i, int results);      /* [-n, +0, m] succeeded */
-void task_settle_error(lua_State *L, int i, int from);   /* [-1, +0, -] canceled or faulted, as the error says */
-void task_settle_canceled(lua_State *L, int i);          /* [-1, +0, -] */
-void task_settle_like(lua_State *L, int i, int from);    /* [-0, +0, -] the outcome of the one at `from` */
-void task_settle_faulted(lua_State *L, int i, int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
+void wait_notify(lua_State *L, struct runtime *rt, int on); /* [-0, +0, -] wakes all that wait for the task at on */
+void task_settle(lua_State *L, struct runtime *rt, int i, int results);      /* [-n, +0, m] succeeded */
+void task_settle_error(lua_State *L, struct runtime *rt, int i, int from);   /* [-1, +0, -] canceled or faulted, as the error says */
+void task_settle_canceled(lua_State *L, struct runtime *rt, int i);          /* [-1, +0, -] */
+void task_settle_like(lua_State *L, struct runtime *rt, int i, int from);    /* [-0, +0, -] the outcome of the one at `from` */
+void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
 int task_push_outcome(lua_State *L, int i);              /* [-0, +n, e] the values, or raises the error */
 void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
@@ -305,23 +308,24 @@ void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: start, run, suspend, await ---- */
 
-struct fiber *fiber_new(lua_State *L, int arguments); /* [-(n+1), +1, m] held, in state created */
-void fiber_run(lua_State *L, struct fiber *f);        /* [-0, +0, -] until it stops */
-void fiber_close(lua_State *L, struct fiber *f);      /* [-0, +0, -] an abandoned one */
+struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments); /* [-(n+1), +1, m] held, in state created */
+void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f);        /* [-0, +0, -] until it stops */
+void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f);      /* [-0, +0, -] an abandoned one */
 void fiber_dispose(lua_State *L, struct fiber *f);    /* [-0, +0, -] at the end of the state */
 void fiber_trim(lua_State *L);                        /* [-0, +0, -] drops coroutines long unused */
-struct fiber *fiber_here(lua_State *L); /* who would suspend here; NULL outside; raises where it cannot */
+struct fiber *fiber_here(lua_State *L, struct runtime *rt); /* who would suspend here; NULL outside; raises where it cannot */
 int fiber_outside(lua_State *L, lua_CFunction f);             /* runs the operation f as a root task */
 int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k); /* yields */
-int fiber_await(lua_State *L, struct fiber *f, lua_KFunction k);   /* for the pending task at index 1 */
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, lua_KFunction k);   /* for the pending task at index 1 */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
-void fiber_wake(lua_State *L, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
-void fiber_label_early(lua_State *L, struct fiber *f); /* [-0, +0, m] */
+void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
+void fiber_push(lua_State *L, const struct fiber *f); /* [-0, +1, -] one that has a coroutine */
 void fiber_open(lua_State *L);
 
 /* ---- combine.c ---- */
 
-void combine_fire(lua_State *L, int i, struct wait *w); /* [-0, +0, -] an input is complete */
+void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w); /* [-0, +0, -] an input is complete */
 void combine_land(lua_State *L, int i);
 void combine_open(lua_State *L);
 
@@ -331,7 +335,11 @@ void context_push_flowing(lua_State *L, const struct task *t); /* [-0, +1, -] wh
 void context_push_captured(lua_State *L);                      /* [-0, +1, m] of the running task */
 void context_give(lua_State *L, int i, struct task *t);        /* [-1, +0, -] the context on top to t */
 void context_swap(lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
-void context_switched(lua_State *L, struct task *to); /* [-0, +0, -] tells the handlers, if any */
+void context_show(lua_State *L, struct runtime *rt, struct task *t);
+/* [-0, +0, -] the context of t has become the current one: tells the handlers, if there are any */
+static inline void context_switched(lua_State *L, struct runtime *rt, struct task *t) {
+  if (rt->shown_watched || t->flags & TASK_WATCHED) context_show(L, rt, t);
+}
 void context_drop_guards(struct fiber *f);
 void context_open(lua_State *L);
 
@@ -355,7 +363,7 @@ void timer_add(struct runtime *rt, struct deadline *d, struct task *owner, doubl
 void timer_drop(struct runtime *rt, struct deadline *d);
 void timer_fire_due(struct runtime *rt); /* links the owners of what is due */
 void delay_land(lua_State *L, int i);
-void wait_op_fire(lua_State *L, int i); /* [-0, +0, -] what the operation at i awaited is complete */
+void wait_op_fire(lua_State *L, struct runtime *rt, int i); /* [-0, +0, -] what the operation at i awaited is complete */
 void wait_op_land(lua_State *L, int i);
 void timer_push_wait(lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
                                     ** or of false after the timeout; it observes nothing */
@@ -368,8 +376,8 @@ void timer_open(lua_State *L);
 double loop_now(struct runtime *rt);
 void loop_ready(struct runtime *rt, struct task *t);
 void loop_unready(struct runtime *rt, struct task *t);
-void loop_land(lua_State *L, int i, struct task *t); /* [-0, +0, -] at the end of this settling */
-void loop_land_all(lua_State *L);                    /* [-0, +0, -] */
+void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t); /* [-0, +0, -] at the end of this settling */
+void loop_land_all(lua_State *L, struct runtime *rt);                    /* [-0, +0, -] */
 int loop_run(lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);

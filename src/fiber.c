@@ -45,19 +45,23 @@ static int close_coroutine(lua_State *co, lua_State *from) {
 #endif
 }
 
+/* makes room for one more idle coroutine; false without memory */
+static bool idle_room(lua_State *L, struct runtime *rt) {
+  if (rt->idle_count < rt->idle_size) return true;
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  size_t size = rt->idle_size ? rt->idle_size * 2 : MIN_IDLE;
+  struct idle *idle =
+      (struct idle *)alloc(ud, rt->idle, rt->idle_size * sizeof *idle, size * sizeof *idle);
+  if (idle == NULL) return false;
+  rt->idle = idle;
+  rt->idle_size = size;
+  return true;
+}
+
 /* [-0, +0, m] adds a coroutine to the idle ones */
 static void idle_grow(lua_State *L, struct runtime *rt) {
-  if (rt->idle_count == rt->idle_size) {
-    size_t size = rt->idle_size ? rt->idle_size * 2 : MIN_IDLE;
-    lua_Alloc alloc;
-    void *ud;
-    alloc = lua_getallocf(L, &ud);
-    struct idle *idle = (struct idle *)alloc(ud, rt->idle, rt->idle_size * sizeof *idle,
-                                             size * sizeof *idle);
-    if (idle == NULL) luaL_error(L, "not enough memory");
-    rt->idle = idle;
-    rt->idle_size = size;
-  }
+  if (!idle_room(L, rt)) luaL_error(L, "not enough memory");
   lua_State *co = lua_newthread(L);
   object_new(L, TAG_WATCH, sizeof(uint32_t), 1); /* co watch */
   lua_pushvalue(L, -2);
@@ -72,8 +76,7 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
 /* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot) {
   rt->busy--;
-  if (rt->idle_count < rt->idle_size &&
-      (rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak)) {
+  if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) && idle_room(L, rt)) {
     lua_pushthread(co);
     lua_xmove(co, L, 1);
     lua_rawseti(L, UP_ANCHORS, slot);
@@ -90,14 +93,44 @@ void fiber_trim(lua_State *L) {
   rt->busy_peak = rt->busy;
 }
 
+/* ---- the bottom of a coroutine, seen from outside ---- */
+
+/* [-0, +1, -] an argument of fiber_main, on whose coroutine anything may be going on; or nil */
+static void push_argument(lua_State *L, lua_State *co, int n) {
+  lua_Debug ar;
+  int low = 0, high = 1;
+  if (co == NULL || !lua_checkstack(co, 1)) {
+    lua_pushnil(L);
+    return;
+  }
+  if (lua_status(co) == LUA_OK && !lua_getstack(co, 0, &ar)) { /* not started: it lies below the call */
+    if (lua_gettop(co) <= BOTTOM)
+      lua_pushnil(co);
+    else
+      lua_pushvalue(co, BOTTOM + 1 + n);
+  } else {
+    while (lua_getstack(co, high, &ar)) low = high, high *= 2;
+    while (high - low > 1) { /* the outermost level */
+      int middle = low + (high - low) / 2;
+      if (lua_getstack(co, middle, &ar))
+        low = middle;
+      else
+        high = middle;
+    }
+    if (!lua_getstack(co, low, &ar) || !lua_getlocal(co, &ar, n)) lua_pushnil(co);
+  }
+  if (co != L) lua_xmove(co, L, 1);
+}
+
+void fiber_push(lua_State *L, const struct fiber *f) { push_argument(L, f->co, BODY_TASK); }
+
 /* ---- labels ---- */
 
-/* the label of a function is "file:line"; the few that are used again and again are found by a look */
-static void label(lua_State *L, int i, struct task *t) {
+/* [-1, +0, m] sets the label of t, "file:line" of the function on top; the few labels that are used
+** again and again are found by a look */
+static void label(lua_State *L, struct task *t) {
   struct runtime *rt = runtime(L);
   lua_Debug ar;
-  if (lua_type(L, i) != LUA_TFUNCTION) return;
-  lua_pushvalue(L, i);
   lua_getinfo(L, ">S", &ar);
   size_t at = ((size_t)ar.linedefined * 31 + (size_t)(uintptr_t)ar.source / 16) % LABEL_CACHE;
   struct label_cache *c = &rt->labels[at];
@@ -124,41 +157,57 @@ static void label(lua_State *L, int i, struct task *t) {
   t->label = c->label;
 }
 
-/* [-0, +0, m] the label of one that has not started: its function waits on the coroutine's stack */
-void fiber_label_early(lua_State *L, struct fiber *f) {
-  if (f->co == NULL || f->task.flags & TASK_STARTED || lua_gettop(f->co) <= BOTTOM) return;
-  lua_pushvalue(f->co, BOTTOM + 1 + BODY_LABEL);
-  lua_xmove(f->co, L, 1);
-  label(L, -1, &f->task);
-  lua_pop(L, 1);
+void fiber_label(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  if (f->co == NULL)
+    lua_getiuservalue(L, i, TASK_CONTEXT); /* complete: see keep_name */
+  else
+    push_argument(L, f->co, BODY_LABEL);
+  if (lua_isfunction(L, -1))
+    label(L, &f->task);
+  else
+    lua_pop(L, 1);
+}
+
+/* A task that ends must not keep what its function refers to, but tell its name: a function without
+** upvalues, save the globals, is kept instead of a label, which costs less. */
+static void keep_name(lua_State *L, struct task *t) {
+  if (t->label != 0 || !lua_isfunction(L, BODY_LABEL)) return;
+  bool plain = lua_getupvalue(L, BODY_LABEL, 1) == NULL;
+  if (!plain) lua_pop(L, 1);
+  lua_pushvalue(L, BODY_LABEL);
+  if (plain)
+    lua_setiuservalue(L, BODY_TASK, TASK_CONTEXT);
+  else
+    label(L, t);
 }
 
 /* ---- the body ---- */
 
 static int main_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
   struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
   (void)ctx;
   if (f->guards) context_drop_guards(f);
   if (status == LUA_OK || status == LUA_YIELD)
-    task_settle(L, BODY_TASK, lua_gettop(L) - BODY_TRACE);
+    task_settle(L, rt, BODY_TASK, lua_gettop(L) - BODY_TRACE);
   else
-    task_settle_error(L, BODY_TASK, 0);
+    task_settle_error(L, rt, BODY_TASK, 0);
+  keep_name(L, &f->task);
   return 0;
 }
 
 /* fiber_main(task, fn, trace, fn, arguments …) */
 static int fiber_main(lua_State *L) {
   struct runtime *rt = runtime(L);
-  lua_Debug ar;
-  if (lua_getstack(L, 1, &ar) || object_test(L, BODY_TASK, TAG_TASK) != (void *)rt->me)
-    return luaL_error(L, "the body of a task is not to be called"); /* found by debug functions */
-  label(L, BODY_LABEL, rt->me);
+  if (rt->starting == NULL || lua_touserdata(L, BODY_TASK) != (void *)rt->starting)
+    return luaL_error(L, "the body of a task is not to be called"); /* debug functions have found it */
+  rt->starting = NULL;
   int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
   return main_k(L, status, 0);
 }
 
-struct fiber *fiber_new(lua_State *L, int arguments) {
-  struct runtime *rt = runtime(L);
+struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
   if (rt->idle_count == 0) idle_grow(L, rt);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
@@ -216,7 +265,7 @@ static void fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   context_drop_guards(f);
   rt->me = me;
   if (!task_done(&f->task))
-    task_settle_faulted(L, -2, 0);
+    task_settle_faulted(L, rt, -2, 0);
   else
     lua_pop(L, 1);
   clear_trace(L, f);
@@ -242,19 +291,22 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
   if (ar.currentline > 0) lua_remove(L, -2);
 }
 
-void fiber_run(lua_State *L, struct fiber *f) {
-  struct runtime *rt = runtime(L);
+void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct task *before = rt->me;
   struct fiber *callers = NULL;
   bool resuming = rt->resuming;
   int results;
   rt->depth++;
   for (;;) {
-    int arguments = f->task.flags & TASK_STARTED ? 0 : lua_gettop(f->co) - BOTTOM - 1;
+    int arguments = 0;
+    if (!(f->task.flags & TASK_STARTED)) {
+      arguments = lua_gettop(f->co) - BOTTOM - 1;
+      rt->starting = f;
+    }
     f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
     f->task.state = TASK_RUNNING;
     rt->me = &f->task;
-    context_switched(L, &f->task);
+    context_switched(L, rt, &f->task);
     rt->resuming = true;
     int status = lua_resume(f->co, L, arguments, &results);
     rt->resuming = resuming;
@@ -294,7 +346,7 @@ void fiber_run(lua_State *L, struct fiber *f) {
   }
   rt->depth--;
   rt->me = before;
-  if (before != rt->outside) context_switched(L, before);
+  if (before != rt->outside) context_switched(L, rt, before);
 }
 
 /* ---- suspending ---- */
@@ -315,8 +367,7 @@ static void push_barrier(lua_State *L) {
   lua_pushliteral(L, "inside a message handler or another callback of C");
 }
 
-struct fiber *fiber_here(lua_State *L) {
-  struct runtime *rt = runtime(L);
+struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   if (rt->me == rt->outside) {
     if (rt->depth == 0 && !rt->pumping) return NULL;
     error_throw(L, ERROR_OPERATION,
@@ -348,7 +399,7 @@ int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k) {
   return lua_yieldk(L, 0, 0, k);
 }
 
-void fiber_wake(lua_State *L, int i, struct fiber *f) {
+void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
   struct task *t = &f->task;
   if (t->flags & (TASK_LINKED | TASK_ABANDONED)) return;
   link_drop(&f->link);
@@ -406,7 +457,7 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   on->waiters = w;
   w->on = on;
   me->task.state = TASK_WAITING;
-  fiber_run(L, (struct fiber *)on);
+  fiber_run(L, rt, (struct fiber *)on);
   if (w->on != NULL) { /* it has suspended, and so do we: from here we are held by it */
     wait_remove(L, 1, w);
     return false;
@@ -418,8 +469,7 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   return false;
 }
 
-int fiber_await(lua_State *L, struct fiber *f, lua_KFunction k) {
-  struct runtime *rt = runtime(L);
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, lua_KFunction k) {
   struct task *me = &f->task, *on = (struct task *)lua_touserdata(L, 1);
   refuse_circle(L, me, on);
   if (can_run_in_place(rt, on)) {
@@ -467,8 +517,7 @@ static void push_abandoned(lua_State *L, int i) {
   lua_pop(L, 1);
 }
 
-void fiber_close(lua_State *L, struct fiber *f) {
-  struct runtime *rt = runtime(L);
+void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
   task_push(L, &f->task);
   int i = lua_gettop(L);
   if (f->u.wait.on) {
@@ -499,30 +548,19 @@ static int l_watch_gc(lua_State *L) {
   if (!object_test(L, 1, TAG_WATCH) || lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
   lua_State *co = lua_tothread(L, 2);
   bool closes = state_closes(L, rt);
-  if (lua_status(co) != LUA_YIELD && (!closes || lua_gettop(co) <= BOTTOM)) {
-    if (lua_status(co) != LUA_OK || lua_gettop(co) <= BOTTOM) return 0;
-    /* a cold task or a continuation that will never start: no loss to report */
-    lua_pushvalue(co, BOTTOM + 1 + BODY_TASK);
-    lua_xmove(co, L, 1);
-    struct fiber *f = (struct fiber *)object_test(L, -1, TAG_TASK);
-    if (f == NULL || f->co != co) return 0;
+  push_argument(L, co, BODY_TASK); /* watch coroutine task */
+  struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
+  if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
+  if (!(f->task.flags & TASK_STARTED)) { /* cold, or a continuation that will never start: no loss */
     link_drop(&f->link);
     if (f->u.wait.on) { /* a continuation: its task is the last argument but one */
       lua_pushvalue(co, lua_gettop(co) - 1);
       lua_xmove(co, L, 1);
       wait_remove(L, -1, &f->u.wait);
     }
-    drop_coroutine(L, rt, f);
+    if (!closes) drop_coroutine(L, rt, f);
     return 0;
   }
-  if (lua_status(co) != LUA_YIELD) return 0;
-  lua_Debug ar;
-  int level = 0;
-  while (lua_getstack(co, level + 1, &ar)) level++;
-  if (!lua_getstack(co, level, &ar) || !lua_getlocal(co, &ar, 1)) return 0;
-  lua_xmove(co, L, 1); /* watch coroutine task */
-  struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
-  if (f == NULL || f->co != co || task_done(&f->task)) return 0;
   if (closes) {
     fiber_dispose(L, f);
     return 0;
@@ -573,8 +611,9 @@ static void check_callable(lua_State *L, int i) {
 }
 
 static int l_spawn(lua_State *L) {
+  struct runtime *rt = runtime(L);
   check_callable(L, 1);
-  struct fiber *f = fiber_new(L, lua_gettop(L) - 1);
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
   f->task.state = TASK_QUEUED;
   loop_ready(runtime(L), &f->task);
   return 1;
@@ -597,7 +636,7 @@ static int run_hot(lua_State *L, struct fiber *f) {
   }
   if (rt->depth < HARD_DEPTH) {
     rt->hot++;
-    fiber_run(L, f);
+    fiber_run(L, rt, f);
     rt->hot--;
   } else { /* a recursion through C: it starts on a later turn */
     f->task.state = TASK_QUEUED;
@@ -608,9 +647,10 @@ static int run_hot(lua_State *L, struct fiber *f) {
 
 /* upvalues: runtime, anchors, fn */
 static int async_call(lua_State *L) {
+  struct runtime *rt = runtime(L);
   lua_pushvalue(L, lua_upvalueindex(3));
   lua_insert(L, 1);
-  return run_hot(L, fiber_new(L, lua_gettop(L) - 1));
+  return run_hot(L, fiber_new(L, rt, lua_gettop(L) - 1));
 }
 
 static int l_async(lua_State *L) {
@@ -624,8 +664,9 @@ static int l_async(lua_State *L) {
 
 /* Task.new(fn, ...): cold */
 static int l_new(lua_State *L) {
+  struct runtime *rt = runtime(L);
   check_callable(L, 1);
-  struct fiber *f = fiber_new(L, lua_gettop(L) - 1);
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
   task_release(L, &f->task);
   return 1;
 }
@@ -655,25 +696,31 @@ static int l_run_synchronously(lua_State *L) {
   return run_hot(L, f);
 }
 
-/* continuation(task, fn, token): fn(task, token) as a task once `task` is complete */
+/* continuation(task, fn, token, named): fn(task, token) as a task, named after the function `named`,
+** once `task` is complete */
 static int l_continuation(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct task *on = task_check(L, 1);
   struct token *k = token_opt(L, 3);
   check_callable(L, 2);
-  lua_settop(L, 3);
+  lua_settop(L, 4);
   lua_pushvalue(L, 2);
   lua_pushvalue(L, 1);
   lua_pushvalue(L, 3);
   on->flags |= TASK_OBSERVED;
-  struct fiber *f = fiber_new(L, 2); /* task fn token new */
-  label(L, 2, &f->task);
+  struct fiber *f = fiber_new(L, rt, 2); /* task fn token named new */
+  lua_pushvalue(L, lua_isfunction(L, 4) ? 4 : 2);
+  if (lua_isfunction(L, -1))
+    label(L, &f->task);
+  else
+    lua_pop(L, 1);
   if (task_done(on)) {
     f->task.state = TASK_QUEUED;
     loop_ready(runtime(L), &f->task);
     return 1;
   }
   f->task.state = TASK_WAITING;
-  wait_add(L, 1, &f->u.wait, 4, WAIT_FIBER);
+  wait_add(L, 1, &f->u.wait, 5, WAIT_FIBER);
   task_release(L, &f->task);
   if (k) token_link(k, &f->link);
   return 1;
@@ -712,13 +759,14 @@ static int await_other(lua_State *L, bool try) {
 }
 
 int fiber_await_value(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, false);
   if (task_done(t)) return task_push_outcome(L, 1);
-  struct fiber *me = fiber_here(L);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, fiber_await_value);
-  return fiber_await(L, me, await_k);
+  return fiber_await(L, rt, me, await_k);
 }
 
 /* task:wait(timeout, token), at the top level only */
@@ -746,13 +794,14 @@ static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 static int l_try_await(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, true);
   if (task_done(t)) return try_await_k(L, LUA_OK, 0);
-  struct fiber *me = fiber_here(L);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, l_try_await);
-  return fiber_await(L, me, try_await_k);
+  return fiber_await(L, rt, me, try_await_k);
 }
 
 static int nothing_k(lua_State *L, int status, lua_KContext ctx) {
@@ -761,7 +810,8 @@ static int nothing_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 static int l_yield(lua_State *L) {
-  struct fiber *me = fiber_here(L);
+  struct runtime *rt = runtime(L);
+  struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, l_yield);
   me->task.state = TASK_QUEUED;
   loop_ready(runtime(L), &me->task);

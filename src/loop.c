@@ -58,8 +58,7 @@ void loop_unready(struct runtime *rt, struct task *t) {
   t->flags &= (uint16_t)~TASK_LINKED;
 }
 
-void loop_land(lua_State *L, int i, struct task *t) {
-  struct runtime *rt = runtime(L);
+void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   if (t->flags & TASK_LINKED || task_done(t)) return;
   task_hold(L, i, t);
   t->flags |= TASK_LINKED;
@@ -102,9 +101,8 @@ static int lander(lua_State *L) {
   return 0;
 }
 
-void loop_land_all(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  if (rt->landing == NULL || rt->land_busy) return;
+void loop_land_all(lua_State *L, struct runtime *rt) {
+  if (rt->land_busy) return;
   rt->land_busy = true;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LANDER);
   int status = lua_pcall(L, 0, 0, 0);
@@ -120,9 +118,9 @@ static void run_one(lua_State *L, struct runtime *rt) {
   if (!task_is(t, KIND_FIBER))
     land(L, t);
   else if (t->flags & TASK_ABANDONED)
-    fiber_close(L, (struct fiber *)t);
+    fiber_close(L, rt, (struct fiber *)t);
   else
-    fiber_run(L, (struct fiber *)t);
+    fiber_run(L, rt, (struct fiber *)t);
 }
 
 static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
@@ -329,7 +327,7 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   lua_pushinteger(L, mode);
   int status = lua_pcall(L, 2, 1, 0);
   rt->pumping = false;
-  context_switched(L, rt->outside);
+  context_switched(L, rt, rt->outside);
   if (status != LUA_OK) lua_error(L);
   enum drive_end end = (enum drive_end)lua_tointeger(L, -1);
   lua_pop(L, 1);
@@ -350,7 +348,7 @@ static void check_outside(lua_State *L, const char *what) {
 int loop_run(lua_State *L) {
   struct runtime *rt = runtime(L);
   check_outside(L, "run");
-  struct fiber *root = fiber_new(L, lua_gettop(L) - 1);
+  struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1);
   root->task.state = TASK_QUEUED;
   loop_ready(rt, &root->task);
   switch (enter(L, 1, LOOP_DEFAULT)) {

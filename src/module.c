@@ -27,16 +27,10 @@ void *object_test(lua_State *L, int i, uint32_t tag) {
   return (*o & mask) == tag ? (void *)o : NULL;
 }
 
-static void push_metatable(lua_State *L, uint32_t tag) {
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
-  lua_rawgeti(L, -1, TAG_CLASS(tag));
-  lua_remove(L, -2);
-}
-
 void *object_check(lua_State *L, int i, uint32_t tag) {
   void *o = object_test(L, i, tag);
   if (o == NULL) {
-    push_metatable(L, tag);
+    lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
     lua_getfield(L, -1, "__name");
     luaL_typeerror(L, i, lua_tostring(L, -1));
   }
@@ -47,7 +41,7 @@ void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   uint32_t *o = (uint32_t *)lua_newuserdatauv(L, size, uservalues);
   memset(o, 0, size);
   *o = tag;
-  push_metatable(L, tag);
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
   lua_setmetatable(L, -2);
   return o;
 }
@@ -118,10 +112,7 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   }
   lua_pushcclosure(L, l_index, 4);
   lua_setfield(L, -2, "__index");
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
-  lua_insert(L, -2);
-  lua_rawseti(L, -2, TAG_CLASS(tag));
-  lua_pop(L, 1);
+  lua_rawseti(L, UP_ANCHORS, TAG_CLASS(tag));
 }
 
 /* ---- arguments ---- */
@@ -204,14 +195,14 @@ void slots_free(lua_State *L, int i, int slot) {
 /* methods(class name) -> the table of its methods, for the library to add those written in Lua */
 static int l_methods(lua_State *L) {
   const char *name = luaL_checkstring(L, 1);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
-  for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1)) {
+  for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class++) {
+    lua_rawgeti(L, UP_ANCHORS, class);
     lua_getfield(L, -1, "__name");
     if (strcmp(lua_tostring(L, -1), name) == 0) {
       lua_getfield(L, -2, "methods");
       return 1;
     }
-    lua_pop(L, 1);
+    lua_pop(L, 2);
   }
   return luaL_argerror(L, 1, "no such class");
 }
@@ -234,9 +225,11 @@ static int l_check_class(lua_State *L) {
   lua_settop(L, 3);
   if (lua_isuserdata(L, 2) && luaL_getmetafield(L, 2, "__name") == LUA_TSTRING &&
       strcmp(lua_tostring(L, -1), name) == 0 && lua_getmetatable(L, 2)) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
-    for (lua_pushnil(L); lua_next(L, -2); lua_pop(L, 1))
-      if (lua_rawequal(L, -1, -4)) return 0;
+    for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class++) {
+      lua_rawgeti(L, UP_ANCHORS, class);
+      if (lua_rawequal(L, -1, -2)) return 0;
+      lua_pop(L, 1);
+    }
   }
   lua_settop(L, 3);
   return blame_type(L, (int)luaL_checkinteger(L, 1), name, 2);
@@ -314,7 +307,12 @@ static void runtime_new(lua_State *L) {
   runtime_table(L, RUNTIME_IDS, "k");
   runtime_table(L, RUNTIME_LOCALS, "v");
   runtime_table(L, RUNTIME_WATCHED, "v");
-  runtime_table(L, RUNTIME_METATABLES, NULL);
+  lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
+  for (lua_Integer class = 1; class <= TAG_LAST; class++) { /* no free slot; room for the metatables */
+    lua_pushinteger(L, 0);
+    lua_rawseti(L, -2, class);
+  }
+  lua_pop(L, 1);
   lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
   rt->main = lua_tothread(L, -1);
   lua_pop(L, 1);

@@ -51,34 +51,10 @@ void task_forget(lua_State *L, struct task *t) {
   t->slot = 0;
 }
 
-/* A parked fiber is at the bottom of its own stack, where the body has it as first argument. */
-static bool push_parked(lua_State *L, const struct fiber *f) {
-  lua_Debug ar;
-  int low = 0, high = 1;
-  if (lua_status(f->co) != LUA_YIELD) { /* not started: watch, main, trace, main, task … */
-    if (lua_gettop(f->co) < 5 || !lua_checkstack(f->co, 1)) return false;
-    lua_pushvalue(f->co, 5);
-    lua_xmove(f->co, L, 1);
-    return true;
-  }
-  while (lua_getstack(f->co, high, &ar)) low = high, high *= 2;
-  while (high - low > 1) { /* the outermost level */
-    int middle = low + (high - low) / 2;
-    if (lua_getstack(f->co, middle, &ar))
-      low = middle;
-    else
-      high = middle;
-  }
-  if (!lua_getstack(f->co, low, &ar) || !lua_checkstack(f->co, 1)) return false;
-  if (lua_getlocal(f->co, &ar, 1) == NULL) return false;
-  lua_xmove(f->co, L, 1);
-  return true;
-}
-
 void task_push(lua_State *L, const struct task *t) {
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return;
   lua_pop(L, 1);
-  if (!push_parked(L, (const struct fiber *)t)) lua_pushnil(L);
+  fiber_push(L, (const struct fiber *)t);
 }
 
 /* ---- waits ---- */
@@ -169,12 +145,15 @@ void wait_owner(lua_State *L, int on, const struct wait *w) {
   }
 }
 
-void wait_notify(lua_State *L, int on) {
+void wait_notify(lua_State *L, struct runtime *rt, int on) {
   struct task *t = (struct task *)lua_touserdata(L, on);
-  struct wait *w = t->waiters ? t->waiters->next : NULL, *last = t->waiters;
-  if (w == NULL) return;
-  on = lua_absindex(L, on);
+  struct wait *last = t->waiters, *w = last->next;
   t->waiters = NULL;
+  if (w == last && w->pos == WAIT_INLINE) {
+    w->on = NULL;
+    return;
+  }
+  on = lua_absindex(L, on);
   lua_getiuservalue(L, on, TASK_WAITERS);
   lua_pushnil(L);
   lua_setiuservalue(L, on, TASK_WAITERS); /* waiters */
@@ -188,11 +167,11 @@ void wait_notify(lua_State *L, int on) {
       else
         lua_rawgeti(L, -1, (lua_Integer)w->pos); /* waiters waiter */
       if (w->role == WAIT_FIBER)
-        fiber_wake(L, -1, container_of(w, struct fiber, u.wait));
+        fiber_wake(L, rt, -1, container_of(w, struct fiber, u.wait));
       else if (w->role == WAIT_OP)
-        wait_op_fire(L, -1);
+        wait_op_fire(L, rt, -1);
       else
-        combine_fire(L, -1, w);
+        combine_fire(L, rt, -1, w);
       lua_pop(L, 1);
     }
     if (end) break;
@@ -204,21 +183,21 @@ void wait_notify(lua_State *L, int on) {
 /* ---- outcomes ---- */
 
 /* [-1, +0, -] the outcome is complete: the result is on top; `error`: where its trace comes from */
-static void settle(lua_State *L, int i, enum task_state s, int from) {
+static void settle(lua_State *L, struct runtime *rt, int i, enum task_state s, int from) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  i = lua_absindex(L, i);
+  if (i < 0) i = lua_absindex(L, i);
   lua_setiuservalue(L, i, TASK_RESULT);
   t->state = (uint8_t)s;
-  if (t->waiters) wait_notify(L, i);
+  if (t->waiters) wait_notify(L, rt, i);
   if (s == TASK_FAULTED || (s == TASK_CANCELED && t->flags & TASK_TRACED)) error_attach(L, i, from);
   if (t->flags & TASK_HAS_CONTEXT) {
     lua_pushnil(L);
     context_give(L, i, t);
   }
-  loop_land_all(L);
+  if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
-void task_settle(lua_State *L, int i, int results) {
+void task_settle(lua_State *L, struct runtime *rt, int i, int results) {
   struct task *t = (struct task *)lua_touserdata(L, i);
   if (results == 0) {
     t->flags |= TASK_NONE;
@@ -231,23 +210,23 @@ void task_settle(lua_State *L, int i, int results) {
     lua_setfield(L, -2, "n");
     t->flags |= TASK_MANY;
   }
-  settle(L, i, TASK_SUCCEEDED, 0);
+  settle(L, rt, i, TASK_SUCCEEDED, 0);
 }
 
-void task_settle_canceled(lua_State *L, int i) { settle(L, i, TASK_CANCELED, 0); }
+void task_settle_canceled(lua_State *L, struct runtime *rt, int i) { settle(L, rt, i, TASK_CANCELED, 0); }
 
-void task_settle_faulted(lua_State *L, int i, int from) { settle(L, i, TASK_FAULTED, from); }
+void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from) { settle(L, rt, i, TASK_FAULTED, from); }
 
-void task_settle_error(lua_State *L, int i, int from) {
-  settle(L, i, error_is(L, -1, ERROR_CANCELED) ? TASK_CANCELED : TASK_FAULTED, from);
+void task_settle_error(lua_State *L, struct runtime *rt, int i, int from) {
+  settle(L, rt, i, error_is(L, -1, ERROR_CANCELED) ? TASK_CANCELED : TASK_FAULTED, from);
 }
 
-void task_settle_like(lua_State *L, int i, int from) {
+void task_settle_like(lua_State *L, struct runtime *rt, int i, int from) {
   const struct task *source = (const struct task *)lua_touserdata(L, from);
   struct task *t = (struct task *)lua_touserdata(L, i);
   t->flags |= source->flags & (TASK_MANY | TASK_NONE | TASK_AGGREGATE);
   lua_getiuservalue(L, from, TASK_RESULT);
-  settle(L, i, (enum task_state)source->state, from);
+  settle(L, rt, i, (enum task_state)source->state, from);
 }
 
 void task_push_error(lua_State *L, int i) {
@@ -291,7 +270,7 @@ void task_push_name(lua_State *L, int i) {
                                                 "when_each", "cancel_after"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
-  if (t->label == 0 && task_is(t, KIND_FIBER)) fiber_label_early(L, (struct fiber *)t);
+  if (t->label == 0 && task_is(t, KIND_FIBER)) fiber_label(L, i);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
   lua_pushvalue(L, i);
   if (lua_rawget(L, -2) == LUA_TNIL && t->label != 0) {
@@ -456,24 +435,27 @@ static int l_operation_gc(lua_State *L) {
 /* ---- Lua face: promises ---- */
 
 static int l_from_result(lua_State *L) {
+  struct runtime *rt = runtime(L);
   int n = lua_gettop(L);
   task_new(L, KIND_PROMISE, sizeof(struct task), 2);
   lua_insert(L, 1);
-  task_settle(L, 1, n);
+  task_settle(L, rt, 1, n);
   return 1;
 }
 
 static int l_from_exception(lua_State *L) {
+  struct runtime *rt = runtime(L);
   luaL_checkany(L, 1);
   lua_settop(L, 1);
   task_new(L, KIND_PROMISE, sizeof(struct task), 2);
   lua_insert(L, 1);
-  task_settle_faulted(L, 1, 0);
+  task_settle_faulted(L, rt, 1, 0);
   return 1;
 }
 
 /* canceled_by(error): complete, canceled with that error */
 static int l_from_canceled(lua_State *L) {
+  struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_TOKEN);
   struct token *k = token_opt(L, 1);
   if (k == NULL || !token_canceled(k))
@@ -482,7 +464,7 @@ static int l_from_canceled(lua_State *L) {
   lua_settop(L, 1);
   task_new(L, KIND_PROMISE, sizeof(struct task), 2);
   token_push_error(L, 1);
-  task_settle_canceled(L, 2);
+  task_settle_canceled(L, rt, 2);
   return 1;
 }
 
@@ -521,31 +503,34 @@ static bool completable(lua_State *L, bool must) {
 }
 
 static int set_result(lua_State *L, bool must) {
+  struct runtime *rt = runtime(L);
   int n = lua_gettop(L) - 1;
   bool first = completable(L, must);
   if (first) {
     completion(L);
     lua_replace(L, 1);
-    task_settle(L, 1, n);
+    task_settle(L, rt, 1, n);
   }
   lua_pushboolean(L, first);
   return !must;
 }
 
 static int set_exception(lua_State *L, bool must) {
+  struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_COMPLETION);
   lua_settop(L, 2); /* nil is a legal error value */
   bool first = completable(L, must);
   if (first) {
     completion(L);
     lua_replace(L, 1);
-    task_settle_faulted(L, 1, 0);
+    task_settle_faulted(L, rt, 1, 0);
   }
   lua_pushboolean(L, first);
   return !must;
 }
 
 static int set_canceled(lua_State *L, bool must) {
+  struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_COMPLETION);
   lua_settop(L, 2);
   bool first = completable(L, must);
@@ -554,7 +539,7 @@ static int set_canceled(lua_State *L, bool must) {
     token_push_error(L, 2);
     completion(L);
     lua_replace(L, 1);
-    task_settle_canceled(L, 1);
+    task_settle_canceled(L, rt, 1);
   }
   lua_pushboolean(L, first);
   return !must;
@@ -603,9 +588,8 @@ void task_open(lua_State *L) {
   module_class(L, TAG_TASK, "coflow.Task", methods, properties);
   module_class(L, TAG_COMPLETION, "coflow.TaskCompletionSource", completion_methods,
                completion_properties);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_METATABLES);
   lua_newtable(L); /* the same class with a finalizer */
-  lua_rawgeti(L, -2, TAG_CLASS(TAG_TASK));
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_TASK));
   for (lua_pushnil(L); lua_next(L, -2);) {
     lua_pushvalue(L, -2);
     lua_insert(L, -2);
@@ -614,6 +598,5 @@ void task_open(lua_State *L) {
   lua_pop(L, 1);
   module_push_function(L, l_operation_gc);
   lua_setfield(L, -2, "__gc");
-  lua_rawseti(L, -2, TAG_CLASS(TAG_OPERATION));
-  lua_pop(L, 1);
+  lua_rawseti(L, UP_ANCHORS, TAG_CLASS(TAG_OPERATION));
 }

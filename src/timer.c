@@ -96,12 +96,13 @@ void timer_fire_due(struct runtime *rt) {
 /* ---- interruption ---- */
 
 void pending_interrupt(lua_State *L, struct pending *p, int k) {
+  struct runtime *rt = runtime(L);
   struct task *t = &p->task;
   if (!task_is(t, KIND_FIBER)) {
     lua_getiuservalue(L, k, 1); /* TOKEN_HELD */
     lua_rawgeti(L, -1, (lua_Integer)t->held);
     t->flags |= TASK_INTERRUPTED;
-    loop_land(L, -1, t);
+    loop_land(L, rt, -1, t);
     lua_pop(L, 2);
     return;
   }
@@ -116,7 +117,7 @@ void pending_interrupt(lua_State *L, struct pending *p, int k) {
   } else if (started)
     timer_drop(runtime(L), &f->u.deadline);
   t->flags |= TASK_INTERRUPTED;
-  fiber_wake(L, -1, f); /* a continuation starts, and finds its token canceled */
+  fiber_wake(L, rt, -1, f); /* a continuation starts, and finds its token canceled */
   lua_pop(L, 1);
 }
 
@@ -128,25 +129,27 @@ struct delay {
 };
 
 void delay_land(lua_State *L, int i) {
+  struct runtime *rt = runtime(L);
   struct delay *d = (struct delay *)lua_touserdata(L, i);
   struct task *t = &d->pending.task;
   timer_drop(runtime(L), &d->deadline);
   if (t->flags & TASK_EXPIRED) {
     token_drop(L, i);
     task_forget(L, t);
-    task_settle(L, i, 0);
+    task_settle(L, rt, i, 0);
   } else {
     lua_getiuservalue(L, i, OP_TOKEN);
     token_push_error(L, -1);
     lua_remove(L, -2);
     token_drop(L, i);
     task_forget(L, t);
-    task_settle_canceled(L, i);
+    task_settle_canceled(L, rt, i);
   }
 }
 
 /* delay(seconds, token) */
 static int l_delay(lua_State *L) {
+  struct runtime *rt = runtime(L);
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   lua_settop(L, 2);
@@ -156,9 +159,9 @@ static int l_delay(lua_State *L) {
   d->deadline.index = -1;
   if (k != NULL && token_canceled(k)) {
     token_push_error(L, 2);
-    task_settle_canceled(L, 3);
+    task_settle_canceled(L, rt, 3);
   } else if (seconds == 0)
-    task_settle(L, 3, 0);
+    task_settle(L, rt, 3, 0);
   else {
     timer_reserve(L);
     if (seconds != HUGE_VAL)
@@ -183,6 +186,7 @@ static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
 
 /* sleep(seconds, token) */
 static int l_sleep(lua_State *L) {
+  struct runtime *rt = runtime(L);
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   if (k != NULL && token_canceled(k)) {
@@ -190,7 +194,7 @@ static int l_sleep(lua_State *L) {
     return lua_error(L);
   }
   if (seconds == 0) return 0;
-  struct fiber *me = fiber_here(L);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
   timer_reserve(L);
@@ -214,9 +218,10 @@ struct wait_op {
   double seconds;
 };
 
-void wait_op_fire(lua_State *L, int i) { loop_land(L, i, (struct task *)lua_touserdata(L, i)); }
+void wait_op_fire(lua_State *L, struct runtime *rt, int i) { loop_land(L, rt, i, (struct task *)lua_touserdata(L, i)); }
 
 void wait_op_land(lua_State *L, int i) {
+  struct runtime *rt = runtime(L);
   struct wait_op *op = (struct wait_op *)lua_touserdata(L, i);
   struct task *t = &op->pending.task;
   lua_getiuservalue(L, i, OP_INPUT);
@@ -245,13 +250,13 @@ void wait_op_land(lua_State *L, int i) {
   lua_setiuservalue(L, i, OP_INPUT);
   if (task_done(on) && !quiet) {
     on->flags |= TASK_OBSERVED;
-    task_settle_like(L, i, input);
+    task_settle_like(L, rt, i, input);
   } else if (quiet && !(t->flags & TASK_INTERRUPTED && !task_done(on)))
-    task_settle(L, i, 1);
+    task_settle(L, rt, i, 1);
   else if (t->flags & TASK_INTERRUPTED)
-    task_settle_canceled(L, i);
+    task_settle_canceled(L, rt, i);
   else
-    task_settle_faulted(L, i, 0);
+    task_settle_faulted(L, rt, i, 0);
   lua_settop(L, input - 1);
 }
 

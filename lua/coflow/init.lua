@@ -168,7 +168,7 @@ function task_methods:continue_with(fn, options)
       error(flow.errors.OperationCanceled("the task did not end as the continuation asks"), 0)
     end
     return fn(task)
-  end, options.token))
+  end, options.token, fn))
 end
 
 -- Cancellation ------------------------------------------------------------------------------------

@@ -7,9 +7,22 @@ local testing = require "coflow.testing"
 
 local support = {}
 
--- The body of an `it` that runs as the root task under the virtual clock.
+-- The body of an `it` that runs as the root task under the virtual clock and leaves no timer behind.
 function support.in_task(fn)
-  return function() testing.run(fn) end
+  return function()
+    testing.run(fn)
+    assert.is_false(flow.loop.is_alive(), "something is left alive")
+  end
+end
+
+-- A body that makes 100,000 objects: it collects only where it asks for it, or checking with a collector
+-- that never rests takes minutes.
+function support.heavy(fn)
+  return function(...)
+    local _ <close> = setmetatable({}, { __close = function() collectgarbage("restart") end })
+    collectgarbage("stop")
+    fn(...)
+  end
 end
 
 -- Calls fn(...), which must raise an error object called `name`; returns that object.
