@@ -679,6 +679,31 @@ describe("value_changed", function()
     assert.equal("captured", context:get(loc))
   end))
 
+  it("may set other locals during a switch", in_task(function()
+    local mirror = flow.AsyncLocal()
+    local loc = flow.AsyncLocal {
+      value_changed = function(args) mirror.value = args.current_value end,
+    }
+    loc.value = "captured"
+    local context = capture()
+    loc.value = "outer"
+    assert.equal("captured", context:run(function() return mirror.value end))
+    assert.equal("outer", mirror.value)
+  end))
+
+  it("may not suspend", in_task(function()
+    local armed = true
+    local loc = flow.AsyncLocal {
+      value_changed = function()
+        if armed then flow.yield() end
+      end,
+    }
+    raises("InvalidOperation", function() loc.value = 1 end)
+    assert.equal(1, loc.value)
+    armed = false
+    loc.value = nil
+  end))
+
   it("raises its error to whoever sets, and the new value stays", in_task(function()
     local problem = {}
     local loc = flow.AsyncLocal { value_changed = function() error(problem) end }

@@ -345,7 +345,7 @@ describe("10,000 delays", function()
         if got[n] ~= expected[n].i then error(("wake-up %d is %d"):format(n, got[n])) end
       end
       assert.equal(start + expected[10000].due, clock:now())
-    end))
+    end)))
 
   it("leave nothing when half of them are canceled in any order", in_task(heavy(function(clock)
     local random, sources, tasks = support.random(43), {}, {}
@@ -363,7 +363,7 @@ describe("10,000 delays", function()
     for n = 1, 5000 do assert.is_true(tasks[order[n]].is_canceled) end
     assert.is_true(last <= start + 126)
     for _, source in ipairs(sources) do source:dispose() end
-  end))))
+  end)))
 
   it("that are dropped do not outlive their deadlines", in_task(function()
     local tasks = weak()

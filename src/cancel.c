@@ -79,16 +79,21 @@ static void push_held(lua_State *L, int k) {
   lua_setiuservalue(L, k, TOKEN_HELD);
 }
 
-void token_hold(lua_State *L, int k, int i) {
+bool token_hold(lua_State *L, int k, int i) {
   struct pending *p = (struct pending *)lua_touserdata(L, i);
   i = lua_absindex(L, i);
+  push_held(L, k);
+  if (((struct token *)lua_touserdata(L, k))->canceled) {
+    lua_pop(L, 1);
+    return false;
+  }
   lua_pushvalue(L, k);
   lua_setiuservalue(L, i, OP_TOKEN);
-  push_held(L, k);
   lua_pushvalue(L, i);
   p->task.held = (uint32_t)slots_add(L, -2);
   lua_pop(L, 1);
   token_link((struct token *)lua_touserdata(L, k), &p->link);
+  return true;
 }
 
 void token_drop(lua_State *L, int i) {
@@ -449,24 +454,31 @@ static int l_is_token(lua_State *L) {
   return 1;
 }
 
-/* [-0, +1, m] a registration on the token at index 1, in its list; target and context still nil */
+/* [-0, +1, m] a registration on the token at k, not yet in its list; target and context are nil */
 static struct registration *registration_new(lua_State *L, int k) {
-  struct token *token = (struct token *)lua_touserdata(L, k);
   k = lua_absindex(L, k);
+  push_held(L, k); /* the table is there from now on: attach creates nothing */
+  lua_pop(L, 1);
   struct registration *r =
       (struct registration *)object_new(L, TAG_REGISTRATION, sizeof *r, REGISTRATION_TOKEN);
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, REGISTRATION_TOKEN);
-  if (token->never) return r; /* of a link to `none` */
-  push_held(L, k);
-  lua_pushvalue(L, -2);
+  return r;
+}
+
+/* [-0, +0, m] puts the registration at i into the list of its token at k */
+static void attach(lua_State *L, int k, int i) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  struct registration *r = (struct registration *)lua_touserdata(L, i);
+  i = lua_absindex(L, i);
+  lua_getiuservalue(L, k, TOKEN_HELD);
+  lua_pushvalue(L, i);
   r->slot = slots_add(L, -2);
   lua_pop(L, 1);
   r->token = token;
   r->older = token->newest;
   if (r->older) r->older->newer = r;
   token->newest = r;
-  return r;
 }
 
 /* [-0, +1, m] the one registration of the token at k whose callback will not run, or has run */
@@ -483,6 +495,7 @@ static int push_inert(lua_State *L, int k) {
 }
 
 static int register_callback(lua_State *L, bool capture) {
+  struct runtime *rt = runtime(L);
   struct token *token = check_token(L, 1);
   luaL_checktype(L, 2, LUA_TFUNCTION);
   int n = lua_gettop(L) - 1;
@@ -493,27 +506,21 @@ static int register_callback(lua_State *L, bool capture) {
     lua_pushinteger(L, n);
     lua_setfield(L, 2, "n");
   }
-  if (token->canceled) { /* late: at once, its error to the caller */
-    struct registration *r = registration_new(L, 1);
-    if (r->token) detach(L, 1, r);
-    r->captured = capture;
-    lua_pushvalue(L, 2);
-    lua_setiuservalue(L, 3, REGISTRATION_TARGET);
-    context_push_flowing(L, runtime(L)->me);
-    lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
-    if (call(L, 3) != LUA_OK) return lua_error(L);
-    return push_inert(L, 1);
-  }
-  if (token->never || token->disposed) return push_inert(L, 1);
+  if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
   struct registration *r = registration_new(L, 1);
   r->captured = capture;
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 3, REGISTRATION_TARGET);
-  if (capture && runtime(L)->me->flags & TASK_HAS_CONTEXT) {
-    context_push_flowing(L, runtime(L)->me);
+  if (capture && rt->me->flags & TASK_HAS_CONTEXT) {
+    context_push_flowing(L, rt->me);
     lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
   }
-  return 1;
+  if (!token->canceled) {
+    attach(L, 1, 3);
+    return 1;
+  }
+  if (call(L, 3) != LUA_OK) return lua_error(L); /* late: at once, its error to the caller */
+  return push_inert(L, 1);
 }
 
 static int l_register(lua_State *L) { return register_callback(L, true); }
@@ -558,11 +565,14 @@ static struct token *source_token(lua_State *L, bool alive) {
 /* [-0, +0, m] arms the deadline of the token at k */
 static void arm(lua_State *L, int k, double seconds) {
   k = lua_absindex(L, k);
-  disarm(L, k);
-  if (seconds == HUGE_VAL) return;
-  timer_reserve(L);
+  if (seconds == HUGE_VAL) {
+    disarm(L, k);
+    return;
+  }
   struct expiry *e = (struct expiry *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN);
   e->deadline.index = -1;
+  disarm(L, k);
+  timer_reserve(L);
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, OP_TOKEN);
   task_hold(L, -1, &e->task);
@@ -598,28 +608,32 @@ static int l_source_linked(lua_State *L) {
   luaL_checkstack(L, 20, NULL);
   int k = source_new(L); /* … source token */
   struct token *token = (struct token *)lua_touserdata(L, k);
-  for (int i = 1; i <= n; i++) {
-    struct token *parent = (struct token *)lua_touserdata(L, i);
-    if (!parent->canceled) continue;
-    token->canceled = true;
-    lua_getiuservalue(L, i, TOKEN_REASON);
-    lua_setiuservalue(L, k, TOKEN_REASON);
-    if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
-      lua_pop(L, 1);
-      lua_pushvalue(L, i);
-    }
-    lua_setiuservalue(L, k, TOKEN_CAUSE);
-    lua_settop(L, k - 1);
-    return 1;
-  }
   lua_createtable(L, n, 0); /* … source token links */
   for (int i = 1; i <= n; i++) {
-    struct registration *r = registration_new(L, i);
-    r->link = true;
+    registration_new(L, i)->link = true;
     lua_pushvalue(L, k);
     lua_setiuservalue(L, -2, REGISTRATION_TARGET);
     lua_rawseti(L, k + 1, i);
   }
+  for (int i = 1; i <= n; i++)
+    if (((struct token *)lua_touserdata(L, i))->canceled) { /* born canceled */
+      token->canceled = true;
+      lua_getiuservalue(L, i, TOKEN_REASON);
+      lua_setiuservalue(L, k, TOKEN_REASON);
+      if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
+        lua_pop(L, 1);
+        lua_pushvalue(L, i);
+      }
+      lua_setiuservalue(L, k, TOKEN_CAUSE);
+      lua_settop(L, k - 1);
+      return 1;
+    }
+  for (int i = 1; i <= n; i++)
+    if (!((struct token *)lua_touserdata(L, i))->never) {
+      lua_rawgeti(L, k + 1, i);
+      attach(L, i, -1);
+      lua_pop(L, 1);
+    }
   lua_setiuservalue(L, k, TOKEN_LINKS);
   lua_settop(L, k - 1);
   return 1;

@@ -120,20 +120,33 @@ static void push_key(lua_State *L, int i, uint32_t k) {
   }
 }
 
-/* [-0, +0, m] waits for all inputs that are not complete; the combinator is at index 1 */
+/* [-0, +0, m] waits for the inputs, and lands if enough are complete; the combinator is at index 1 */
 static void watch_inputs(lua_State *L, struct combine *c) {
+  struct runtime *rt = runtime(L);
   lua_getiuservalue(L, 1, OP_INPUT);
   int inputs = lua_gettop(L);
+  bool any = task_is(&c->task, KIND_ANY), each = task_is(&c->task, KIND_EACH);
   task_release(L, &c->task); /* a slot to land from */
+  c->left = 1;               /* it must not land before the last one is looked at */
   for (uint32_t k = 0; k < c->count; k++) {
     lua_rawgeti(L, inputs, (lua_Integer)k + 1);
-    if (!task_done((struct task *)lua_touserdata(L, -1))) {
-      wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k);
+    struct task *t = (struct task *)lua_touserdata(L, -1);
+    if (!task_done(t) && wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k))
       c->left++;
-    }
+    else if (each)
+      order(c)[c->done++] = k;
     lua_settop(L, inputs);
+    if (any && task_done(&c->task)) break; /* a finalizer completed an input */
+    if (any && task_done(t)) {
+      c->first = k;
+      combine_land(L, 1);
+      break;
+    }
   }
+  c->left--;
+  if (c->left == 0 && task_is(&c->task, KIND_ALL)) loop_land(L, rt, 1, &c->task);
   lua_settop(L, inputs - 1);
+  if (rt->landing) loop_land_all(L, rt);
 }
 
 /* [-0, +0, -] withdraws from the inputs that are not complete */
@@ -296,25 +309,12 @@ void combine_land(lua_State *L, int i) {
 static int l_when_all(lua_State *L) {
   struct combine *c = combine_new(L, KIND_ALL);
   watch_inputs(L, c);
-  if (c->left == 0) combine_land(L, 1);
   return 1;
 }
 
 static int l_when_any(lua_State *L) {
   struct combine *c = combine_new(L, KIND_ANY);
   if (c->count == 0) return error_throw(L, ERROR_ARGUMENT, "when_any needs at least one task");
-  lua_getiuservalue(L, 1, OP_INPUT);
-  for (uint32_t k = 0; k < c->count; k++) {
-    lua_rawgeti(L, 2, (lua_Integer)k + 1);
-    if (task_done((struct task *)lua_touserdata(L, -1))) {
-      lua_settop(L, 1);
-      c->first = k;
-      combine_land(L, 1);
-      return 1;
-    }
-    lua_pop(L, 1);
-  }
-  lua_settop(L, 1);
   watch_inputs(L, c);
   return 1;
 }
@@ -368,13 +368,6 @@ static int l_each_close(lua_State *L) {
 static int l_when_each(lua_State *L) {
   luaL_checkany(L, 1);
   struct combine *c = combine_new(L, KIND_EACH);
-  lua_getiuservalue(L, 1, OP_INPUT);
-  for (uint32_t k = 0; k < c->count; k++) {
-    lua_rawgeti(L, 2, (lua_Integer)k + 1);
-    if (task_done((struct task *)lua_touserdata(L, -1))) order(c)[c->done++] = k;
-    lua_pop(L, 1);
-  }
-  lua_settop(L, 1);
   watch_inputs(L, c);
   module_push_function(L, l_each_next);
   lua_insert(L, 1);

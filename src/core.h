@@ -17,6 +17,11 @@
 ** struct wait links a waiter to the task that it awaits; whichever event comes first withdraws the
 ** others, so a waiter is woken once, and a stale wake cannot exist.
 **
+** Finalizers of users run inside any call that creates an object, and may use everything here. So
+** whoever changes a structure creates first, then looks at the state, then changes it without creating.
+** (Stores into tables that are there, and our own arrays, may fail for want of memory, but collect
+** nothing.)
+**
 ** Every C function of the module is a closure over the same two upvalues, the runtime and the
 ** anchors; helpers called from them use these through UP_RUNTIME and UP_ANCHORS.
 **
@@ -292,11 +297,12 @@ void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor h
 void task_release(lua_State *L, struct task *t);     /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);      /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, const struct task *t);  /* [-0, +1, -] a task that is held, or parked */
-void wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] */
+bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] false: it is complete */
 void wait_remove(lua_State *L, int on, struct wait *w);                        /* [-0, +0, -] */
 void wait_owner(lua_State *L, int on, const struct wait *w);                   /* [-0, +1, -] */
 void wait_notify(lua_State *L, struct runtime *rt, int on); /* [-0, +0, -] wakes all that wait for the task at on */
 void task_settle(lua_State *L, struct runtime *rt, int i, int results);      /* [-n, +0, m] succeeded */
+int task_pack(lua_State *L, int results); /* [-n, +1, m] several results as one value; their flag */
 void task_settle_error(lua_State *L, struct runtime *rt, int i, int from);   /* [-1, +0, -] canceled or faulted, as the error says */
 void task_settle_canceled(lua_State *L, struct runtime *rt, int i);          /* [-1, +0, -] */
 void task_settle_like(lua_State *L, struct runtime *rt, int i, int from);    /* [-0, +0, -] the outcome of the one at `from` */
@@ -350,7 +356,7 @@ struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, n
 bool token_canceled(const struct token *k);
 void token_link(struct token *k, struct link *l); /* weakly: for fibers */
 void link_drop(struct link *l);
-void token_hold(lua_State *L, int k, int i); /* [-0, +0, m] links the operation at i and holds it */
+bool token_hold(lua_State *L, int k, int i); /* [-0, +0, m] links the operation at i and holds it; false: canceled */
 void token_drop(lua_State *L, int i);        /* [-0, +0, -] the operation at i leaves its token */
 void token_push_error(lua_State *L, int i);  /* [-0, +1, m] the OperationCanceled of the token at i */
 void expiry_land(lua_State *L, int i);

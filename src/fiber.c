@@ -208,10 +208,10 @@ static int fiber_main(lua_State *L) {
 }
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
+  struct fiber *f = (struct fiber *)task_new(L, KIND_FIBER, sizeof *f, 3);
   if (rt->idle_count == 0) idle_grow(L, rt);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
-  struct fiber *f = (struct fiber *)task_new(L, KIND_FIBER, sizeof *f, 3);
   int first = lua_gettop(L) - arguments - 1; /* fn arguments task */
   /* nothing raises from here: the coroutine leaves the idle ones and is the task's */
   f->co = co;
@@ -481,8 +481,9 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, lua_KFunction
     }
   }
   task_push(L, me);
-  wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
+  bool waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
   lua_settop(L, -2);
+  if (!waits) return k(L, LUA_OK, 0);
   me->state = TASK_WAITING;
   task_release(L, me);
   return fiber_suspend(L, f, k);

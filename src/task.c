@@ -85,36 +85,40 @@ static void list_remove(struct wait *w) {
   w->on = NULL;
 }
 
-void wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
+bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   uint32_t pos = 0;
   owner = lua_absindex(L, owner);
-  switch (lua_getiuservalue(L, on, TASK_WAITERS)) {
-    case LUA_TNIL:
-      lua_pushvalue(L, owner);
-      lua_setiuservalue(L, on, TASK_WAITERS);
-      break;
-    case LUA_TTABLE:
-      lua_pushvalue(L, owner);
-      pos = (uint32_t)slots_add(L, -2);
-      break;
-    default: { /* the second waiter: the first one moves into a table with it */
+  int held = lua_getiuservalue(L, on, TASK_WAITERS);
+  if (held == LUA_TUSERDATA) { /* the second waiter: the first one moves into a table with it */
+    lua_createtable(L, 3, 0);
+    held = lua_getiuservalue(L, on, TASK_WAITERS); /* first table held */
+    if (held == LUA_TUSERDATA) {
       struct wait *first = t->waiters;
       while (first->pos != 0) first = first->prev;
-      lua_createtable(L, 3, 0);
-      lua_insert(L, -2); /* … table first */
       uint32_t first_pos = (uint32_t)slots_add(L, -2);
-      lua_pushvalue(L, owner);
-      pos = (uint32_t)slots_add(L, -2);
-      first->pos = first_pos; /* nothing raises from here */
       lua_pushvalue(L, -1);
       lua_setiuservalue(L, on, TASK_WAITERS);
-    }
+      first->pos = first_pos;
+      held = LUA_TTABLE;
+    } else
+      lua_replace(L, -2); /* a finalizer has changed it */
+    lua_remove(L, -2);
   }
+  if (task_done(t)) {
+    lua_pop(L, 1);
+    return false;
+  }
+  lua_pushvalue(L, owner); /* held owner */
+  if (held == LUA_TTABLE)
+    pos = (uint32_t)slots_add(L, -2);
+  else
+    lua_setiuservalue(L, on, TASK_WAITERS);
   lua_pop(L, 1);
   w->pos = pos;
   w->role = role;
   list_append(t, w);
+  return true;
 }
 
 void wait_remove(lua_State *L, int on, struct wait *w) {
@@ -197,19 +201,23 @@ static void settle(lua_State *L, struct runtime *rt, int i, enum task_state s, i
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
+int task_pack(lua_State *L, int results) {
+  if (results == 1) return 0;
+  if (results == 0) {
+    lua_pushnil(L);
+    return TASK_NONE;
+  }
+  lua_createtable(L, results, 1); /* r1 … rn table */
+  lua_insert(L, -(results + 1));
+  for (int k = results; k >= 1; k--) lua_rawseti(L, -(k + 1), k);
+  lua_pushinteger(L, results);
+  lua_setfield(L, -2, "n");
+  return TASK_MANY;
+}
+
 void task_settle(lua_State *L, struct runtime *rt, int i, int results) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  if (results == 0) {
-    t->flags |= TASK_NONE;
-    lua_pushnil(L);
-  } else if (results > 1) {
-    lua_createtable(L, results, 1); /* … r1 … rn table */
-    lua_insert(L, -(results + 1));
-    for (int k = results; k >= 1; k--) lua_rawseti(L, -(k + 1), k);
-    lua_pushinteger(L, results);
-    lua_setfield(L, -2, "n");
-    t->flags |= TASK_MANY;
-  }
+  if (results != 1) t->flags |= (uint16_t)task_pack(L, results);
   settle(L, rt, i, TASK_SUCCEEDED, 0);
 }
 
@@ -504,12 +512,13 @@ static bool completable(lua_State *L, bool must) {
 
 static int set_result(lua_State *L, bool must) {
   struct runtime *rt = runtime(L);
-  int n = lua_gettop(L) - 1;
+  object_check(L, 1, TAG_COMPLETION);
+  int flag = task_pack(L, lua_gettop(L) - 1);
   bool first = completable(L, must);
   if (first) {
-    completion(L);
+    completion(L)->flags |= (uint16_t)flag;
     lua_replace(L, 1);
-    task_settle(L, rt, 1, n);
+    task_settle(L, rt, 1, 1);
   }
   lua_pushboolean(L, first);
   return !must;
@@ -533,10 +542,10 @@ static int set_canceled(lua_State *L, bool must) {
   struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_COMPLETION);
   lua_settop(L, 2);
+  if (completable(L, must)) token_opt(L, 2);
+  token_push_error(L, 2);
   bool first = completable(L, must);
-  token_opt(L, 2);
   if (first) {
-    token_push_error(L, 2);
     completion(L);
     lua_replace(L, 1);
     task_settle_canceled(L, rt, 1);

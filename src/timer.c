@@ -162,14 +162,13 @@ static int l_delay(lua_State *L) {
     task_settle_canceled(L, rt, 3);
   } else if (seconds == 0)
     task_settle(L, rt, 3, 0);
-  else {
+  else if (k != NULL && !token_hold(L, 2, 3)) {
+    token_push_error(L, 2); /* a finalizer has canceled it */
+    task_settle_canceled(L, rt, 3);
+  } else if (seconds != HUGE_VAL) { /* else it lives by who awaits it, or by its token */
     timer_reserve(L);
-    if (seconds != HUGE_VAL)
-      task_hold(L, 3, t);
-    else
-      t->slot = 0; /* it lives by who awaits it, or by its token */
-    if (k != NULL) token_hold(L, 2, 3);
-    if (seconds != HUGE_VAL) timer_add(runtime(L), &d->deadline, t, seconds);
+    task_hold(L, 3, t);
+    timer_add(rt, &d->deadline, t, seconds);
   }
   return 1;
 }
@@ -227,8 +226,8 @@ void wait_op_land(lua_State *L, int i) {
   lua_getiuservalue(L, i, OP_INPUT);
   int input = lua_gettop(L);
   struct task *on = (struct task *)lua_touserdata(L, input);
-  bool quiet = t->flags & TASK_QUIET;
-  if (!task_done(on)) {
+  bool quiet = t->flags & TASK_QUIET, done = task_done(on);
+  if (!done) {
     if (t->flags & TASK_INTERRUPTED) {
       lua_getiuservalue(L, i, OP_TOKEN);
       token_push_error(L, -1);
@@ -248,10 +247,10 @@ void wait_op_land(lua_State *L, int i) {
   task_forget(L, t);
   lua_pushnil(L);
   lua_setiuservalue(L, i, OP_INPUT);
-  if (task_done(on) && !quiet) {
+  if (done && !quiet) {
     on->flags |= TASK_OBSERVED;
     task_settle_like(L, rt, i, input);
-  } else if (quiet && !(t->flags & TASK_INTERRUPTED && !task_done(on)))
+  } else if (quiet && !(t->flags & TASK_INTERRUPTED && !done))
     task_settle(L, rt, i, 1);
   else if (t->flags & TASK_INTERRUPTED)
     task_settle_canceled(L, rt, i);
@@ -262,6 +261,7 @@ void wait_op_land(lua_State *L, int i) {
 
 /* [-0, +1, e] for wait_async(task, timeout, token) at 1, 2, 3 */
 static int new_wait(lua_State *L, bool quiet) {
+  struct runtime *rt = runtime(L);
   struct task *on = task_check(L, 1);
   double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
   struct token *k = token_opt(L, 3);
@@ -286,13 +286,16 @@ static int new_wait(lua_State *L, bool quiet) {
     wait_op_land(L, 4);
     return 1;
   }
-  timer_reserve(L);
   task_release(L, t);
-  wait_add(L, 1, &op->wait, 4, WAIT_OP);
-  if (k != NULL) token_hold(L, 3, 4);
-  if (seconds != HUGE_VAL) {
+  if (k != NULL && !token_hold(L, 3, 4)) {
+    t->flags |= TASK_INTERRUPTED; /* a finalizer has canceled it */
+    wait_op_land(L, 4);
+  } else if (!wait_add(L, 1, &op->wait, 4, WAIT_OP))
+    wait_op_land(L, 4);
+  else if (seconds != HUGE_VAL && !task_done(t)) {
+    timer_reserve(L);
     task_hold(L, 4, t);
-    timer_add(runtime(L), &op->deadline, t, seconds);
+    timer_add(rt, &op->deadline, t, seconds);
   }
   return 1;
 }
