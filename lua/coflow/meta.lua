@@ -1,0 +1,626 @@
+---@meta
+
+-- coflow.meta: declarations of what is written in C, for editors and readers. Never loaded.
+--
+-- The functions written in Lua have theirs beside them, in init.lua: flow.call, flow.when_each, flow.main,
+-- ExecutionContext.run and wrap, AsyncLocal:run, Task:continue_with.
+--
+-- What holds everywhere: time is in seconds. A wrong type or range, a negative time or NaN, raises Lua's usual
+-- "bad argument" string; everything else raises an error object (coflow.Error). A `token` is always optional.
+-- "Waits" means: suspends the calling task; outside every task it drives the event loop until the wait is over.
+-- What waits raises InvalidOperation, and starts nothing, where Lua cannot yield (a comparator of table.sort, a
+-- coroutine made by coroutine.create inside a task …).
+--
+-- SPDX-License-Identifier: MIT
+
+---@class coflow
+local flow = {}
+
+-- Running ---------------------------------------------------------------------------------------
+
+---Runs `fn` as the root task and drives the event loop until that task is complete.
+---Tasks that are not complete by then stay as they are, for a later `run`.
+---Raises: what `fn` raises. InvalidOperation inside a task or a callback; when nothing is left alive that could
+---ever complete the task (the message says which task waits where); when `flow.loop.stop` was called.
+---Source: asyncio.run; .NET's async Main.
+---@param fn function
+---@param ... any arguments of `fn`
+---@return any ... what `fn` returns
+function flow.run(fn, ...) end
+
+---Starts `fn` as a new task on a later turn, under the execution context of now. Never runs it at once.
+---Source: .NET Task.Run, on the one thread there is.
+---@param fn function
+---@param ... any arguments of `fn`
+---@return coflow.Task
+function flow.spawn(fn, ...) end
+
+---Makes an async function of `fn`: called, it starts `fn` at once as a task, runs it up to its first wait, and
+---returns the task. It never raises: an error faults the task. What `fn` does to async locals stays in the task.
+---A deep recursion of such calls may suspend the caller while the callee starts.
+---Source: .NET's async methods.
+---@param fn function
+---@return fun(...): coflow.Task
+function flow.async(fn) end
+
+---Waits until `x` is complete. A complete task returns at once, without suspending.
+---Raises: the task's error, the same value each time. InvalidOperation if the task would await itself, directly or
+---round a circle; the message has the names.
+---@param x coflow.Awaitable
+---@return any ... the task's values
+function flow.await(x) end
+
+---Waits as `await` does, and returns the outcome instead of raising it. Counts as observing a failure.
+---@param x coflow.Awaitable
+---@return boolean ok
+---@return any ... the task's values, or its error
+function flow.try_await(x) end
+
+---`pcall`, except that it lets an OperationCanceled through while the ambient token is canceled.
+---Tasks have no ambient token in this release, so it still catches all.
+---@param fn function
+---@param ... any arguments of `fn`
+---@return boolean ok
+---@return any ... what `fn` returns, or its error
+function flow.pcall(fn, ...) end
+
+---Lets everything else that is ready run first. Always suspends.
+---Source: .NET Task.Yield; asyncio.sleep(0).
+function flow.yield() end
+
+---Waits for `seconds`; never less, and more when the loop is busy. 0 returns at once, without suspending;
+---`math.huge` waits for the token only.
+---Cancellation: ends at once with OperationCanceled; a token canceled before the call wins over 0 seconds.
+---@param seconds number
+---@param token? coflow.CancellationToken
+function flow.sleep(seconds, token) end
+
+---A task that completes after `seconds`, never earlier. 0 is already complete; `math.huge` waits for the token only.
+---Cancellation: the task becomes canceled; a token canceled before the call wins over 0 seconds.
+---Source: .NET Task.Delay.
+---@param seconds number
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function flow.delay(seconds, token) end
+
+---The running task; nil outside every task.
+---@return coflow.Task?
+function flow.current_task() end
+
+---Whether a task runs here and could be suspended at this point.
+---@return boolean
+function flow.is_awaitable_here() end
+
+-- Tasks made of others ----------------------------------------------------------------------------
+
+---A task that ends when all of its inputs have ended, whatever fails.
+---Its result is one new table, with each input's first value under the same key; for a list and for arguments `n` is
+---set. The same task twice counts twice. Without inputs it is already complete. A table is copied at the call.
+---Fails: any input faulted: faulted with an Aggregate, whose `inner_exceptions` stand in input order and of which
+---`await` raises the first. Else any canceled: canceled, with the first one's error.
+---Raises: at once, if an input is not awaitable (the message names its key).
+---Source: .NET Task.WhenAll.
+---@param ... coflow.Awaitable|table<any, coflow.Awaitable> or one table of them: a list (`n` counts) or any keys
+---@return coflow.Task
+function flow.when_all(...) end
+
+---A task that ends with the first of its inputs to end, however it ended; several complete: the first in input order.
+---Its values are that task and its key. It is never faulted, leaves nothing registered on the others, and does not
+---observe them.
+---Raises: Argument if there is no input.
+---Source: .NET Task.WhenAny.
+---@param ... coflow.Awaitable|table<any, coflow.Awaitable>
+---@return coflow.Task
+function flow.when_any(...) end
+
+---Waits for all: the direct form of `when_all`. Returns the first values one by one; for a table with keys, the table.
+---Raises: the one error as it is, or an Aggregate when several failed.
+---@param ... coflow.Awaitable|table<any, coflow.Awaitable>
+---@return any ...
+function flow.await_all(...) end
+
+---Waits for the first to end: the direct form of `when_any`.
+---Raises: Argument if there is no input; never what that task failed with.
+---@param ... coflow.Awaitable|table<any, coflow.Awaitable>
+---@return coflow.Task first
+---@return any key
+function flow.await_any(...) end
+
+-- Task ------------------------------------------------------------------------------------------
+
+---What `await` takes: a task, or a value whose metatable has `__await`, a function `(x) -> Task`.
+---@alias coflow.Awaitable coflow.Task|{ __await: fun(x: any): coflow.Task }
+
+---@alias coflow.TaskStatus
+---| "created"                # made by Task.new, not started
+---| "waiting_to_run"         # queued
+---| "running"                # on the stack
+---| "waiting_for_activation" # suspended, or an operation in flight
+---| "ran_to_completion"
+---| "faulted"
+---| "canceled"
+
+---Something that ends once: with values, with an error (faulted), or with an OperationCanceled (canceled).
+---A faulted task that nobody observed is reported when it is collected (`flow.on_unobserved_exception`). So is, as
+---TaskAbandoned, a task that waits for what nothing alive can complete; its `<close>` variables run.
+---Source: .NET Task.
+---@class coflow.Task
+---@field status coflow.TaskStatus
+---@field is_completed boolean whether it ended, in whatever way
+---@field is_completed_successfully boolean
+---@field is_faulted boolean
+---@field is_canceled boolean
+---@field result any its first value; raises as `await`, or InvalidOperation while it is not complete
+---@field exception any what it failed with (`when_all`: an Aggregate), which is now observed; nil if not faulted
+---@field id integer unique among the tasks of this state
+---@field name string may be set; by default where its function is defined ("file:line"), or its kind ("delay" …)
+---@field continue_with fun(self: coflow.Task, fn: function, options?: table): coflow.Task see init.lua
+local Task = {}
+
+---Waits for it: `flow.await(task)`.
+---@return any ... its values
+function Task:await() end
+
+---Waits for its outcome: `flow.try_await(task)`.
+---@return boolean ok
+---@return any ... its values, or its error
+function Task:try_await() end
+
+---All its values.
+---Raises: what `await` raises; InvalidOperation while it is not complete. It never waits.
+---@return any ...
+function Task:results() end
+
+---Drives the loop until it is complete or `timeout` has passed. At the top level only. Raises and observes no failure.
+---Cancellation: raises OperationCanceled; the task goes on.
+---Raises: InvalidOperation inside a task, which would block the loop.
+---Source: .NET Task.Wait, which raises the failure.
+---@param timeout? number seconds; nil or `math.huge`: no limit
+---@param token? coflow.CancellationToken
+---@return boolean complete true however it ended; false after the timeout
+function Task:wait(timeout, token) end
+
+---A task that ends as this one does, but no later than `timeout`: then it is faulted with Timeout.
+---This one goes on. A complete task wins over a canceled token, and that over a timeout of 0.
+---Cancellation: the new task becomes canceled.
+---Source: .NET Task.WaitAsync.
+---@param timeout? number seconds; nil or `math.huge`: no limit
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Task:wait_async(timeout, token) end
+
+---The async traceback: where it stands or failed, innermost frame first, then the tasks that await it.
+---Of a canceled task: the place where it was canceled.
+---@return string
+function Task:traceback() end
+
+---Queues a task made by `Task.new`.
+---Raises: InvalidOperation if it was started before.
+---@return coflow.Task self
+function Task:start() end
+
+---Starts a task made by `Task.new` at once, up to its first wait.
+---Raises: InvalidOperation if it was started before; never what the task fails with.
+---@return coflow.Task self
+function Task:run_synchronously() end
+
+---The static side of Task. `run`, `yield`, `delay`, `when_all`, `when_any` and `when_each` are those of `flow`.
+---@class coflow.TaskStatics
+---@field run fun(fn: function, ...): coflow.Task
+---@field yield fun()
+---@field delay fun(seconds: number, token?: coflow.CancellationToken): coflow.Task
+---@field when_all fun(...): coflow.Task
+---@field when_any fun(...): coflow.Task
+---@field when_each fun(...): fun(): coflow.Task, any
+---@field completed_task coflow.Task complete, without values
+flow.Task = {}
+
+---A cold task: it starts when told (`start`, `run_synchronously`), under the context of now.
+---@param fn function
+---@param ... any arguments of `fn`
+---@return coflow.Task
+function flow.Task.new(fn, ...) end
+
+---A task that is complete with these values.
+---@param ... any
+---@return coflow.Task
+function flow.Task.from_result(...) end
+
+---A task that is faulted with `err`, also for an OperationCanceled.
+---@param err any nil is a legal error value, but must be given
+---@return coflow.Task
+function flow.Task.from_exception(err) end
+
+---A task that is canceled.
+---Raises: Argument unless `token` is canceled.
+---@param token coflow.CancellationToken
+---@return coflow.Task
+function flow.Task.from_canceled(token) end
+
+---A task to be completed by hand: for callbacks, and for handing a value from one task to others.
+---Whoever waits for the task is queued, never run by the call that completes it.
+---Source: .NET TaskCompletionSource, with RunContinuationsAsynchronously.
+---@class coflow.TaskCompletionSource
+---@field task coflow.Task
+local TaskCompletionSource = {}
+
+---@return coflow.TaskCompletionSource
+function flow.TaskCompletionSource() end
+
+---Completes the task with these values.
+---Raises: InvalidOperation if it is complete.
+---@param ... any
+function TaskCompletionSource:set_result(...) end
+
+---Completes the task unless it is complete.
+---@param ... any
+---@return boolean done
+function TaskCompletionSource:try_set_result(...) end
+
+---Makes the task faulted, also for an OperationCanceled. nil is a legal error value.
+---Raises: InvalidOperation if it is complete.
+---@param err any
+function TaskCompletionSource:set_exception(err) end
+
+---Makes the task faulted unless it is complete.
+---@param err any
+---@return boolean done
+function TaskCompletionSource:try_set_exception(err) end
+
+---Makes the task canceled; `token` is what its error names.
+---Raises: InvalidOperation if it is complete.
+---@param token? coflow.CancellationToken
+function TaskCompletionSource:set_canceled(token) end
+
+---Makes the task canceled unless it is complete.
+---@param token? coflow.CancellationToken
+---@return boolean done
+function TaskCompletionSource:try_set_canceled(token) end
+
+-- Async locals and execution contexts -------------------------------------------------------------
+
+---`flow`: whether values flow to tasks and callbacks ("task", the default), stay with the task that set them ("none"),
+---or are to cross into workers too ("thread", for a later release; needs a name).
+---@class coflow.AsyncLocalOptions
+---@field name? string for debugging
+---@field default? any what reads where nothing was set
+---@field value_changed? fun(args: coflow.ValueChanged)
+---@field flow? "task"|"none"|"thread"
+
+---@class coflow.ValueChanged
+---@field previous_value any
+---@field current_value any
+---@field context_changed boolean true: another context became current; false: the value was set
+
+---A value that flows: a task reads what was current where it was started.
+---Setting it affects the task from here on and what it starts from here on: not its parent, not tasks already started,
+---not contexts already captured. A plain function called by the task is the task; an async function is not.
+---Source: .NET AsyncLocal<T>.
+---@class coflow.AsyncLocal
+---@field value any the value in the current context, or the default; may be set, as by `set`
+---@field name? string
+---@field run fun(self: coflow.AsyncLocal, value: any, fn: function, ...): ... see init.lua
+local AsyncLocal = {}
+
+---A new async local.
+---Raises: an argument error that names an unknown option.
+---@param options? string|coflow.AsyncLocalOptions its name, or options
+---@return coflow.AsyncLocal
+function flow.AsyncLocal(options) end
+
+---The value in the current context, or the default.
+---@return any
+function AsyncLocal:get() end
+
+---Sets the value for the current task from here on. nil removes it; a raw-equal value is a complete no-op.
+---Raises: what the local's `value_changed` raises, with the new value in place.
+---@param value any
+function AsyncLocal:set(value) end
+
+---Sets the value for the rest of the block: `local _ <close> = loc:with(value)`. Puts back this local only.
+---@param value any
+---@return coflow.Scope
+function AsyncLocal:with(value) end
+
+---What `with`, `enter` and `suppress_flow` return: undoes its effect when closed.
+---Closing one also closes those of the same task that were opened later and never closed.
+---@class coflow.Scope
+local Scope = {}
+
+---Undoes it now. A second time is harmless.
+---Raises: InvalidOperation out of order or from another task; nothing is changed then.
+function Scope:dispose() end
+
+---The same as `dispose`; the name is for `suppress_flow`.
+---Raises: as `dispose`; InvalidOperation also if the flow was restored otherwise.
+function Scope:undo() end
+
+---An immutable snapshot of all async locals that flow. `pairs(context)` gives locals and values, for debugging.
+---`spawn`, async functions, `continue_with` and `token:register` take the current one along by themselves.
+---Source: .NET ExecutionContext.
+---@class coflow.ExecutionContext
+---@field run fun(self: coflow.ExecutionContext, fn: function, ...): ... see init.lua
+local ExecutionContext = {}
+
+---The value that `loc` has in this context, or its default.
+---@param loc coflow.AsyncLocal
+---@return any
+function ExecutionContext:get(loc) end
+
+---Makes it current for the rest of the block: `local _ <close> = context:enter()`. What is set inside stays inside.
+---@return coflow.Scope
+function ExecutionContext:enter() end
+
+---@class coflow.ExecutionContextStatics
+---@field run fun(context: coflow.ExecutionContext, fn: function, ...): ... see init.lua
+---@field wrap fun(fn: function): function see init.lua
+flow.ExecutionContext = {}
+
+---A snapshot of the current context; nil while the flow is suppressed. Two with no change between are equal.
+---@return coflow.ExecutionContext?
+function flow.ExecutionContext.capture() end
+
+---Makes `context` that of the current task, for good.
+---Raises: InvalidOperation if it is nil.
+---@param context coflow.ExecutionContext
+function flow.ExecutionContext.restore(context) end
+
+---Stops the flow, until the block ends or `undo` is called: what is started or registered gets the empty context.
+---The task itself still reads and sets its own values. A second one inside is inert; no child inherits it.
+---@return coflow.Scope
+function flow.ExecutionContext.suppress_flow() end
+
+---Lets the flow go on.
+---Raises: InvalidOperation if it is not suppressed.
+function flow.ExecutionContext.restore_flow() end
+
+---@return boolean
+function flow.ExecutionContext.is_flow_suppressed() end
+
+-- Cancellation ------------------------------------------------------------------------------------
+
+---The right to cancel; its token is the news of it. A to-be-closed value: closing it disposes of it.
+---Source: .NET CancellationTokenSource.
+---@class coflow.CancellationTokenSource
+---@field token coflow.CancellationToken raises ObjectDisposed after `dispose`
+---@field is_cancellation_requested boolean
+local CancellationTokenSource = {}
+
+---A source that cancels itself after `delay` seconds; 0: canceled at birth; nil or `math.huge`: not by itself.
+---@class coflow.CancellationTokenSourceStatics
+---@overload fun(delay?: number): coflow.CancellationTokenSource
+flow.CancellationTokenSource = {}
+
+---A source that is canceled with the first of these tokens, and by itself. Dispose of it when its work is done:
+---then it holds no memory in them.
+---@param token coflow.CancellationToken
+---@param ... coflow.CancellationToken
+---@return coflow.CancellationTokenSource
+function flow.CancellationTokenSource.linked(token, ...) end
+
+---Cancels: waits under the token are woken, and the callbacks have run when this returns, last registered first.
+---The first reason wins; a second cancel does nothing. A callback's error does not stop the others.
+---Raises: an Aggregate of the errors of callbacks, in that order; with `throw_on_first_exception` the first one, and
+---the other callbacks are dropped. ObjectDisposed after `dispose`.
+---@param reason? any kept in `token.reason` and in the error; a string also becomes part of its message
+---@param options? { throw_on_first_exception?: boolean }
+function CancellationTokenSource:cancel(reason, options) end
+
+---Cancels now, and runs the callbacks on a later turn.
+---@param reason? any
+---@return coflow.Task done complete when the callbacks have run; faulted with what `cancel` would raise
+function CancellationTokenSource:cancel_async(reason) end
+
+---Cancels after `seconds`, in place of an earlier deadline; `math.huge`: not any more; 0: on a later turn.
+---Errors of callbacks then go to the handler of unobserved exceptions.
+---Raises: ObjectDisposed after `dispose`.
+---@param seconds number
+function CancellationTokenSource:cancel_after(seconds) end
+
+---Makes the source fit for reuse: drops its deadline and registrations. Not after a cancellation.
+---Raises: ObjectDisposed after `dispose`.
+---@return boolean done false if it has been canceled
+function CancellationTokenSource:try_reset() end
+
+---Drops the deadline, the registrations and the links. This is not canceling: its token stays as it is, and harmless.
+function CancellationTokenSource:dispose() end
+
+---What is handed to those who may be asked to stop.
+---Source: .NET CancellationToken.
+---@class coflow.CancellationToken
+---@field is_cancellation_requested boolean
+---@field can_be_canceled boolean false for `none` only
+---@field reason any what was given to `cancel`
+local CancellationToken = {}
+
+---Raises OperationCanceled if it is canceled; else does nothing. For loops that compute.
+function CancellationToken:throw_if_cancellation_requested() end
+
+---Calls `fn(...)` when it is canceled, in the context of now. On a canceled token: at once, its error to the caller.
+---The callback must not wait (InvalidOperation): it may start a task. It may unregister itself and others.
+---@param fn function
+---@param ... any arguments of `fn`
+---@return coflow.CancellationTokenRegistration
+function CancellationToken:register(fn, ...) end
+
+---As `register`, but the callback runs in the canceler's context.
+---@param fn function
+---@param ... any arguments of `fn`
+---@return coflow.CancellationTokenRegistration
+function CancellationToken:unsafe_register(fn, ...) end
+
+---Waits until it is canceled, and then returns.
+---Cancellation: by `token`, another one; raises OperationCanceled.
+---@param token? coflow.CancellationToken
+function CancellationToken:wait(token) end
+
+---A task that completes when it is canceled.
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function CancellationToken:wait_async(token) end
+
+---@class coflow.CancellationTokenStatics
+---@field none coflow.CancellationToken never canceled; registering on it costs nothing
+---@field canceled coflow.CancellationToken canceled at birth
+flow.CancellationToken = {}
+
+---A callback on a token. A to-be-closed value: closing it unregisters it.
+---@class coflow.CancellationTokenRegistration
+---@field token coflow.CancellationToken
+local CancellationTokenRegistration = {}
+
+---Takes the callback off the token.
+---@return boolean pending true if it will now never run
+function CancellationTokenRegistration:unregister() end
+
+---The same, without a value. A second time is harmless.
+function CancellationTokenRegistration:dispose() end
+
+-- The loop ----------------------------------------------------------------------------------------
+
+---The event loop itself, for those who drive it by hand.
+---@class coflow.loop
+flow.loop = {}
+
+---Drives the loop without a root task: until nothing is left alive ("default"), for one turn that may wait for an
+---event ("once"), or for one that does not wait ("nowait").
+---Raises: InvalidOperation inside a task or a callback.
+---@param mode? "default"|"once"|"nowait"
+---@return boolean alive whether something is left
+function flow.loop.run(mode) end
+
+---Makes the run in progress end after the current task: `flow.run` raises InvalidOperation, `loop.run` returns.
+function flow.loop.stop() end
+
+---Monotonic time in seconds, from an arbitrary start; virtual under `coflow.testing`.
+---@return number
+function flow.loop.now() end
+
+---Whether a task is ready or something is in flight.
+---@return boolean
+function flow.loop.is_alive() end
+
+---The descriptor that becomes readable when libuv has something to do, for foreign loops. Timers do not show in it.
+---@return integer
+function flow.loop.backend_fd() end
+
+---How long a foreign loop may sleep: seconds to the next deadline, 0 if a task is ready, nil if there is neither.
+---@return number?
+function flow.loop.timeout() end
+
+-- Errors ------------------------------------------------------------------------------------------
+
+---An error object; `tostring` gives "Name: message". What user code raises travels unchanged, whatever it is.
+---@class coflow.Error
+---@field name string
+---@field message string
+---@field token? coflow.CancellationToken of OperationCanceled: the token that the operation was given
+---@field reason? any of OperationCanceled
+---@field cause? coflow.CancellationToken of OperationCanceled: the token that was canceled first
+---@field inner_exceptions? any[] of Aggregate
+
+---Makers of error objects: `errors.Timeout(message, fields)`; `fields` are copied into the object.
+---Some names are for parts that come in later releases.
+---@class coflow.errors
+flow.errors = {}
+
+---Whether `value` is an error object of that name; false for every other value.
+---@param value any
+---@param name string
+---@return boolean
+function flow.errors.is(value, name) end
+
+---A task or an operation was asked to stop. A task whose function ends with it is canceled.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.OperationCanceled(message, fields) end
+
+---A deadline passed before the work was done.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.Timeout(message, fields) end
+
+---Several errors at once, in `inner_exceptions`.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.Aggregate(message, fields) end
+
+---The object has been disposed of.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.ObjectDisposed(message, fields) end
+
+---Not now, or not here; the message says what to do instead.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.InvalidOperation(message, fields) end
+
+---An argument of the right type that makes no sense.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.Argument(message, fields) end
+
+---A semaphore was released too often.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.SemaphoreFull(message, fields) end
+
+---A channel is complete.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.ChannelClosed(message, fields) end
+
+---A task was collected while it waited for what nothing alive could complete.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.TaskAbandoned(message, fields) end
+
+---A circuit breaker is open.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.BrokenCircuit(message, fields) end
+
+---A bulkhead is full.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.BulkheadRejected(message, fields) end
+
+---A rate limiter has no permit left.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.RateLimitRejected(message, fields) end
+
+---The system refused an operation; `code` says why ("ECONNREFUSED" …).
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.IO(message, fields) end
+
+---A worker failed; `traceback` is that of its state.
+---@param message? string
+---@param fields? table
+---@return coflow.Error
+function flow.errors.Worker(message, fields) end
+
+---Sets who is told of errors that nobody observed: `handler(err, task)`.
+---Once per task, when it is collected or when the state closes. `task` is nil for callbacks that have no caller, as
+---those of a source's deadline. nil: the default, which writes the error and its traceback to standard error.
+---false: nobody. Observing is: `await`, `try_await`, `exception`, `result`, `wait_async` that passed the outcome on,
+---`when_all`, `when_each`, `continue_with`. Not: `status`, `when_any`.
+---Source: .NET TaskScheduler.UnobservedTaskException.
+---@param handler (fun(err: any, task: coflow.Task?))|false|nil
+function flow.on_unobserved_exception(handler) end
+
+return flow

@@ -1,0 +1,213 @@
+-- The README and the small examples, run as their readers run them: each in a process of its own.
+--
+-- In every block of Lua, and in the examples, a comment that begins with `-->` is what is printed: the text
+-- after `--> `, a line each, from top to bottom, whether it stands behind code or on a line of its own. In it
+-- `...` stands for anything. A program must print exactly that, end with 0 and write nothing to standard error.
+
+local helper = require "spec.helper"
+
+local root = debug.getinfo(1, "S").source:match("^@(.*)spec/[^/]*$") or ""
+
+local function read(path)
+  local file <close> = assert(io.open(root .. path, "rb"))
+  return file:read("a")
+end
+
+-- What the comments of a program say that it prints.
+local function promised(code)
+  local lines = {}
+  for line in code:gmatch("[^\n]+") do
+    local text = line:match("%-%->%s?(.*)$")
+    if text then lines[#lines + 1] = text end
+  end
+  return table.concat(lines, "\n")
+end
+
+-- What it prints. `name` is the file that it believes to be in: tracebacks have it.
+local function printed(code, name)
+  local output = helper.output(("assert(load(%q, %q))()"):format(code, "@" .. name))
+  return (output:gsub("\n$", ""))
+end
+
+local function check(code, name)
+  local expected, output = promised(code), printed(code, name)
+  local pattern = expected:gsub("%p", "%%%0"):gsub("%%%.%%%.%%%.", "[^\n]*")
+  if not output:find("^" .. pattern .. "$") then assert.equal(expected, output) end
+end
+
+-- The blocks of Markdown in that language: { { heading =, line =, code = }, … }
+local function blocks(text, language)
+  local found, number, heading, block = {}, 0, "the first screen", nil
+  for line in (text .. "\n"):gmatch("(.-)\r?\n") do
+    number = number + 1
+    local fence = line:match("^```(.*)$")
+    if block and fence then
+      block.code = table.concat(block, "\n") .. "\n"
+      if block.language == language then found[#found + 1] = block end
+      block = nil
+    elseif fence then
+      block = { language = fence, heading = heading, line = number }
+    elseif block then
+      block[#block + 1] = line
+    else
+      heading = line:match("^##+ (.+)$") or heading
+    end
+  end
+  assert(not block, "a block of code is not closed")
+  return found
+end
+
+describe("README.md", function()
+  local text = read("README.md")
+  local programs = blocks(text, "lua")
+
+  it("has its programs in blocks that this spec finds", function()
+    local _, count = text:gsub("\n```lua\n", "")
+    assert.equal(count, #programs)
+    assert.is_true(count >= 10)
+  end)
+
+  for _, block in ipairs(programs) do
+    it(("prints what it says it prints: %s, line %d"):format(block.heading, block.line), function()
+      assert.not_equal("", promised(block.code)) -- a program that shows nothing teaches nothing
+      check(block.code, "example.lua")
+    end)
+  end
+
+  it("names only files that are there", function()
+    local count = 0
+    for path in text:gmatch("[`(]([%w_]+/[%w_/.]+%.%w+)[`)]") do
+      read(path)
+      count = count + 1
+    end
+    for name in text:gmatch("`([%l_]+%.[ch])`") do
+      read("src/" .. name)
+      count = count + 1
+    end
+    assert.is_true(count >= 15)
+  end)
+
+  it("tours functions that are there", function()
+    local sources, count = {}, 0
+    for name in text:gmatch("`(src/[%l_]+%.c)`") do sources[#sources + 1] = read(name) end
+    local code = table.concat(sources)
+    for name in text:match("\n## A tour.*"):gmatch("`(%l+_[%l_]+)`") do
+      if not read("lua/coflow/init.lua"):find(name, 1, true) then
+        assert.truthy(code:find("%f[%w_]" .. name .. "%("), name .. " is not a function of src/")
+        count = count + 1
+      end
+    end
+    assert.is_true(count >= 10)
+  end)
+
+  it("names only fields that are there", function()
+    local flow = require "coflow"
+    for path in text:gmatch("%f[%w_]flow%.([%a_][%w_.]*)") do
+      local value = flow
+      for key in path:gmatch("[%w_]+") do value = value and value[key] end
+      assert.is_true(value ~= nil, "flow." .. path .. " does not exist")
+    end
+  end)
+end)
+
+describe("examples", function()
+  for _, name in ipairs { "hello.lua", "cancel.lua", "locals.lua" } do
+    it("print what they say they print: " .. name, function()
+      local code = read("examples/" .. name)
+      assert.not_equal("", promised(code))
+      check(code, name)
+    end)
+  end
+end)
+
+describe("this spec", function()
+  it("sees a program that prints something else, fails, complains or does not compile", function()
+    assert.has_error(function() check("print(1) --> 2\n", "x.lua") end)
+    assert.has_error(function() check("print(1) --> 1\nprint(2)\n", "x.lua") end)
+    assert.has_error(function() check("print(1) --> 1\nerror('no')\n", "x.lua") end)
+    assert.has_error(function() check("io.stderr:write('no')\n", "x.lua") end)
+    assert.has_error(function() check("print(1 --> 1\n", "x.lua") end)
+    assert.has_error(function() check("print(12, 3) --> 1...4\n", "x.lua") end)
+    assert.has_error(function() check("print('a\\nb') --> a...\n", "x.lua") end)
+    check("print(1) --> 1\n--> 2\nprint(2)\n", "x.lua")
+    check("print(12, 3) --> 1...3\n", "x.lua")
+  end)
+end)
+
+describe("coflow.meta", function()
+  local path = "lua/coflow/meta.lua"
+  local records = { Error = true, AsyncLocalOptions = true, ValueChanged = true } -- tables, without a class
+
+  -- "Class.name" of all that it declares, static or not; just "name" for what `flow` has itself.
+  local function declared()
+    local names, class = {}, nil
+    for line in read(path):gmatch("[^\n]+") do
+      class = line:match("^%-%-%-@class coflow%.(%w+)") or class
+      local field = line:match("^%-%-%-@field ([%w_]+)")
+      if field and not records[class] then names[class:gsub("Statics$", "") .. "." .. field] = true end
+      local owner, name = line:match("^function ([%w_.]+)[.:]([%w_]+)%(")
+      if owner then names[(owner .. "."):gsub("^flow%.", "") .. name] = true end
+    end
+    return names
+  end
+
+  it("is valid Lua, and does nothing", function()
+    assert.truthy(read(path):find("^%-%-%-@meta\n"))
+    assert.has_no_error(assert(loadfile(root .. path)))
+  end)
+
+  it("declares every public function that is not declared in init.lua", function()
+    local flow, core = require "coflow", require "coflow.core"
+    local names, init, missing = declared(), read("lua/coflow/init.lua"), {}
+    local function want(name, in_init)
+      if not names[name] and not init:find("\nfunction " .. in_init .. "(", 1, true) then
+        missing[#missing + 1] = name
+      end
+    end
+    for key, value in pairs(flow) do
+      if type(value) == "function" then
+        want(key, "flow." .. key)
+      else
+        for name in pairs(value) do want(key .. "." .. name, key .. "." .. name) end
+      end
+    end
+    for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
+      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration" } do
+      for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name, class .. ":" .. name) end
+    end
+    table.sort(missing)
+    assert.same({}, missing)
+  end)
+
+  it("declares only what is there", function()
+    local flow = require "coflow"
+    local source = flow.CancellationTokenSource()
+    source:cancel("a reason to be read")
+    local scope <close> = flow.AsyncLocal():with(1)
+    local objects = {
+      Task = flow.Task.from_exception("an exception to be read"),
+      TaskCompletionSource = flow.TaskCompletionSource(),
+      AsyncLocal = flow.AsyncLocal { name = "x", default = 1 },
+      ExecutionContext = flow.ExecutionContext.capture(),
+      Scope = scope,
+      CancellationTokenSource = source,
+      CancellationToken = source.token,
+      CancellationTokenRegistration = flow.CancellationToken.none:register(print),
+    }
+    local function has(object, key)
+      local ok, value = pcall(function() return object[key] end)
+      return not ok or value ~= nil -- the result of a faulted task raises: it is there
+    end
+    local wrong, count = {}, 0
+    for name in pairs(declared()) do
+      local owner, key = name:match("^(%w+)%.(.+)$")
+      local there = not owner and flow[name] ~= nil
+        or type(flow[owner]) == "table" and has(flow[owner], key) or objects[owner] and has(objects[owner], key)
+      if not there then wrong[#wrong + 1] = name end
+      count = count + 1
+    end
+    table.sort(wrong)
+    assert.same({}, wrong)
+    assert.is_true(count > 100)
+  end)
+end)
