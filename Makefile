@@ -12,7 +12,7 @@
 # What follows is found (.ci/find) unless given: make CC=clang LUA_CFLAGS=-I/opt/lua/include
 
 PREFIX  ?= /usr/local
-CFLAGS  ?= -O2 -g
+CFLAGS  ?= -O2 -g -fno-plt
 BUILD   := build
 
 # Looked up when first used, then remembered: a target that needs no compiler asks for none.

@@ -7,6 +7,7 @@
 **
 ** With COFLOW_GC_STRESS set, each state of the process, workers' too, runs a full collection
 ** whenever an allocation lets the collector run: a value that C forgot to hold is gone at once.
+** This lasts for a share of time, which debug.stress_anew() grants again.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -14,24 +15,35 @@
 #include <lauxlib.h>
 #include <lua.h>
 #include <lualib.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-/* Full collections end once the heap is large or this process has had its share of time. */
+/* Full collections end once the heap is large or the share of processor time is spent. */
 #define STRESS_KB 4096
-#define STRESS_SECONDS 10
+#define STRESS_SECONDS 1
+static atomic_long stress_end = STRESS_SECONDS * CLOCKS_PER_SEC;
 
 /*
 ** The collector's parameters as far as they go: a pause of 1 starts a cycle when the last one
-** ends; a step of 2^63 bytes, more than the collector can count, is a whole cycle and one of 2^6
-** some thousand objects. A hook repeats the call, as specs and the heap's size change.
+** ends, and a step of 2^63 bytes, more than the collector can count, is a whole cycle. Otherwise
+** the collector still never rests, at a usual pace. A hook repeats the call, as specs and the
+** heap's size change.
 */
 static void stress(lua_State *L, lua_Debug *ar) {
-  int whole = lua_gc(L, LUA_GCCOUNT) < STRESS_KB && clock() < STRESS_SECONDS * CLOCKS_PER_SEC;
   (void)ar;
-  lua_gc(L, LUA_GCINC, 1, 1000, whole ? 63 : 6);
+  if (clock() < stress_end && lua_gc(L, LUA_GCCOUNT) < STRESS_KB)
+    lua_gc(L, LUA_GCINC, 1, 1000, 63);
+  else
+    lua_gc(L, LUA_GCINC, 100, 200, 10);
+}
+
+static int l_stress_anew(lua_State *L) {
+  (void)L;
+  stress_end = clock() + STRESS_SECONDS * CLOCKS_PER_SEC;
+  return 0;
 }
 
 /* Found before the Lua library's function of this name, by the module too. */
@@ -41,7 +53,7 @@ lua_State *luaL_newstate(void) {
   lua_State *L = original();
   if (L == NULL || getenv("COFLOW_GC_STRESS") == NULL) return L;
   stress(L, NULL);
-  lua_sethook(L, stress, LUA_MASKCOUNT, 1000);
+  lua_sethook(L, stress, LUA_MASKCOUNT, 100);
   return L;
 }
 
@@ -76,6 +88,9 @@ static int run(lua_State *L) {
   lua_getfield(L, -1, "exit");
   lua_pushcclosure(L, l_exit, 1);
   lua_setfield(L, -2, "exit");
+  lua_getglobal(L, "debug");
+  lua_pushcfunction(L, l_stress_anew);
+  lua_setfield(L, -2, "stress_anew");
 
   lua_createtable(L, argc, script + 1);
   for (int i = 0; i < argc; i++) {

@@ -36,6 +36,7 @@ build = {
       libraries = { "uv" },
     },
     ["coflow"] = "lua/coflow/init.lua",
+    ["coflow.meta"] = "lua/coflow/meta.lua",
     ["coflow.testing"] = "lua/coflow/testing.lua",
   },
 }

@@ -281,8 +281,8 @@ describe("the flow of an async local", function()
   end))
 
   it("keeps a thousand interleaved tasks apart", in_task(function()
-    local other, tasks, wrong = flow.AsyncLocal(), {}, 0
-    for i = 1, 1000 do
+    local n, other, tasks, wrong = support.many(1000), flow.AsyncLocal(), {}, 0
+    for i = 1, n do
       loc.value = i
       tasks[i] = flow.spawn(function()
         other.value = -i
@@ -293,9 +293,9 @@ describe("the flow of an async local", function()
         end
       end)
     end
-    for i = 1, 1000 do tasks[i]:await() end
+    for i = 1, n do tasks[i]:await() end
     assert.equal(0, wrong)
-    assert.equal(1000, loc.value)
+    assert.equal(n, loc.value)
     assert.is_nil(other.value)
   end))
 
@@ -499,16 +499,17 @@ describe("AsyncLocal:run", function()
   end))
 
   it("works 10,000 deep in one task, with a suspension at the bottom", in_task(function()
+    local n = support.many(10000)
     local function nest(depth)
       if depth == 0 then
         flow.yield()
         return loc.value
       end
       local seen = loc:run(depth, nest, depth - 1)
-      if loc.value ~= (depth < 10000 and depth + 1 or nil) then error("not put back") end
+      if loc.value ~= (depth < n and depth + 1 or nil) then error("not put back") end
       return seen
     end
-    assert.equal(1, nest(10000))
+    assert.equal(1, nest(n))
     assert.is_nil(loc.value)
   end))
 
@@ -518,7 +519,7 @@ describe("AsyncLocal:run", function()
       if depth == 0 then error(problem) end
       loc:run(depth, nest, depth - 1)
     end
-    local _, err = pcall(nest, 10000)
+    local _, err = pcall(nest, support.many(10000))
     assert.equal(problem, err)
     assert.is_nil(loc.value)
   end))

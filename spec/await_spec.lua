@@ -112,15 +112,15 @@ describe("await", function()
     local start = clock:now()
     local gate = flow.TaskCompletionSource()
     local source = flow.CancellationTokenSource()
-    local kept, canceled = {}, {}
-    for i = 1, 1000 do
+    local n, kept, canceled = helper.many(1000), {}, {}
+    for i = 1, n do
       kept[i] = gate.task:wait_async()
       canceled[i] = gate.task:wait_async(nil, source.token)
     end
     source:cancel()
     flow.yield()
     gate:set_result("it")
-    for i = 1, 1000 do
+    for i = 1, n do
       assert.equal("it", kept[i]:await())
       assert.is_true(canceled[i].is_canceled)
     end
@@ -390,6 +390,16 @@ local PLACES = {
   end,
   wrap = function(fn)
     coroutine.wrap(fn)()
+  end,
+  collectgarbage = function(fn)
+    local done = false
+    setmetatable({}, { __gc = function()
+      fn()
+      done = true
+    end })
+    collectgarbage()
+    collectgarbage()
+    assert(done)
   end,
   load = function(fn)
     local done = false

@@ -522,6 +522,41 @@ describe("calls with anything", function()
   end
 end)
 
+describe("the coroutine of a task", function()
+  it("crashes nothing when others resume or close it", function()
+    assert.equal("survived\n", helper.output [[
+      local flow = require "coflow"
+      flow.on_unobserved_exception(false)
+      local function nothing() end
+      for _, use in ipairs {
+        coroutine.resume, coroutine.close, coroutine.status, debug.traceback,
+        function(co) coroutine.resume(co, 1, 2) coroutine.close(co) end,
+        function(co) return flow.spawn(coroutine.close, co) end,
+      } do
+        flow.run(function()
+          local gate, parked, queued, done = flow.TaskCompletionSource(), nil, nil, nil
+          flow.async(function() done = coroutine.running() end)()
+          flow.async(function()
+            parked = coroutine.running()
+            local _ <close> = setmetatable({}, { __close = nothing })
+            gate.task:await()
+          end)()
+          flow.async(function() queued = coroutine.running() flow.yield() end)()
+          for _, co in ipairs { parked, queued, done } do pcall(use, co) end
+          local tasks = {}
+          for i = 1, 10 do
+            tasks[i] = flow.spawn(function() pcall(use, done) flow.yield() end)
+          end
+          gate:set_result()
+          for i = 1, 10 do flow.yield() pcall(use, parked) end
+          collectgarbage()
+        end)
+      end
+      print("survived")
+    ]])
+  end)
+end)
+
 describe("finalizers and metamethods", function()
   it("called by hand, on their own objects and on others, crash nothing", function()
     assert.equal("survived\n", helper.output [[
@@ -618,6 +653,50 @@ describe("finalizers and metamethods", function()
       collectgarbage()
       print("survived")
       os.exit(0, true)
+    ]])
+  end)
+
+  it("of users may wait and set deadlines while others do, and no wait is lost", function()
+    assert.equal("survived\n", helper.output [[
+      local flow = require "coflow"
+      local testing = require "coflow.testing"
+      collectgarbage("incremental", 1, 1000, 63) -- a whole cycle at each step
+      math.randomseed(42)
+      local armed, gate, started, ended = false, nil, 0, 0
+      local function await(task)
+        started = started + 1
+        flow.async(function() pcall(task.await, task) ended = ended + 1 end)()
+      end
+      local kinds = {
+        function() await(gate.task) end,
+        function() await(gate.task:continue_with(function() end)) end,
+        function() await(gate.task:wait_async(5)) end,
+        function(token) await(gate.task:wait_async(1, token)) end,
+        function() await(flow.when_all(gate.task, gate.task)) end,
+        function() await(flow.when_any(gate.task, flow.delay(5))) end,
+        function(token) await(flow.delay(1, token)) end,
+        function(token) await(flow.async(flow.sleep)(1, token)) end,
+        function() await(flow.delay(9, flow.CancellationTokenSource(1).token)) end,
+      }
+      local function arm()
+        setmetatable({}, { __gc = function()
+          if armed then kinds[math.random(#kinds)]() arm() end
+        end })
+      end
+      testing.run(function()
+        for round = 1, 100 do
+          gate, started, ended = flow.TaskCompletionSource(), 0, 0
+          local source = flow.CancellationTokenSource()
+          armed = true
+          arm()
+          for _ = 1, math.random(1, 60) do kinds[math.random(#kinds)](source.token) end
+          armed = false
+          if round % 2 == 0 then gate:set_result() else flow.sleep(2) gate:set_result() end
+          flow.sleep(10)
+          assert(started == ended, ("round %d: %d of %d ended"):format(round, ended, started))
+        end
+      end)
+      print("survived")
     ]])
   end)
 

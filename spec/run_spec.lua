@@ -92,6 +92,14 @@ describe("flow.run", function()
     assert.is_nil(flow.current_task())
   end)
 
+  it("works in a plain coroutine and in callbacks of C, outside every task", function()
+    local function answer()
+      return flow.run(function() return helper.slowly("it") end)
+    end
+    assert.equal("it", coroutine.wrap(answer)())
+    assert.equal("it", (string.gsub("x", "x", answer)))
+  end)
+
   it("is refused in a task, with the advice to await", in_task(function()
     local never = false
     local function attempt()
@@ -148,6 +156,64 @@ describe("flow.run", function()
       gate:set_result(7)
       flow.run(function() flow.yield() flow.yield() end)
     ]])
+  end)
+end)
+
+describe("the state", function()
+  it("closes in a task that exits, and runs the <close> variables of parked tasks", function()
+    for _, exit in ipairs {
+      "os.exit(3, true)",
+      "coroutine.wrap(os.exit)(3, true)",
+      "string.gsub('x', 'x', function() os.exit(3, true) end)",
+      "local s = flow.CancellationTokenSource() s.token:register(os.exit, 3, true) s:cancel()",
+    } do
+      local result = child(([[
+        local flow = require "coflow"
+        flow.run(function()
+          flow.spawn(flow.sleep, 600)
+          flow.async(function()
+            local _ <close> = setmetatable({}, { __close = function() print("closed") end })
+            flow.sleep(600)
+          end)()
+          flow.yield()
+          %s
+        end)
+      ]]):format(exit))
+      assert.same({ 3, "closed\n", "" }, { result.code, result.out, result.err }, exit)
+    end
+  end)
+
+  it("may load the library again, as test runners do, and goes on with the same loop", function()
+    local printed = output [[
+      local function load_again()
+        for name in pairs(package.loaded) do
+          if name:find("^coflow") then package.loaded[name] = nil end
+        end
+        return require "coflow"
+      end
+      for round = 1, 2 do
+        local flow = load_again()
+        local loc = flow.AsyncLocal("user")
+        local early = flow.spawn(function() flow.yield() return "it" end)
+        flow.run(function()
+          if round == 1 then
+            local ok, err = pcall(flow.await, flow.Task.from_exception(flow.errors.Timeout("late")))
+            local values = flow.when_all { early, flow.delay(0) }:await()
+            print(not ok and flow.errors.is(err, "Timeout"), values[1], flow.call(function() return 1 end))
+          else
+            local empty = flow.ExecutionContext.capture()
+            loc.value = "outer"
+            local inner = flow.ExecutionContext.run(empty, function()
+              loc.value = "inner"
+              flow.yield()
+              return loc.value
+            end)
+            print(empty:get(loc) == nil, inner, loc.value)
+          end
+        end)
+      end
+    ]]
+    assert.equal("true it 1\ntrue inner outer\n", (printed:gsub("\t", " ")))
   end)
 end)
 
@@ -530,6 +596,17 @@ describe("the ready queue", function()
     task:await()
     assert.same({ "in", "out false", "resumed" }, log)
     assert.equal(flow.yield, flow.Task.yield)
+  end))
+
+  it("has a waiter come after what the awaited task itself made ready", in_task(function()
+    local log, note = recorder()
+    local task = flow.spawn(function()
+      flow.spawn(note, "made ready")
+      note("ends")
+    end)
+    task:await()
+    note("waiter")
+    assert.same({ "ends", "made ready", "waiter" }, log)
   end))
 
   it("never runs a waiter on the stack of the one that completes the task", in_task(function()

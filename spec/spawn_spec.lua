@@ -88,13 +88,13 @@ describe("flow.spawn", function()
   end))
 
   it("runs 10,000 tasks at the same time", in_task(function()
-    local tasks = {}
-    for i = 1, 10000 do
+    local n, tasks = helper.many(10000), {}
+    for i = 1, n do
       tasks[i] = flow.spawn(slowly, i)
     end
     local results = flow.when_all(tasks):await()
-    assert.equal(10000, results.n)
-    for i = 1, 10000 do
+    assert.equal(n, results.n)
+    for i = 1, n do
       if results[i] ~= i then
         assert.equal(i, results[i])
       end
@@ -308,7 +308,7 @@ describe("flow.call", function()
   end))
 
   it("nests 10,000 deep, suspended at the bottom or not", in_task(function()
-    local loc = flow.AsyncLocal()
+    local deep, loc = helper.many(10000), flow.AsyncLocal()
     local function nest(n, bottom)
       loc.value = n
       if n == 0 then
@@ -319,7 +319,7 @@ describe("flow.call", function()
     end
     for _, bottom in ipairs { slowly, type } do
       loc.value = "outer"
-      assert.equal(10000, flow.call(nest, 10000, function() bottom(loc) end))
+      assert.equal(deep, flow.call(nest, deep, function() bottom(loc) end))
       assert.equal("outer", loc.value)
     end
   end))
@@ -332,7 +332,7 @@ describe("flow.call", function()
       end
       flow.call(nest, n - 1)
     end
-    assert.equal(value, raised(nest, 10000))
+    assert.equal(value, raised(nest, helper.many(10000)))
   end))
 end)
 
@@ -469,6 +469,41 @@ describe("a cold task", function()
   it("that is never started leaves nothing behind", in_task(function()
     Task.new(error, "never")
     helper.collect()
+  end))
+end)
+
+describe("a task's stack", function()
+  it("overflows into an error that faults the task", in_task(function()
+    local function descend() return 1 + descend() end
+    local function descend_in_c() return (string.gsub("x", "x", descend_in_c)) end
+    for _, fn in ipairs { descend, descend_in_c } do
+      local task = flow.spawn(fn)
+      assert.truthy(tostring(raised(flow.await, task)):find("stack overflow", 1, true))
+      assert.equal("faulted", task.status)
+    end
+  end))
+
+  it("takes and gives 100,000 values at once", in_task(function()
+    local values = {}
+    for i = 1, 100000 do
+      values[i] = i
+    end
+    local function echo(...)
+      flow.yield()
+      return ...
+    end
+    local gate = flow.TaskCompletionSource()
+    gate:set_result(table.unpack(values))
+    local function check(...)
+      assert.equal(100000, select("#", ...))
+      assert.equal(100000, (select(-1, ...)))
+    end
+    check(flow.spawn(echo, table.unpack(values)):await())
+    check(flow.async(echo)(table.unpack(values)):await())
+    check(flow.call(echo, table.unpack(values)))
+    check(Task.from_result(table.unpack(values)):results())
+    check(gate.task:await())
+    check(select(2, flow.try_await(gate.task)))
   end))
 end)
 

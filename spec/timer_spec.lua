@@ -4,7 +4,7 @@ local flow = require "coflow"
 local testing = require "coflow.testing"
 local support = require "spec.support.flow_support"
 
-local in_task, heavy = support.in_task, support.heavy
+local in_task, many = support.in_task, support.many
 local raises, bad_argument = support.raises, support.bad_argument
 local recorder, weak, alive = support.recorder, support.weak, support.alive
 local Source, Token = flow.CancellationTokenSource, flow.CancellationToken
@@ -27,7 +27,7 @@ describe("sleep", function()
 
   it("is never early, also for times that are no binary fractions", in_task(function(clock)
     local random = support.random(11)
-    for _ = 1, 500 do
+    for _ = 1, many(500) do
       local seconds, start = random(1000000) / 999983, clock:now()
       flow.sleep(seconds)
       local elapsed = clock:now() - start
@@ -193,14 +193,15 @@ describe("sleep", function()
   it("moves no time while anything is ready", in_task(function(clock)
     local start, rounds = clock:now(), 0
     local sleeper = flow.spawn(flow.sleep, 1)
-    for _ = 1, 1000 do
+    local turns = many(1000)
+    for _ = 1, turns do
       flow.yield()
       rounds = rounds + 1
       assert.equal(start, clock:now())
     end
     sleeper:await()
     assert.equal(start + 1, clock:now())
-    assert.equal(1000, rounds)
+    assert.equal(turns, rounds)
   end))
 end)
 
@@ -323,11 +324,13 @@ describe("delay", function()
 end)
 
 describe("10,000 delays", function()
+  local N = many(10000)
+
   it("end in order of their deadlines, equal ones in the order they were set",
-    in_task(heavy(function(clock)
+    in_task(function(clock)
       local random, expected, got, tasks = support.random(42), {}, {}, {}
       local start = clock:now()
-      for i = 1, 10000 do
+      for i = 1, N do
         local due = random(500) / 4
         expected[i] = { due = due, i = i }
         tasks[i] = flow.spawn(function()
@@ -336,39 +339,39 @@ describe("10,000 delays", function()
           if clock:now() ~= start + due then error("woken at the wrong time") end
         end)
       end
-      for i = 1, 10000 do tasks[i]:await() end
+      for i = 1, N do tasks[i]:await() end
       table.sort(expected, function(a, b)
         if a.due ~= b.due then return a.due < b.due end
         return a.i < b.i
       end)
-      for n = 1, 10000 do
+      for n = 1, N do
         if got[n] ~= expected[n].i then error(("wake-up %d is %d"):format(n, got[n])) end
       end
-      assert.equal(start + expected[10000].due, clock:now())
-    end)))
+      assert.equal(start + expected[N].due, clock:now())
+    end))
 
-  it("leave nothing when half of them are canceled in any order", in_task(heavy(function(clock)
+  it("leave nothing when half of them are canceled in any order", in_task(function(clock)
     local random, sources, tasks = support.random(43), {}, {}
-    for i = 1, 10000 do
+    for i = 1, N do
       sources[i] = Source()
       tasks[i] = flow.delay(1 + random(1000) / 8, sources[i].token)
     end
-    local start, order = clock:now(), support.shuffled(10000, random)
-    for n = 1, 5000 do sources[order[n]]:cancel() end
+    local start, order = clock:now(), support.shuffled(N, random)
+    for n = 1, N // 2 do sources[order[n]]:cancel() end
     local last = 0
-    for n = 5001, 10000 do
+    for n = N // 2 + 1, N do
       tasks[order[n]]:await()
       last = clock:now()
     end
-    for n = 1, 5000 do assert.is_true(tasks[order[n]].is_canceled) end
+    for n = 1, N // 2 do assert.is_true(tasks[order[n]].is_canceled) end
     assert.is_true(last <= start + 126)
     for _, source in ipairs(sources) do source:dispose() end
-  end)))
+  end))
 
   it("that are dropped do not outlive their deadlines", in_task(function()
     local tasks = weak()
-    for i = 1, 10000 do tasks[i] = flow.delay(i / 10000) end
-    assert.equal(10000, count_of(tasks))
+    for i = 1, N do tasks[i] = flow.delay(i / N) end
+    assert.equal(N, count_of(tasks))
     flow.sleep(2)
     assert.equal(0, alive(tasks))
   end))

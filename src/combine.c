@@ -328,7 +328,7 @@ static int next_k(lua_State *L, int status, lua_KContext ctx) {
   if (task_done(&c->task)) return 0; /* closed meanwhile */
   if (c->taken == c->done) {
     struct fiber *me = fiber_here(L, rt);
-    return fiber_await(L, rt, me, next_k);
+    return fiber_await(L, rt, me, &c->task, next_k);
   }
   uint32_t k = order(c)[c->taken++];
   lua_getiuservalue(L, 1, OP_INPUT);
@@ -380,7 +380,7 @@ static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status, (void)ctx;
   lua_settop(L, 1);
   if (c->task.state != TASK_SUCCEEDED && !(c->task.flags & TASK_AGGREGATE && c->left > 1))
-    return task_push_outcome(L, 1);
+    return task_push_outcome(L, 1, &c->task);
   lua_getiuservalue(L, 1, TASK_RESULT);
   if (c->task.state == TASK_FAULTED) {
     error_remember(L, 1);
@@ -399,7 +399,7 @@ static int await_all(lua_State *L) {
   if (task_done(&c->task)) return await_all_k(L, LUA_OK, 0);
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, await_all);
-  return fiber_await(L, rt, me, await_all_k);
+  return fiber_await(L, rt, me, &c->task, await_all_k);
 }
 
 static int l_await_all(lua_State *L) {

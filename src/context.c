@@ -207,7 +207,7 @@ static bool map_get(lua_State *L, struct local *l) {
       lua_getiuservalue(L, -1, l->path[d]);
       lua_replace(L, map);
     }
-    return l->depth > 0;
+    return true;
   }
   uint64_t serial = c->serial;
   uint8_t path[PATH_MAX_DEPTH];
@@ -276,27 +276,34 @@ static void push_half(lua_State *L, int i, const struct local *l) {
 }
 
 /* [-0, +1, -] */
-static void push_of(lua_State *L, const struct task *t) {
+static void push_of(lua_State *L, struct task *t) {
   if (t->flags & TASK_HAS_CONTEXT) {
-    lua_rawgeti(L, UP_ANCHORS, t->slot);
+    task_push(L, t);
     lua_getiuservalue(L, -1, TASK_CONTEXT);
     lua_remove(L, -2);
   } else
     lua_pushnil(L);
 }
 
-/* [-0, +1, -] the value of l for the running task; false, and nil, when it has none */
+/* [-0, +n, -] on top the value of l for the running task; false, and nil, when it has none */
 static bool local_get(lua_State *L, struct local *l) {
-  const struct task *me = runtime(L)->me;
+  struct task *me = runtime(L)->me;
   if (!(me->flags & TASK_HAS_CONTEXT)) {
     lua_pushnil(L);
     return false;
   }
-  lua_rawgeti(L, UP_ANCHORS, me->slot);
+  if (lua_rawgeti(L, UP_ANCHORS, me->slot) != LUA_TUSERDATA) {
+    lua_pop(L, 1);
+    task_push(L, me);
+  }
   lua_getiuservalue(L, -1, TASK_CONTEXT);
-  lua_replace(L, -2);
-  const struct pair *p = (const struct pair *)lua_touserdata(L, -1);
-  if (l->flow == FLOW_NONE || p->tag == TAG_PAIR) {
+  const struct context *c = (const struct context *)lua_touserdata(L, -1);
+  if (c->tag == TAG_CONTEXT && l->flow != FLOW_NONE) {
+    if (l->serial == c->serial) { /* the way is known: the values pass by on the stack */
+      for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->path[d]);
+      return true;
+    }
+  } else {
     push_half(L, lua_gettop(L), l);
     lua_replace(L, -2);
   }
@@ -322,7 +329,7 @@ void context_give(lua_State *L, int i, struct task *t) {
   lua_setiuservalue(L, i, TASK_CONTEXT);
 }
 
-void context_push_flowing(lua_State *L, const struct task *t) {
+void context_push_flowing(lua_State *L, struct task *t) {
   if (!(t->flags & TASK_HAS_CONTEXT) || t->flags & TASK_SUPPRESSED) {
     lua_pushnil(L);
     return;
@@ -700,11 +707,9 @@ static int l_local_with(lua_State *L) {
   luaL_checkany(L, 2);
   lua_settop(L, 2);
   guard_new(L, GUARD_VALUE);
-  if (!local_get(L, o)) { /* local value guard saved */
-    lua_pop(L, 1);
-    lua_pushnil(L);
-  }
+  local_get(L, o); /* local value guard … saved */
   lua_setiuservalue(L, 3, GUARD_SAVED);
+  lua_settop(L, 3);
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 3, GUARD_LOCAL);
   local_set(L, 1, 2);

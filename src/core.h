@@ -8,10 +8,11 @@
 **    tasks off that list in order: a task with a Lua body is resumed, any other one *lands*.
 **
 ** 2. What C can reach is held. Every task owns a slot of one table, the anchors. While it runs, is
-**    ready or has an operation in flight, the slot holds the task; while it is merely parked, the
-**    slot holds its address only, and the task lives by what it awaits: the awaited task holds its
-**    waiters (user value TASK_WAITERS), the waiter holds what it awaits (on its stack, or among its
-**    user values). So a task that nothing alive can wake is garbage, and its finalizer says so.
+**    ready or has an operation in flight, the slot holds the task, or the coroutine with the task at
+**    its bottom; while it is merely parked, the slot holds its address only, and the task lives by
+**    what it awaits: the awaited task holds its waiters (user value TASK_WAITERS), the waiter holds
+**    what it awaits (on its stack, or among its user values). So a task that nothing alive can wake
+**    is garbage, and its finalizer says so.
 **
 ** One noun: an asynchronous operation *is* a task, its struct begins with struct task. One wait:
 ** struct wait links a waiter to the task that it awaits; whichever event comes first withdraws the
@@ -98,7 +99,7 @@ enum task_flags {
   TASK_NONE = 1 << 9,       /* the result is no value at all */
   TASK_AGGREGATE = 1 << 10, /* faulted with an Aggregate of which await raises the first */
   TASK_TRACED = 1 << 11,    /* the traces table holds a record at its slot */
-  TASK_IDENTIFIED = 1 << 12,/* the ids table knows it */
+  TASK_HELD = 1 << 12,      /* a fiber: TASK_RESULT holds its coroutine (fiber_hold) */
   TASK_INTERRUPTED = 1 << 13, /* woken by its token, not by what it awaited */
   TASK_EXPIRED = 1 << 14,   /* woken by its deadline */
   TASK_QUIET = 1 << 15      /* a wait that tells true or false instead of passing the outcome on */
@@ -261,7 +262,12 @@ static inline struct runtime *runtime(lua_State *L) {
   return (struct runtime *)lua_touserdata(L, UP_RUNTIME);
 }
 
-void *object_test(lua_State *L, int i, uint32_t tag);  /* the userdata at i if it is such, or NULL */
+/* the userdata at i if it is such an object, or NULL; TAG_TASK stands for every kind of task */
+static inline void *object_test(lua_State *L, int i, uint32_t tag) {
+  if (lua_type(L, i) != LUA_TUSERDATA || lua_rawlen(L, i) < sizeof(uint32_t)) return NULL;
+  uint32_t *o = (uint32_t *)lua_touserdata(L, i);
+  return (*o & (tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF)) == tag ? (void *)o : NULL;
+}
 void *object_check(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises a type error else */
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                   /* [-0, +1, m] */
@@ -296,18 +302,19 @@ struct task *task_new(lua_State *L, int kind, size_t size, int uservalues); /* [
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
 void task_release(lua_State *L, struct task *t);     /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);      /* [-0, +0, -] gives its slot back */
-void task_push(lua_State *L, const struct task *t);  /* [-0, +1, -] a task that is held, or parked */
+void task_push(lua_State *L, struct task *t);  /* [-0, +1, -] a task that is held, or parked */
 bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] false: it is complete */
 void wait_remove(lua_State *L, int on, struct wait *w);                        /* [-0, +0, -] */
 void wait_owner(lua_State *L, int on, const struct wait *w);                   /* [-0, +1, -] */
 void wait_notify(lua_State *L, struct runtime *rt, int on); /* [-0, +0, -] wakes all that wait for the task at on */
 void task_settle(lua_State *L, struct runtime *rt, int i, int results);      /* [-n, +0, m] succeeded */
+void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t, int results); /* the same */
 int task_pack(lua_State *L, int results); /* [-n, +1, m] several results as one value; their flag */
 void task_settle_error(lua_State *L, struct runtime *rt, int i, int from);   /* [-1, +0, -] canceled or faulted, as the error says */
 void task_settle_canceled(lua_State *L, struct runtime *rt, int i);          /* [-1, +0, -] */
 void task_settle_like(lua_State *L, struct runtime *rt, int i, int from);    /* [-0, +0, -] the outcome of the one at `from` */
 void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
-int task_push_outcome(lua_State *L, int i);              /* [-0, +n, e] the values, or raises the error */
+int task_push_outcome(lua_State *L, int i, struct task *t); /* [-0, +n, e] the values, or raises the error */
 void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
 void task_open(lua_State *L);
@@ -319,14 +326,24 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f);        /* [-0
 void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f);      /* [-0, +0, -] an abandoned one */
 void fiber_dispose(lua_State *L, struct fiber *f);    /* [-0, +0, -] at the end of the state */
 void fiber_trim(lua_State *L);                        /* [-0, +0, -] drops coroutines long unused */
-struct fiber *fiber_here(lua_State *L, struct runtime *rt); /* who would suspend here; NULL outside; raises where it cannot */
+struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
+/* who would suspend at this point; NULL outside every task; raises where nobody can */
+static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
+  struct fiber *f = (struct fiber *)rt->me;
+  return f->co == L && lua_isyieldable(L) ? f : fiber_not_here(L, rt);
+}
 int fiber_outside(lua_State *L, lua_CFunction f);             /* runs the operation f as a root task */
-int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k); /* yields */
-int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, lua_KFunction k);   /* for the pending task at index 1 */
+static inline int fiber_suspend(lua_State *L, struct fiber *f, lua_KContext ctx, lua_KFunction k) {
+  f->task.flags |= TASK_PARKED;
+  return lua_yieldk(L, 0, ctx, k);
+}
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k);
+/* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
-void fiber_push(lua_State *L, const struct fiber *f); /* [-0, +1, -] one that has a coroutine */
+void fiber_push(lua_State *L, struct fiber *f); /* [-0, +1, -] one that has a coroutine */
+void fiber_hold(lua_State *L, int i, struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
 void fiber_open(lua_State *L);
 
 /* ---- combine.c ---- */
@@ -337,7 +354,7 @@ void combine_open(lua_State *L);
 
 /* ---- context.c: async locals and execution contexts ---- */
 
-void context_push_flowing(lua_State *L, const struct task *t); /* [-0, +1, -] what a child gets, or nil */
+void context_push_flowing(lua_State *L, struct task *t); /* [-0, +1, -] what a child gets, or nil */
 void context_push_captured(lua_State *L);                      /* [-0, +1, m] of the running task */
 void context_give(lua_State *L, int i, struct task *t);        /* [-1, +0, -] the context on top to t */
 void context_swap(lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
@@ -380,8 +397,21 @@ void timer_open(lua_State *L);
 /* ---- loop.c: the ready list, the pump, time ---- */
 
 double loop_now(struct runtime *rt);
-void loop_ready(struct runtime *rt, struct task *t);
-void loop_unready(struct runtime *rt, struct task *t);
+static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the end of the list */
+  if (t->flags & TASK_LINKED) return;
+  t->flags |= TASK_LINKED;
+  t->next = NULL;
+  if (rt->ready == NULL)
+    rt->ready = t;
+  else
+    rt->ready_last->next = t;
+  rt->ready_last = t;
+}
+static inline void loop_unready(struct runtime *rt, struct task *t) { /* the first one of the list */
+  rt->ready = t->next;
+  t->next = NULL;
+  t->flags &= (uint16_t)~TASK_LINKED;
+}
 void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t); /* [-0, +0, -] at the end of this settling */
 void loop_land_all(lua_State *L, struct runtime *rt);                    /* [-0, +0, -] */
 int loop_run(lua_State *L); /* the function at index 1 as a root task, with the arguments above it */

@@ -74,12 +74,14 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
 }
 
 /* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
-static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot) {
+static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
   if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) && idle_room(L, rt)) {
-    lua_pushthread(co);
-    lua_xmove(co, L, 1);
-    lua_rawseti(L, UP_ANCHORS, slot);
+    if (held) { /* else the slot holds it already */
+      lua_pushthread(co);
+      lua_xmove(co, L, 1);
+      lua_rawseti(L, UP_ANCHORS, slot);
+    }
     rt->idle[rt->idle_count++] = (struct idle){co, slot};
   } else
     slots_free(L, UP_ANCHORS, slot);
@@ -122,7 +124,16 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
   if (co != L) lua_xmove(co, L, 1);
 }
 
-void fiber_push(lua_State *L, const struct fiber *f) { push_argument(L, f->co, BODY_TASK); }
+void fiber_push(lua_State *L, struct fiber *f) { push_argument(L, f->co, BODY_TASK); }
+
+void fiber_hold(lua_State *L, int i, struct fiber *f) {
+  if (f->task.flags & TASK_HELD || f->co == NULL) return;
+  i = lua_absindex(L, i);
+  lua_pushthread(f->co);
+  if (f->co != L) lua_xmove(f->co, L, 1);
+  lua_setiuservalue(L, i, TASK_RESULT);
+  f->task.flags |= TASK_HELD;
+}
 
 /* ---- labels ---- */
 
@@ -184,27 +195,30 @@ static void keep_name(lua_State *L, struct task *t) {
 
 /* ---- the body ---- */
 
-static int main_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
-  struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
-  (void)ctx;
+static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status) {
   if (f->guards) context_drop_guards(f);
-  if (status == LUA_OK || status == LUA_YIELD)
-    task_settle(L, rt, BODY_TASK, lua_gettop(L) - BODY_TRACE);
+  if (status <= LUA_YIELD)
+    task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_TRACE);
   else
     task_settle_error(L, rt, BODY_TASK, 0);
   keep_name(L, &f->task);
   return 0;
 }
 
+static int main_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  (void)ctx;
+  return finish(L, rt, (struct fiber *)rt->me, status);
+}
+
 /* fiber_main(task, fn, trace, fn, arguments …) */
 static int fiber_main(lua_State *L) {
   struct runtime *rt = runtime(L);
-  if (rt->starting == NULL || lua_touserdata(L, BODY_TASK) != (void *)rt->starting)
-    return luaL_error(L, "the body of a task is not to be called"); /* debug functions have found it */
+  struct fiber *f = rt->starting;
+  if (f == NULL) return luaL_error(L, "the body of a task is not to be called"); /* found by debug */
   rt->starting = NULL;
   int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
-  return main_k(L, status, 0);
+  return finish(L, rt, f, status);
 }
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
@@ -212,24 +226,19 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
   if (rt->idle_count == 0) idle_grow(L, rt);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
-  int first = lua_gettop(L) - arguments - 1; /* fn arguments task */
   /* nothing raises from here: the coroutine leaves the idle ones and is the task's */
   f->co = co;
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
-  lua_pushthread(co);
-  lua_xmove(co, L, 1);
-  lua_setiuservalue(L, -2, TASK_RESULT);
   if (rt->me->flags & TASK_HAS_CONTEXT) {
     context_push_flowing(L, rt->me);
     context_give(L, -2, &f->task);
   }
-  lua_pushvalue(L, -1);
-  lua_rawseti(L, UP_ANCHORS, f->task.slot);
+  int first = -arguments - 2;
   lua_insert(L, first); /* task fn arguments */
   lua_pushvalue(co, 2);
   lua_pushvalue(L, first);
-  lua_pushvalue(L, first + 1);
+  lua_pushvalue(L, first); /* fn: it has moved up by one */
   lua_xmove(L, co, 2);
   lua_pushvalue(co, 3);
   lua_xmove(L, co, arguments + 1);
@@ -332,7 +341,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
         clear_trace(L, f);
         f->co = NULL;
         f->task.slot = 0;
-        recycle(L, rt, co, slot);
+        recycle(L, rt, co, slot, f->task.flags & TASK_HELD);
         break;
       }
       default:
@@ -367,36 +376,28 @@ static void push_barrier(lua_State *L) {
   lua_pushliteral(L, "inside a message handler or another callback of C");
 }
 
-struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
+struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
   if (rt->me == rt->outside) {
     if (rt->depth == 0 && !rt->pumping) return NULL;
     error_throw(L, ERROR_OPERATION,
                 "cannot suspend inside a callback of the library: start a task in it (flow.spawn)");
   }
-  struct fiber *f = (struct fiber *)rt->me;
-  if (f->co != L)
+  if (((struct fiber *)rt->me)->co != L)
     error_throw(L, ERROR_OPERATION,
                 "cannot suspend a task inside a coroutine made by coroutine.create or coroutine.wrap: "
                 "make it with coflow.coroutine, or await outside it");
-  if (!lua_isyieldable(L)) {
-    push_barrier(L);
-    error_throw(L, ERROR_OPERATION,
-                "cannot suspend a task %s, where Lua cannot yield: await before the call, or start a "
-                "task there (flow.spawn)",
-                lua_tostring(L, -1));
-  }
-  return f;
+  push_barrier(L);
+  error_throw(L, ERROR_OPERATION,
+              "cannot suspend a task %s, where Lua cannot yield: await before the call, or start a "
+              "task there (flow.spawn)",
+              lua_tostring(L, -1));
+  return NULL;
 }
 
 int fiber_outside(lua_State *L, lua_CFunction f) {
   module_push_function(L, f);
   lua_insert(L, 1);
   return loop_run(L);
-}
-
-int fiber_suspend(lua_State *L, struct fiber *f, lua_KFunction k) {
-  f->task.flags |= TASK_PARKED;
-  return lua_yieldk(L, 0, 0, k);
 }
 
 void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
@@ -469,24 +470,24 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   return false;
 }
 
-int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, lua_KFunction k) {
-  struct task *me = &f->task, *on = (struct task *)lua_touserdata(L, 1);
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k) {
+  struct task *me = &f->task;
   refuse_circle(L, me, on);
   if (can_run_in_place(rt, on)) {
-    if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, 0);
+    if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
     if (task_done(on)) { /* others became ready meanwhile, and come first */
       me->state = TASK_QUEUED;
       loop_ready(rt, me);
-      return fiber_suspend(L, f, k);
+      return fiber_suspend(L, f, (lua_KContext)on, k);
     }
   }
   task_push(L, me);
   bool waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
   lua_settop(L, -2);
-  if (!waits) return k(L, LUA_OK, 0);
+  if (!waits) return k(L, LUA_OK, (lua_KContext)on);
   me->state = TASK_WAITING;
   task_release(L, me);
-  return fiber_suspend(L, f, k);
+  return fiber_suspend(L, f, (lua_KContext)on, k);
 }
 
 /* ---- abandonment ---- */
@@ -633,7 +634,7 @@ static int run_hot(lua_State *L, struct fiber *f) {
   bool handoff = rt->depth >= MAX_DEPTH && me->co == L && lua_isyieldable(L);
   if (handoff) {
     rt->handoff = f;
-    return fiber_suspend(L, me, hot_k);
+    return fiber_suspend(L, me, 0, hot_k);
   }
   if (rt->depth < HARD_DEPTH) {
     rt->hot++;
@@ -668,6 +669,7 @@ static int l_new(lua_State *L) {
   struct runtime *rt = runtime(L);
   check_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
+  fiber_hold(L, 1, f);
   task_release(L, &f->task);
   return 1;
 }
@@ -715,13 +717,13 @@ static int l_continuation(lua_State *L) {
     label(L, &f->task);
   else
     lua_pop(L, 1);
-  if (task_done(on)) {
+  if (!wait_add(L, 1, &f->u.wait, 5, WAIT_FIBER)) {
     f->task.state = TASK_QUEUED;
-    loop_ready(runtime(L), &f->task);
+    loop_ready(rt, &f->task);
     return 1;
   }
   f->task.state = TASK_WAITING;
-  wait_add(L, 1, &f->u.wait, 5, WAIT_FIBER);
+  fiber_hold(L, 5, f);
   task_release(L, &f->task);
   if (k) token_link(k, &f->link);
   return 1;
@@ -730,9 +732,8 @@ static int l_continuation(lua_State *L) {
 static int l_try_await(lua_State *L);
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
-  (void)status, (void)ctx;
-  lua_settop(L, 1);
-  return task_push_outcome(L, 1);
+  (void)status;
+  return task_push_outcome(L, 1, (struct task *)ctx);
 }
 
 /* __await has returned what to wait for instead; ctx is the operation to go on with */
@@ -760,14 +761,14 @@ static int await_other(lua_State *L, bool try) {
 }
 
 int fiber_await_value(lua_State *L) {
-  struct runtime *rt = runtime(L);
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, false);
-  if (task_done(t)) return task_push_outcome(L, 1);
+  if (task_done(t)) return task_push_outcome(L, 1, t);
+  struct runtime *rt = runtime(L);
   struct fiber *me = fiber_here(L, rt);
-  lua_settop(L, 1);
+  if (lua_gettop(L) != 1) lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, fiber_await_value);
-  return fiber_await(L, rt, me, await_k);
+  return fiber_await(L, rt, me, t, await_k);
 }
 
 /* task:wait(timeout, token), at the top level only */
@@ -788,7 +789,7 @@ static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status, (void)ctx;
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);
-  if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1);
+  if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1, t);
   error_remember(L, 1);
   task_push_error(L, 1);
   return 2;
@@ -802,12 +803,7 @@ static int l_try_await(lua_State *L) {
   struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, l_try_await);
-  return fiber_await(L, rt, me, try_await_k);
-}
-
-static int nothing_k(lua_State *L, int status, lua_KContext ctx) {
-  (void)L, (void)status, (void)ctx;
-  return 0;
+  return fiber_await(L, rt, me, t, try_await_k);
 }
 
 static int l_yield(lua_State *L) {
@@ -815,8 +811,8 @@ static int l_yield(lua_State *L) {
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, l_yield);
   me->task.state = TASK_QUEUED;
-  loop_ready(runtime(L), &me->task);
-  return fiber_suspend(L, me, nothing_k);
+  loop_ready(rt, &me->task);
+  return fiber_suspend(L, me, 0, NULL); /* returns nothing */
 }
 
 static int pcall_k(lua_State *L, int status, lua_KContext ctx) {

@@ -4,7 +4,7 @@
 ** One turn of the pump:
 **
 **     ready      tasks are resumed or landed, first in first out: until none is left, but no longer
-**                than SLICE tasks or a millisecond while timers or libuv may have something
+**                than SLICE tasks (and IN_PLACE more, run in place) or a millisecond while timers or libuv may have something
 **     timers     what is due moves to the ready list
 **     libuv      polled without waiting while tasks are ready; else until the next deadline
 **
@@ -39,24 +39,6 @@ double loop_now(struct runtime *rt) {
 }
 
 /* ---- lists ---- */
-
-void loop_ready(struct runtime *rt, struct task *t) {
-  if (t->flags & TASK_LINKED) return;
-  t->flags |= TASK_LINKED;
-  t->next = NULL;
-  if (rt->ready == NULL)
-    rt->ready = t;
-  else
-    rt->ready_last->next = t;
-  rt->ready_last = t;
-}
-
-/* takes the first task off the list */
-void loop_unready(struct runtime *rt, struct task *t) {
-  rt->ready = t->next;
-  t->next = NULL;
-  t->flags &= (uint16_t)~TASK_LINKED;
-}
 
 void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   if (t->flags & TASK_LINKED || task_done(t)) return;
@@ -126,7 +108,7 @@ static void run_one(lua_State *L, struct runtime *rt) {
 static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
   double start = 0;
   rt->inlined = IN_PLACE;
-  for (int n = 1; rt->ready != NULL && n <= SLICE; n++) {
+  for (int n = 1; rt->ready != NULL && n <= SLICE && rt->inlined > 0; n++) {
     run_one(L, rt);
     if ((until && task_done(until)) || rt->stopping || rt->signaled) return;
     if (n % LOOK == 0) {
@@ -353,7 +335,7 @@ int loop_run(lua_State *L) {
   loop_ready(rt, &root->task);
   switch (enter(L, 1, LOOP_DEFAULT)) {
     case DRIVE_DONE:
-      return task_push_outcome(L, 1);
+      return task_push_outcome(L, 1, &root->task);
     case DRIVE_DEAD:
       root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
       push_report(L);

@@ -20,13 +20,6 @@ static const char runtime_key = 0;
 
 /* ---- objects ---- */
 
-void *object_test(lua_State *L, int i, uint32_t tag) {
-  uint32_t mask = tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF;
-  const uint32_t *o = (const uint32_t *)lua_touserdata(L, i);
-  if (o == NULL || lua_rawlen(L, i) < sizeof(uint32_t) || lua_islightuserdata(L, i)) return NULL;
-  return (*o & mask) == tag ? (void *)o : NULL;
-}
-
 void *object_check(lua_State *L, int i, uint32_t tag) {
   void *o = object_test(L, i, tag);
   if (o == NULL) {

@@ -51,10 +51,15 @@ void task_forget(lua_State *L, struct task *t) {
   t->slot = 0;
 }
 
-void task_push(lua_State *L, const struct task *t) {
+void task_push(lua_State *L, struct task *t) {
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return;
+  int kind = lua_type(L, -1);
   lua_pop(L, 1);
-  fiber_push(L, (const struct fiber *)t);
+  fiber_push(L, (struct fiber *)t);
+  if (kind == LUA_TTHREAD) { /* next time it is here */
+    fiber_hold(L, -1, (struct fiber *)t);
+    task_hold(L, -1, t);
+  }
 }
 
 /* ---- waits ---- */
@@ -88,12 +93,13 @@ static void list_remove(struct wait *w) {
 bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   uint32_t pos = 0;
+  if (task_done(t)) return false;
   owner = lua_absindex(L, owner);
   int held = lua_getiuservalue(L, on, TASK_WAITERS);
   if (held == LUA_TUSERDATA) { /* the second waiter: the first one moves into a table with it */
     lua_createtable(L, 3, 0);
     held = lua_getiuservalue(L, on, TASK_WAITERS); /* first table held */
-    if (held == LUA_TUSERDATA) {
+    if (held == LUA_TUSERDATA && !task_done(t)) {
       struct wait *first = t->waiters;
       while (first->pos != 0) first = first->prev;
       uint32_t first_pos = (uint32_t)slots_add(L, -2);
@@ -153,10 +159,6 @@ void wait_notify(lua_State *L, struct runtime *rt, int on) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   struct wait *last = t->waiters, *w = last->next;
   t->waiters = NULL;
-  if (w == last && w->pos == WAIT_INLINE) {
-    w->on = NULL;
-    return;
-  }
   on = lua_absindex(L, on);
   lua_getiuservalue(L, on, TASK_WAITERS);
   lua_pushnil(L);
@@ -187,12 +189,15 @@ void wait_notify(lua_State *L, struct runtime *rt, int on) {
 /* ---- outcomes ---- */
 
 /* [-1, +0, -] the outcome is complete: the result is on top; `error`: where its trace comes from */
-static void settle(lua_State *L, struct runtime *rt, int i, enum task_state s, int from) {
-  struct task *t = (struct task *)lua_touserdata(L, i);
+static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum task_state s, int from) {
   if (i < 0) i = lua_absindex(L, i);
   lua_setiuservalue(L, i, TASK_RESULT);
   t->state = (uint8_t)s;
-  if (t->waiters) wait_notify(L, rt, i);
+  struct wait *w = t->waiters;
+  if (w != NULL && w->pos == WAIT_INLINE && w->next == w)
+    t->waiters = NULL, w->on = NULL; /* it is on the C stack, and looks itself */
+  else if (w != NULL)
+    wait_notify(L, rt, i);
   if (s == TASK_FAULTED || (s == TASK_CANCELED && t->flags & TASK_TRACED)) error_attach(L, i, from);
   if (t->flags & TASK_HAS_CONTEXT) {
     lua_pushnil(L);
@@ -215,18 +220,26 @@ int task_pack(lua_State *L, int results) {
   return TASK_MANY;
 }
 
-void task_settle(lua_State *L, struct runtime *rt, int i, int results) {
-  struct task *t = (struct task *)lua_touserdata(L, i);
+void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t, int results) {
   if (results != 1) t->flags |= (uint16_t)task_pack(L, results);
-  settle(L, rt, i, TASK_SUCCEEDED, 0);
+  settle(L, rt, i, t, TASK_SUCCEEDED, 0);
 }
 
-void task_settle_canceled(lua_State *L, struct runtime *rt, int i) { settle(L, rt, i, TASK_CANCELED, 0); }
+void task_settle(lua_State *L, struct runtime *rt, int i, int results) {
+  task_succeed(L, rt, i, (struct task *)lua_touserdata(L, i), results);
+}
 
-void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from) { settle(L, rt, i, TASK_FAULTED, from); }
+void task_settle_canceled(lua_State *L, struct runtime *rt, int i) {
+  settle(L, rt, i, (struct task *)lua_touserdata(L, i), TASK_CANCELED, 0);
+}
+
+void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from) {
+  settle(L, rt, i, (struct task *)lua_touserdata(L, i), TASK_FAULTED, from);
+}
 
 void task_settle_error(lua_State *L, struct runtime *rt, int i, int from) {
-  settle(L, rt, i, error_is(L, -1, ERROR_CANCELED) ? TASK_CANCELED : TASK_FAULTED, from);
+  settle(L, rt, i, (struct task *)lua_touserdata(L, i),
+         error_is(L, -1, ERROR_CANCELED) ? TASK_CANCELED : TASK_FAULTED, from);
 }
 
 void task_settle_like(lua_State *L, struct runtime *rt, int i, int from) {
@@ -234,7 +247,7 @@ void task_settle_like(lua_State *L, struct runtime *rt, int i, int from) {
   struct task *t = (struct task *)lua_touserdata(L, i);
   t->flags |= source->flags & (TASK_MANY | TASK_NONE | TASK_AGGREGATE);
   lua_getiuservalue(L, from, TASK_RESULT);
-  settle(L, rt, i, (enum task_state)source->state, from);
+  settle(L, rt, i, t, (enum task_state)source->state, from);
 }
 
 void task_push_error(lua_State *L, int i) {
@@ -264,9 +277,12 @@ static int push_values(lua_State *L, int i) {
   return n;
 }
 
-int task_push_outcome(lua_State *L, int i) {
-  struct task *t = (struct task *)lua_touserdata(L, i);
-  if (t->state == TASK_SUCCEEDED) return push_values(L, i);
+int task_push_outcome(lua_State *L, int i, struct task *t) {
+  if (t->state == TASK_SUCCEEDED) {
+    if (t->flags & (TASK_NONE | TASK_MANY)) return push_values(L, i);
+    lua_getiuservalue(L, i, TASK_RESULT);
+    return 1;
+  }
   error_remember(L, i);
   task_push_error(L, i);
   return lua_error(L);
@@ -278,10 +294,11 @@ void task_push_name(lua_State *L, int i) {
                                                 "when_each", "cancel_after"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
-  if (t->label == 0 && task_is(t, KIND_FIBER)) fiber_label(L, i);
+  bool fiber = task_is(t, KIND_FIBER);
+  if (fiber && t->label == 0) fiber_label(L, i);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
   lua_pushvalue(L, i);
-  if (lua_rawget(L, -2) == LUA_TNIL && t->label != 0) {
+  if (lua_rawget(L, -2) == LUA_TNIL && fiber && t->label != 0) {
     lua_pop(L, 1);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LABELS);
     lua_rawgeti(L, -1, (lua_Integer)t->label);
@@ -364,7 +381,7 @@ static int l_results(lua_State *L) {
                        "task '%s' is not complete: await it (a result never blocks)",
                        lua_tostring(L, -1));
   }
-  return task_push_outcome(L, 1);
+  return task_push_outcome(L, 1, t);
 }
 
 static int l_result(lua_State *L) {
@@ -382,19 +399,15 @@ static int l_name(lua_State *L) {
 
 static int l_id(lua_State *L) {
   struct runtime *rt = runtime(L);
-  struct task *t = task_check(L, 1);
+  task_check(L, 1);
+  lua_settop(L, 1);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_IDS);
   lua_pushvalue(L, 1);
-  if (t->flags & TASK_IDENTIFIED)
-    lua_rawget(L, -2);
-  else {
-    lua_pushinteger(L, (lua_Integer)++rt->next_id); /* ids task id */
-    lua_pushvalue(L, -1);
-    lua_insert(L, -4);
-    lua_rawset(L, -3);
-    lua_pop(L, 1);
-    t->flags |= TASK_IDENTIFIED;
-  }
+  if (lua_rawget(L, 2) != LUA_TNIL) return 1;
+  lua_pushvalue(L, 1);
+  lua_pushinteger(L, (lua_Integer)++rt->next_id);
+  lua_rawset(L, 2);
+  lua_pushinteger(L, (lua_Integer)rt->next_id);
   return 1;
 }
 

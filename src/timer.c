@@ -205,7 +205,7 @@ static int l_sleep(lua_State *L) {
   else
     timer_add(runtime(L), &me->u.deadline, &me->task, seconds);
   if (k != NULL) token_link(k, &me->link);
-  return fiber_suspend(L, me, sleep_k);
+  return fiber_suspend(L, me, 0, sleep_k);
 }
 
 /* ---- wait_async: whichever comes first of a task, a deadline and a token ---- */

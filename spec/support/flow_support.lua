@@ -4,6 +4,7 @@
 local assert = require "luassert"
 local flow = require "coflow"
 local testing = require "coflow.testing"
+local helper = require "spec.helper"
 
 local support = {}
 
@@ -15,15 +16,7 @@ function support.in_task(fn)
   end
 end
 
--- A body that makes 100,000 objects: it collects only where it asks for it, or checking with a collector
--- that never rests takes minutes.
-function support.heavy(fn)
-  return function(...)
-    local _ <close> = setmetatable({}, { __close = function() collectgarbage("restart") end })
-    collectgarbage("stop")
-    fn(...)
-  end
-end
+support.many = helper.many
 
 -- Calls fn(...), which must raise an error object called `name`; returns that object.
 function support.raises(name, fn, ...)
