@@ -684,7 +684,7 @@ describe("finalizers and metamethods", function()
         end })
       end
       testing.run(function()
-        for round = 1, 100 do
+        for round = 1, 40 do
           gate, started, ended = flow.TaskCompletionSource(), 0, 0
           local source = flow.CancellationTokenSource()
           armed = true
@@ -694,6 +694,97 @@ describe("finalizers and metamethods", function()
           if round % 2 == 0 then gate:set_result() else flow.sleep(2) gate:set_result() end
           flow.sleep(10)
           assert(started == ended, ("round %d: %d of %d ended"):format(round, ended, started))
+        end
+      end)
+      print("survived")
+    ]])
+  end)
+
+  it("of users may do anything in the middle of anything else", function()
+    assert.equal("survived\n", helper.output [[
+      local flow = require "coflow"
+      local testing = require "coflow.testing"
+      flow.on_unobserved_exception(false)
+      collectgarbage("incremental", 1, 1000, 63) -- a whole cycle at each step
+      local gate, source, token, started, ended
+      local loc, watched = flow.AsyncLocal("user"), flow.AsyncLocal { value_changed = function() end }
+      local context = flow.ExecutionContext.capture()
+      -- The functions are made beforehand: making them would let the finalizer run too early.
+      local function fn() end
+      local function later() started = started + 1 flow.sleep(1) ended = ended + 1 end
+      local finish = flow.async(function(task) pcall(task.await, task) ended = ended + 1 end)
+      local function await(task) started = started + 1 finish(task) end
+      local sleeping = flow.async(function()
+        started = started + 1
+        pcall(flow.sleep, 2, token)
+        ended = ended + 1
+      end)
+      local operations = {
+        function() token:register(fn) end,
+        function() token:register(fn, 1, 2) end,
+        function() token:register(fn):unregister() end,
+        function() source:cancel("enough") end,
+        function() await(source:cancel_async()) end,
+        function() source:cancel_after(1) end,
+        function() source:try_reset() end,
+        function() source:dispose() end,
+        function() flow.CancellationTokenSource.linked(token, token) end,
+        function() flow.CancellationTokenSource.linked(token):cancel() end,
+        function() flow.CancellationTokenSource(1).token:register(fn) end,
+        function() await(flow.delay(1)) end,
+        function() await(flow.delay(1, token)) end,
+        function() sleeping() end,
+        function() await(gate.task) end,
+        function() await(gate.task:wait_async(1)) end,
+        function() await(gate.task:wait_async(5, token)) end,
+        function() await(gate.task:continue_with(fn)) end,
+        function() await(gate.task:continue_with(fn, { token = token })) end,
+        function() await(flow.when_all(gate.task, gate.task)) end,
+        function() await(flow.when_all { a = gate.task, b = flow.delay(1) }) end,
+        function() await(flow.when_any(gate.task, flow.delay(5))) end,
+        function() gate:try_set_result(1, 2) end,
+        function() gate:try_set_exception("boom") end,
+        function() gate:try_set_canceled(token) end,
+        function() flow.spawn(later) end,
+        function() flow.Task.new(later):start() end,
+        function() flow.Task.new(later):run_synchronously() end,
+        function() loc.value, watched.value = started, started end,
+        function() local _ <close> = loc:with(started) end,
+        function() context:run(fn) end,
+        function() flow.call(fn) end,
+        function() local _ <close> = flow.ExecutionContext.suppress_flow() flow.spawn(later) end,
+        function() gate.task.name = "gate" return gate.task.id, gate.task:traceback() end,
+        function() flow.async(error)("boom") end,
+        function() finish(flow.TaskCompletionSource().task) end,
+        function() collectgarbage() end,
+      }
+      local finalizer, left, busy = nil, 0, false
+      local metatable = {}
+      metatable.__gc = function()
+        if left > 0 and not busy then
+          left = left - 1
+          busy = true
+          pcall(finalizer)
+          busy = false
+          setmetatable({}, metatable)
+        end
+      end
+      testing.run(function()
+        for i, operation in ipairs(operations) do
+          for j = 1, #operations do
+            for times = 1, 3 do
+              gate, source, started, ended = flow.TaskCompletionSource(), flow.CancellationTokenSource(), 0, 0
+              token = source.token
+              finalizer, left = operations[j], times
+              setmetatable({}, metatable)
+              flow.call(pcall, operation)
+              flow.call(pcall, operation)
+              left = 0
+              gate:try_set_result()
+              flow.sleep(10)
+              if started ~= ended then print(i, j, times, "started", started, "ended", ended) end
+            end
+          end
         end
       end)
       print("survived")

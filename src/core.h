@@ -198,6 +198,7 @@ enum runtime_uservalue {
   RUNTIME_LANDER,      /* the function that lands what is on the landing list */
   RUNTIME_EMPTY,       /* the empty execution context */
   RUNTIME_NONE,        /* CancellationToken.none */
+  RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
   RUNTIME_UV_COUNT = RUNTIME_FIBER_TRACE
@@ -304,7 +305,7 @@ void task_release(lua_State *L, struct task *t);     /* [-0, +0, -] the anchor k
 void task_forget(lua_State *L, struct task *t);      /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);  /* [-0, +1, -] a task that is held, or parked */
 bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] false: it is complete */
-void wait_remove(lua_State *L, int on, struct wait *w);                        /* [-0, +0, -] */
+void wait_remove(lua_State *L, int on, struct wait *w); /* [-0, +0, -] from the task at on, or nil */
 void wait_owner(lua_State *L, int on, const struct wait *w);                   /* [-0, +1, -] */
 void wait_notify(lua_State *L, struct runtime *rt, int on); /* [-0, +0, -] wakes all that wait for the task at on */
 void task_settle(lua_State *L, struct runtime *rt, int i, int results);      /* [-n, +0, m] succeeded */
@@ -333,8 +334,13 @@ static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   return f->co == L && lua_isyieldable(L) ? f : fiber_not_here(L, rt);
 }
 int fiber_outside(lua_State *L, lua_CFunction f);             /* runs the operation f as a root task */
+/* A suspended coroutine is anybody's, who may even close it: from now on the task is held itself. */
 static inline int fiber_suspend(lua_State *L, struct fiber *f, lua_KContext ctx, lua_KFunction k) {
   f->task.flags |= TASK_PARKED;
+  if (!(f->task.flags & TASK_HELD)) {
+    task_push(L, &f->task);
+    lua_pop(L, 1);
+  }
   return lua_yieldk(L, 0, ctx, k);
 }
 int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k);
@@ -342,6 +348,7 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
+bool fiber_push_awaited(lua_State *L, struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
 void fiber_push(lua_State *L, struct fiber *f); /* [-0, +1, -] one that has a coroutine */
 void fiber_hold(lua_State *L, int i, struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
 void fiber_open(lua_State *L);

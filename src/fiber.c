@@ -73,6 +73,9 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   rt->idle[rt->idle_count++] = (struct idle){co, slot};
 }
 
+/* false when somebody who kept the coroutine of a task has resumed or closed it since */
+static bool is_idle(lua_State *co) { return lua_gettop(co) == BOTTOM && lua_status(co) == LUA_OK; }
+
 /* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
@@ -125,6 +128,21 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
 }
 
 void fiber_push(lua_State *L, struct fiber *f) { push_argument(L, f->co, BODY_TASK); }
+
+bool fiber_push_awaited(lua_State *L, struct fiber *f) {
+  bool started = f->task.flags & TASK_STARTED; /* a continuation: it is the last argument but one */
+  lua_State *co = f->co;
+  if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BOTTOM))
+    lua_pushnil(L);
+  else {
+    lua_pushvalue(co, started ? 1 : -2);
+    if (co != L) lua_xmove(co, L, 1);
+  }
+  if (lua_touserdata(L, -1) == (void *)f->u.wait.on) return true;
+  lua_pop(L, 1); /* somebody has closed the coroutine */
+  lua_pushnil(L);
+  return false;
+}
 
 void fiber_hold(lua_State *L, int i, struct fiber *f) {
   if (f->task.flags & TASK_HELD || f->co == NULL) return;
@@ -207,8 +225,10 @@ static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status)
 
 static int main_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
+  struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
   (void)ctx;
-  return finish(L, rt, (struct fiber *)rt->me, status);
+  if (task_done(&f->task)) return 0;
+  return finish(L, rt, f, status);
 }
 
 /* fiber_main(task, fn, trace, fn, arguments …) */
@@ -222,8 +242,12 @@ static int fiber_main(lua_State *L) {
 }
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
-  struct fiber *f = (struct fiber *)task_new(L, KIND_FIBER, sizeof *f, 3);
-  if (rt->idle_count == 0) idle_grow(L, rt);
+  struct fiber *f = (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof *f, 3);
+  while (rt->idle_count == 0 || !is_idle(rt->idle[rt->idle_count - 1].co))
+    if (rt->idle_count == 0)
+      idle_grow(L, rt);
+    else
+      slots_free(L, UP_ANCHORS, rt->idle[--rt->idle_count].slot);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
   /* nothing raises from here: the coroutine leaves the idle ones and is the task's */
@@ -311,6 +335,10 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     if (!(f->task.flags & TASK_STARTED)) {
       arguments = lua_gettop(f->co) - BOTTOM - 1;
       rt->starting = f;
+    } else if (task_done(&f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
+      clear_trace(L, f);
+      drop_coroutine(L, rt, f);
+      goto stopped;
     }
     f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
     f->task.state = TASK_RUNNING;
@@ -348,6 +376,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
         lua_xmove(f->co, L, 1);
         fail(L, rt, f);
     }
+  stopped:
     if (callers == NULL) break;
     f = callers;
     callers = f->u.caller;
@@ -523,8 +552,7 @@ void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
   task_push(L, &f->task);
   int i = lua_gettop(L);
   if (f->u.wait.on) {
-    lua_pushvalue(f->co, 1); /* what it awaits, at index 1 of the function that suspended it */
-    lua_xmove(f->co, L, 1);
+    fiber_push_awaited(L, f);
     wait_remove(L, -1, &f->u.wait);
     lua_pop(L, 1);
   }
@@ -555,9 +583,8 @@ static int l_watch_gc(lua_State *L) {
   if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
   if (!(f->task.flags & TASK_STARTED)) { /* cold, or a continuation that will never start: no loss */
     link_drop(&f->link);
-    if (f->u.wait.on) { /* a continuation: its task is the last argument but one */
-      lua_pushvalue(co, lua_gettop(co) - 1);
-      lua_xmove(co, L, 1);
+    if (f->u.wait.on) {
+      fiber_push_awaited(L, f);
       wait_remove(L, -1, &f->u.wait);
     }
     if (!closes) drop_coroutine(L, rt, f);
@@ -732,8 +759,10 @@ static int l_continuation(lua_State *L) {
 static int l_try_await(lua_State *L);
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
+  struct task *on = (struct task *)ctx;
   (void)status;
-  return task_push_outcome(L, 1, (struct task *)ctx);
+  if (!task_done(on)) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+  return task_push_outcome(L, 1, on);
 }
 
 /* __await has returned what to wait for instead; ctx is the operation to go on with */
@@ -785,8 +814,9 @@ static int l_wait(lua_State *L) {
 }
 
 static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
-  struct task *t = (struct task *)lua_touserdata(L, 1);
-  (void)status, (void)ctx;
+  struct task *t = (struct task *)ctx;
+  (void)status;
+  if (!task_done(t)) return lua_yieldk(L, 0, ctx, try_await_k);
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);
   if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1, t);
@@ -799,7 +829,7 @@ static int l_try_await(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, true);
-  if (task_done(t)) return try_await_k(L, LUA_OK, 0);
+  if (task_done(t)) return try_await_k(L, LUA_OK, (lua_KContext)t);
   struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, l_try_await);

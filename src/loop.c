@@ -251,9 +251,7 @@ static void push_report(lua_State *L) {
     task_push(L, t);
     task_push_name(L, -1); /* … task name */
     const char *what = "for ever";
-    if (f->u.wait.on) {
-      lua_pushvalue(f->co, 1);
-      lua_xmove(f->co, L, 1);
+    if (f->u.wait.on && fiber_push_awaited(L, f)) {
       task_push_name(L, -1);
       what = lua_pushfstring(L, "for '%s'", lua_tostring(L, -1));
     }

@@ -320,19 +320,22 @@ __attribute__((visibility("default"))) int luaopen_coflow_core(lua_State *L);
 
 int luaopen_coflow_core(lua_State *L) {
   if (lua_rawgetp(L, LUA_REGISTRYINDEX, &runtime_key) == LUA_TNIL) {
-    lua_pop(L, 1);
-    runtime_new(L); /* runtime */
+    runtime_new(L); /* nil runtime */
+    lua_replace(L, -2);
     lua_pushvalue(L, -1);
     lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
-    lua_pushcclosure(L, open_all, 2); /* runtime open_all */
-    lua_call(L, 0, 1);                /* runtime module */
-    lua_pushvalue(L, -2);
+    lua_pushcclosure(L, open_all, 2);
+    lua_call(L, 0, 1); /* runtime module */
+    lua_newtable(L);   /* a proxy, so that tracebacks find no other name for flow's functions */
+    lua_createtable(L, 0, 1);
+    lua_pushvalue(L, -3);
+    lua_setfield(L, -2, "__index");
+    lua_setmetatable(L, -2);
+    lua_setiuservalue(L, -3, RUNTIME_MODULE);
+    lua_pop(L, 1);
+    lua_pushvalue(L, -1);
     lua_rawsetp(L, LUA_REGISTRYINDEX, &runtime_key);
-    return 1;
   }
-  /* loaded a second time (package.loaded cleared): the same classes on the same loop */
-  lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
-  lua_pushcclosure(L, open_all, 2);
-  lua_call(L, 0, 1);
+  lua_getiuservalue(L, -1, RUNTIME_MODULE); /* loaded again: the same classes on the same loop */
   return 1;
 }

@@ -131,7 +131,7 @@ void wait_remove(lua_State *L, int on, struct wait *w) {
   struct task *t = w->on;
   if (t == NULL) return;
   list_remove(w);
-  if (w->pos == WAIT_INLINE) return;
+  if (w->pos == WAIT_INLINE || lua_isnil(L, on)) return;
   on = lua_absindex(L, on);
   if (w->pos == 0 || t->waiters == NULL) {
     lua_pushnil(L);

@@ -109,9 +109,8 @@ void pending_interrupt(lua_State *L, struct pending *p, int k) {
   struct fiber *f = (struct fiber *)t;
   bool started = t->flags & TASK_STARTED;
   task_push(L, t);
-  if (f->u.wait.on) { /* at index 1 of what suspended it; the first argument of a continuation */
-    lua_pushvalue(f->co, started ? 1 : lua_gettop(f->co) - 1);
-    lua_xmove(f->co, L, 1);
+  if (f->u.wait.on) {
+    fiber_push_awaited(L, f);
     wait_remove(L, -1, &f->u.wait);
     lua_pop(L, 1);
   } else if (started)
@@ -177,6 +176,8 @@ static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *me = runtime(L)->me;
   (void)status, (void)ctx;
   bool interrupted = me->flags & TASK_INTERRUPTED;
+  if (((struct fiber *)me)->co != L || !(me->flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
+    return lua_yieldk(L, 0, 0, sleep_k); /* somebody else has resumed the coroutine: sleep on */
   me->flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED);
   if (!interrupted) return 0;
   token_push_error(L, 2);
