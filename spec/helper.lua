@@ -10,10 +10,10 @@ local testing = require "coflow.testing"
 
 local helper = {}
 
----How many a spec about large numbers takes: `n`, or not many more than Lua's limit of nested calls (200)
----where each allocation runs the collector.
-function helper.many(n)
-  return os.getenv("COFLOW_GC_STRESS") and math.min(n, 210 + n // 100) or n
+---How many a spec about large numbers takes: `n`, or `few` where each allocation runs the collector. By default
+---those are some more than the calls that Lua can nest (200).
+function helper.many(n, few)
+  return os.getenv("COFLOW_GC_STRESS") and math.min(n, few or 210 + n // 100) or n
 end
 
 ---A test body that runs `fn(clock)` as the root task under a virtual clock.

@@ -357,7 +357,7 @@ local function model_world()
 end
 
 describe("a random program", function()
-  for seed = 1, 60 do
+  for seed = 1, support.many(60, 12) do
     it("does what the model says, event by event: seed " .. seed, function()
       local program = generate(seed)
       local expected = interpret(model_world(), program)
@@ -379,7 +379,7 @@ describe("a random program", function()
 end)
 
 describe("a random graph of linked sources", function()
-  for seed = 1, 8 do
+  for seed = 1, support.many(8, 4) do
     it("is canceled just where it is reached, every callback once: seed " .. seed, in_task(function()
       local random = random_of(1000 + seed)
       local sources, parents, counts, disposed = {}, {}, {}, {}
@@ -437,7 +437,7 @@ describe("a random graph of linked sources", function()
 end)
 
 describe("random registrations", function()
-  for seed = 1, 8 do
+  for seed = 1, support.many(8, 4) do
     it("run newest first, without those that were removed: seed " .. seed, in_task(function()
       local random = random_of(2000 + seed)
       local events, record = recorder()
@@ -469,7 +469,7 @@ describe("random registrations", function()
 end)
 
 describe("random deadlines", function()
-  for seed = 1, 8 do
+  for seed = 1, support.many(8, 4) do
     it("fire in order, without those that were canceled or moved: seed " .. seed,
       in_task(function(clock)
         local random = random_of(3000 + seed)
