@@ -520,6 +520,30 @@ describe("ExecutionContext.suppress_flow", function()
     assert.is_true(is_suppressed())
   end))
 
+  it("is not in force inside a registered callback, and what one starts does not outlive it",
+    in_task(function()
+      local source <close> = flow.CancellationTokenSource()
+      local events, record = recorder()
+      local inner
+      loc.value = "registered"
+      source.token:register(function()
+        record(is_suppressed())
+        inner = flow.spawn(function() return loc.value end)
+        suppress()
+      end)
+      do
+        local _ <close> = suppress()
+        source:cancel()
+        record(is_suppressed())
+      end
+      assert.same({ false, true }, events)
+      assert.equal("registered", inner:await())
+      local again <close> = flow.CancellationTokenSource()
+      again.token:register(function() suppress() end)
+      again:cancel()
+      assert.is_false(is_suppressed())
+    end))
+
   it("does not reach the caller of an async function or of flow.call", in_task(function()
     flow.async(function() suppress() end)():await()
     assert.is_false(is_suppressed())

@@ -152,7 +152,15 @@ end
 
 local function real_world()
   local locals, naps, promises = {}, {}, {}
-  for i = 1, KEYS do locals[i] = flow.AsyncLocal() end
+  for i = 2, KEYS do locals[i] = flow.AsyncLocal() end
+  -- The first one is told of its changes: an unbroken chain that ends at the value that is read.
+  local last, broken = nil, nil
+  locals[1] = flow.AsyncLocal {
+    value_changed = function(args)
+      if args.previous_value ~= last or args.current_value == last then broken = args end
+      last = args.current_value
+    end,
+  }
   for i = 1, NAPS do naps[i] = flow.CancellationTokenSource() end
   for i = 1, PROMISES do promises[i] = flow.TaskCompletionSource() end
   local start
@@ -162,11 +170,16 @@ local function real_world()
         start = clock:now()
         fn()
       end)
+      assert.is_nil(broken)
       for _, source in ipairs(naps) do source:dispose() end
     end,
     now = function() return flow.loop.now() - start end,
     set = function(k, v) locals[k].value = v end,
-    get = function(k) return locals[k].value end,
+    get = function(k)
+      local value = locals[k].value
+      if k == 1 and (broken or value ~= last) then error("value_changed missed a change") end
+      return value
+    end,
     yield = flow.yield,
     sleep = flow.sleep,
     nap = function(i, seconds)

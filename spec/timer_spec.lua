@@ -523,6 +523,53 @@ describe("wait_async", function()
   end)
 end)
 
+describe("a wait for a token", function()
+  local gate = flow.TaskCompletionSource()
+  local waits = {
+    { "sleep(math.huge)", function(token) flow.sleep(math.huge, token) end },
+    { "sleep(1e12)", function(token) flow.sleep(1e12, token) end },
+    { "delay(math.huge)", function(token) flow.delay(math.huge, token):await() end },
+    { "wait_async()", function(token) gate.task:wait_async(nil, token):await() end },
+    { "token:wait()", function(token)
+      token:wait()
+      token:throw_if_cancellation_requested()
+    end },
+  }
+
+  for _, each in ipairs(waits) do
+    local name, wait = each[1], each[2]
+    it("by " .. name .. " is not given up while somebody holds its task", in_task(function()
+      local source <close> = Source()
+      local task = flow.spawn(wait, source.token)
+      flow.yield()
+      support.collect()
+      flow.yield()
+      support.collect()
+      flow.yield()
+      assert.equal("waiting_for_activation", task.status)
+      source:cancel("why")
+      local _, err = task:try_await()
+      assert.is_true(is(err, "OperationCanceled"))
+      assert.equal("why", err.reason)
+    end))
+
+    it("by " .. name .. " is held by the armed deadline of its source alone", in_task(function(clock)
+      local ended
+      flow.spawn(function()
+        local source <close> = Source(1000)
+        local _, err = pcall(wait, source.token)
+        ended = tostring(is(err, "OperationCanceled")) .. " at " .. ("%g"):format(clock:now())
+      end)
+      for _ = 1, 3 do
+        flow.yield()
+        support.collect()
+      end
+      flow.sleep(2000)
+      assert.equal("true at 1000", ended)
+    end))
+  end
+end)
+
 describe("flow.loop", function()
   it("tells the virtual time under a virtual clock", in_task(function(clock)
     local start = flow.loop.now()
@@ -530,6 +577,15 @@ describe("flow.loop", function()
     flow.sleep(12.5)
     assert.equal(start + 12.5, flow.loop.now())
     assert.equal(clock:now(), flow.loop.now())
+  end))
+
+  it("keeps its virtual time when a second clock inside is refused", in_task(function(clock)
+    flow.sleep(1)
+    local start = clock:now()
+    raises("InvalidOperation", testing.run, function() end)
+    assert.equal(start, flow.loop.now())
+    flow.sleep(1000)
+    assert.equal(start + 1000, clock:now())
   end))
 
   it("tells a time that never goes back", function()

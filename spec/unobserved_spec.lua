@@ -534,20 +534,52 @@ describe("a parked task that nothing alive can ever complete", function()
     assert.same({ "Timeout" }, log)
   end))
 
-  it("is kept by a source that is going to cancel its wait", in_task(function()
-    local reports = watch()
-    local log, note = recorder()
-    drop(function()
+  local WAITS = {
+    wait_async = function(token) flow.TaskCompletionSource().task:wait_async(nil, token):await() end,
+    delay = function(token) flow.delay(math.huge, token):await() end,
+    sleep = function(token) flow.sleep(math.huge, token) end,
+    continue_with = function(token)
+      flow.TaskCompletionSource().task:continue_with(print, { token = token }):await()
+    end,
+  }
+  for what, wait in pairs(WAITS) do
+    it("is kept in " .. what .. " by a source that is going to cancel it", in_task(function()
+      local reports = watch()
+      local log, note = recorder()
+      drop(function()
+        flow.async(function()
+          local source = flow.CancellationTokenSource()
+          source:cancel_after(5)
+          note(raised(wait, source.token).name)
+        end)()
+        flow.async(function() note(raised(wait, flow.CancellationTokenSource(6).token).name) end)()
+      end)
+      assert.same({}, reports)
+      flow.sleep(10)
+      assert.same({ "OperationCanceled", "OperationCanceled" }, log)
+    end))
+
+    it("ends once in " .. what .. ", given up or canceled, when only a token is left", in_task(function()
+      local reports = watch()
+      local log, note = recorder()
       local source = flow.CancellationTokenSource()
-      source:cancel_after(5)
-      flow.async(function()
-        note(raised(flow.await, flow.TaskCompletionSource().task:wait_async(nil, source.token)).name)
-      end)()
-    end)
-    assert.same({}, reports)
-    flow.sleep(10)
-    assert.same({ "OperationCanceled" }, log)
-  end))
+      drop(function()
+        flow.async(function()
+          local _ <close> = closing(function() note("closed") end)
+          wait(source.token)
+        end)()
+      end)
+      local abandoned = #reports > 0
+      if abandoned then
+        is_error("TaskAbandoned", reports[1].err)
+        assert.same({ "closed" }, log)
+      end
+      source:cancel()
+      collect()
+      assert.same({ "closed" }, log)
+      assert.equal(abandoned, #reports > 0)
+    end))
+  end
 
   it("may close objects of ours that were collected with it", in_task(function()
     watch()

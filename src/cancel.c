@@ -26,10 +26,20 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
+  int free_slot; /* of TOKEN_HELD */
   struct registration *newest;
   struct link pendings; /* head of a circular list */
 };
-enum { TOKEN_HELD = 1, TOKEN_REASON, TOKEN_CAUSE, TOKEN_UP, TOKEN_LINKS, TOKEN_PROMISE, TOKEN_INERT, TOKEN_EXPIRY };
+enum {
+  TOKEN_HELD = 1,
+  TOKEN_REASON,
+  TOKEN_CAUSE,
+  TOKEN_UP,
+  TOKEN_LINKS,
+  TOKEN_PROMISE,
+  TOKEN_INERT,
+  TOKEN_EXPIRY
+};
 
 struct source {
   uint32_t tag;
@@ -38,7 +48,8 @@ enum { SOURCE_TOKEN = 1 };
 
 struct registration {
   uint32_t tag;
-  bool link, captured;
+  bool link, captured, packed;
+  bool in_context; /* the captured context is not the empty one */
   int slot;
   struct token *token;
   struct registration *newer, *older;
@@ -74,7 +85,12 @@ static void push_held(lua_State *L, int k) {
   k = lua_absindex(L, k);
   if (lua_getiuservalue(L, k, TOKEN_HELD) != LUA_TNIL) return;
   lua_pop(L, 1);
-  lua_createtable(L, 3, 0);
+  lua_createtable(L, 1, 0);
+  if (lua_getiuservalue(L, k, TOKEN_HELD) != LUA_TNIL) { /* a finalizer has been here */
+    lua_remove(L, -2);
+    return;
+  }
+  lua_pop(L, 1);
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, k, TOKEN_HELD);
 }
@@ -90,7 +106,7 @@ bool token_hold(lua_State *L, int k, int i) {
   lua_pushvalue(L, k);
   lua_setiuservalue(L, i, OP_TOKEN);
   lua_pushvalue(L, i);
-  p->task.held = (uint32_t)slots_add(L, -2);
+  p->task.held = (uint32_t)slots_add(L, -2, &((struct token *)lua_touserdata(L, k))->free_slot);
   lua_pop(L, 1);
   token_link((struct token *)lua_touserdata(L, k), &p->link);
   return true;
@@ -102,8 +118,9 @@ void token_drop(lua_State *L, int i) {
   if (p->task.held == 0) return;
   i = lua_absindex(L, i);
   lua_getiuservalue(L, i, OP_TOKEN);
+  struct token *token = (struct token *)lua_touserdata(L, -1);
   lua_getiuservalue(L, -1, TOKEN_HELD);
-  slots_free(L, -1, (int)p->task.held);
+  slots_free(L, -1, &token->free_slot, (int)p->task.held);
   p->task.held = 0;
   lua_pop(L, 2);
   lua_pushnil(L);
@@ -174,17 +191,18 @@ static void detach(lua_State *L, int k, struct registration *r) {
   r->newer = r->older = NULL;
   r->token = NULL;
   lua_getiuservalue(L, k, TOKEN_HELD);
-  slots_free(L, -1, r->slot);
+  slots_free(L, -1, &token->free_slot, r->slot);
   lua_pop(L, 1);
 }
 
-/* [-0, +0, -] lets go of what the registration at i holds */
-static void clear(lua_State *L, int i) {
-  i = lua_absindex(L, i);
-  for (int uv = REGISTRATION_TARGET; uv <= REGISTRATION_CONTEXT; uv++) {
-    lua_pushnil(L);
-    lua_setiuservalue(L, i, uv);
-  }
+/* [-0, +0, -] lets go of what the registration r at i holds */
+static void clear(lua_State *L, int i, struct registration *r) {
+  if (i < 0) i = lua_absindex(L, i);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, REGISTRATION_TARGET);
+  if (!r->in_context) return;
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, REGISTRATION_CONTEXT);
 }
 
 /* [-0, +0, -] drops all registrations of the token at k */
@@ -194,8 +212,9 @@ static void detach_all(lua_State *L, int k) {
   while (token->newest) {
     lua_getiuservalue(L, k, TOKEN_HELD);
     lua_rawgeti(L, -1, token->newest->slot);
-    detach(L, k, token->newest);
-    clear(L, -1);
+    struct registration *r = token->newest;
+    detach(L, k, r);
+    clear(L, -1, r);
     lua_pop(L, 2);
   }
 }
@@ -210,7 +229,7 @@ static void unlink_parents(lua_State *L, int k) {
       lua_getiuservalue(L, -1, REGISTRATION_TOKEN);
       detach(L, -1, r);
       lua_pop(L, 1);
-      clear(L, -1);
+      clear(L, -1, r);
     }
   else
     lua_pushnil(L);
@@ -250,13 +269,16 @@ static int call(lua_State *L, int i) {
   struct registration *r = (struct registration *)lua_touserdata(L, i);
   struct runtime *rt = runtime(L);
   i = lua_absindex(L, i);
+  uint16_t suppressed = rt->me->flags & TASK_SUPPRESSED;
   if (r->captured) {
+    rt->me->flags &= (uint16_t)~TASK_SUPPRESSED;
     lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
     context_swap(L); /* old */
   } else
     lua_pushnil(L);
   int old = lua_gettop(L), arguments = 0;
-  if (lua_getiuservalue(L, i, REGISTRATION_TARGET) == LUA_TTABLE) {
+  lua_getiuservalue(L, i, REGISTRATION_TARGET);
+  if (r->packed) {
     lua_getfield(L, -1, "n");
     int n = (int)lua_tointeger(L, -1), packed = lua_gettop(L) - 1;
     lua_pop(L, 1);
@@ -265,11 +287,12 @@ static int call(lua_State *L, int i) {
     lua_remove(L, packed);
     arguments = n - 1;
   }
-  clear(L, i);
+  clear(L, i, r);
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
   if (r->captured) {
+    rt->me->flags = (uint16_t)((rt->me->flags & ~TASK_SUPPRESSED) | suppressed);
     lua_pushvalue(L, old);
     context_swap(L);
     lua_pop(L, 1);
@@ -301,7 +324,7 @@ static void run_callbacks(lua_State *L, int k, bool first) {
     detach(L, at, r);
     if (r->link) {
       lua_getiuservalue(L, -1, REGISTRATION_TARGET); /* … child */
-      clear(L, -2);
+      clear(L, -2, r);
       struct token *child = (struct token *)lua_touserdata(L, -1);
       if (child != NULL && !child->canceled && !child->disposed) {
         lua_getiuservalue(L, at, TOKEN_REASON);
@@ -473,7 +496,7 @@ static void attach(lua_State *L, int k, int i) {
   i = lua_absindex(L, i);
   lua_getiuservalue(L, k, TOKEN_HELD);
   lua_pushvalue(L, i);
-  r->slot = slots_add(L, -2);
+  r->slot = slots_add(L, -2, &token->free_slot);
   lua_pop(L, 1);
   r->token = token;
   r->older = token->newest;
@@ -497,7 +520,7 @@ static int push_inert(lua_State *L, int k) {
 static int register_callback(lua_State *L, bool capture) {
   struct runtime *rt = runtime(L);
   struct token *token = check_token(L, 1);
-  luaL_checktype(L, 2, LUA_TFUNCTION);
+  module_check_callable(L, 2);
   int n = lua_gettop(L) - 1;
   if (n > 1) {
     lua_createtable(L, n, 1);
@@ -509,10 +532,12 @@ static int register_callback(lua_State *L, bool capture) {
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
   struct registration *r = registration_new(L, 1);
   r->captured = capture;
+  r->packed = n > 1;
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 3, REGISTRATION_TARGET);
   if (capture && rt->me->flags & TASK_HAS_CONTEXT) {
     context_push_flowing(L, rt->me);
+    r->in_context = !lua_isnil(L, -1);
     lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
   }
   if (!token->canceled) {
@@ -533,7 +558,7 @@ static int l_unregister(lua_State *L) {
     lua_settop(L, 1);
     lua_getiuservalue(L, 1, REGISTRATION_TOKEN);
     detach(L, 2, r);
-    clear(L, 1);
+    clear(L, 1, r);
   }
   lua_pushboolean(L, pending);
   return 1;
@@ -542,12 +567,6 @@ static int l_unregister(lua_State *L) {
 static int l_registration_dispose(lua_State *L) {
   l_unregister(L);
   return 0;
-}
-
-static int l_registration_token(lua_State *L) {
-  object_check(L, 1, TAG_REGISTRATION);
-  lua_getiuservalue(L, 1, REGISTRATION_TOKEN);
-  return 1;
 }
 
 /* ---- Lua face: sources ---- */
@@ -727,7 +746,7 @@ static int l_source_dispose(lua_State *L) {
 static const luaL_Reg functions[] = {{"CancellationTokenSource", l_source_new},
                                      {"linked_source", l_source_linked},
                                      {"is_token", l_is_token},
-                                     
+
                                      {NULL, NULL}};
 
 static const luaL_Reg token_methods[] = {{"throw_if_cancellation_requested", l_token_throw},
@@ -744,7 +763,6 @@ static const luaL_Reg registration_methods[] = {{"unregister", l_unregister},
                                                 {"dispose", l_registration_dispose},
                                                 {"__close", l_registration_dispose},
                                                 {NULL, NULL}};
-static const luaL_Reg registration_properties[] = {{"token", l_registration_token}, {NULL, NULL}};
 static const luaL_Reg source_methods[] = {{"cancel", l_source_cancel},
                                           {"cancel_async", l_source_cancel_async},
                                           {"cancel_after", l_source_cancel_after},
@@ -752,15 +770,14 @@ static const luaL_Reg source_methods[] = {{"cancel", l_source_cancel},
                                           {"dispose", l_source_dispose},
                                           {"__close", l_source_dispose},
                                           {NULL, NULL}};
-static const luaL_Reg source_properties[] = {{"token", l_source_token},
-                                             {"is_cancellation_requested", l_source_requested},
-                                             {NULL, NULL}};
+static const luaL_Reg source_properties[] = {
+    {"token", l_source_token}, {"is_cancellation_requested", l_source_requested}, {NULL, NULL}};
 
 void cancel_open(lua_State *L) {
   module_functions(L, functions);
   module_class(L, TAG_TOKEN, "coflow.CancellationToken", token_methods, token_properties);
   module_class(L, TAG_REGISTRATION, "coflow.CancellationTokenRegistration", registration_methods,
-               registration_properties);
+               NULL);
   module_class(L, TAG_SOURCE, "coflow.CancellationTokenSource", source_methods, source_properties);
   token_new(L)->never = true;
   lua_setfield(L, -2, "none");

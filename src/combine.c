@@ -34,8 +34,9 @@ static uint32_t *order(struct combine *c) { return (uint32_t *)(void *)&c->waits
 static void check_input(lua_State *L, int i, int key) {
   if (task_awaitable(L, i) != NULL) return;
   luaL_tolstring(L, key, NULL);
-  luaL_argerror(L, 1, lua_pushfstring(L, "element '%s' is not awaitable (a %s value)",
-                                      lua_tostring(L, -1), luaL_typename(L, i)));
+  luaL_argerror(L, 1,
+                lua_pushfstring(L, "element '%s' is not awaitable (a %s value)",
+                                lua_tostring(L, -1), luaL_typename(L, i)));
 }
 
 /* [-n, +2, e] the arguments become a list of tasks, and a list of keys or nil; their number */

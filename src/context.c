@@ -665,11 +665,13 @@ static int l_guard_dispose(lua_State *L) {
   }
   if (g->done) return 0;
   if (&g->owner->task != runtime(L)->me)
-    return error_throw(L, ERROR_OPERATION,
-                       "this scope belongs to another task: dispose of it in the task that opened it");
+    return error_throw(
+        L, ERROR_OPERATION,
+        "this scope belongs to another task: dispose of it in the task that opened it");
   if (g->above != NULL)
-    return error_throw(L, ERROR_OPERATION,
-                       "scopes must be disposed of in reverse order: one opened later is still open");
+    return error_throw(
+        L, ERROR_OPERATION,
+        "scopes must be disposed of in reverse order: one opened later is still open");
   guard_restore(L, 1, g);
   return 0;
 }

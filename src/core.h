@@ -47,7 +47,7 @@
 
 /* The first word of every userdata of ours says what it is; for tasks the low byte is the kind. */
 enum tag {
-  TAG_TASK = 0xC0F10200, /* the first slot of the anchors is the head of the free ones */
+  TAG_TASK = 0xC0F10200,      /* the first slot of the anchors is the head of the free ones */
   TAG_OPERATION = 0xC0F10300, /* only names the metatable of the tasks that need a finalizer */
   TAG_COMPLETION = 0xC0F10400,
   TAG_LOCAL = 0xC0F10500,
@@ -87,22 +87,22 @@ enum task_state {
 };
 
 enum task_flags {
-  TASK_STARTED = 1 << 0,    /* its body has been entered */
-  TASK_PARKED = 1 << 1,     /* suspended by us, not by a stray coroutine.yield */
-  TASK_LINKED = 1 << 2,     /* on the ready list or the landing list */
-  TASK_OBSERVED = 1 << 3,   /* somebody has seen its failure */
-  TASK_HAS_CONTEXT = 1 << 4,/* user value TASK_CONTEXT is not nil */
-  TASK_WATCHED = 1 << 5,    /* that context holds a local with a value_changed handler */
-  TASK_SUPPRESSED = 1 << 6, /* the flow of context is suppressed */
-  TASK_ABANDONED = 1 << 7,  /* collected while parked: to be closed by the pump */
-  TASK_MANY = 1 << 8,       /* the result is a packed table */
-  TASK_NONE = 1 << 9,       /* the result is no value at all */
-  TASK_AGGREGATE = 1 << 10, /* faulted with an Aggregate of which await raises the first */
-  TASK_TRACED = 1 << 11,    /* the traces table holds a record at its slot */
-  TASK_HELD = 1 << 12,      /* a fiber: TASK_RESULT holds its coroutine (fiber_hold) */
+  TASK_STARTED = 1 << 0,      /* its body has been entered */
+  TASK_PARKED = 1 << 1,       /* suspended by us, not by a stray coroutine.yield */
+  TASK_LINKED = 1 << 2,       /* on the ready list or the landing list */
+  TASK_OBSERVED = 1 << 3,     /* somebody has seen its failure */
+  TASK_HAS_CONTEXT = 1 << 4,  /* user value TASK_CONTEXT is not nil */
+  TASK_WATCHED = 1 << 5,      /* that context holds a local with a value_changed handler */
+  TASK_SUPPRESSED = 1 << 6,   /* the flow of context is suppressed */
+  TASK_ABANDONED = 1 << 7,    /* collected while parked: to be closed by the pump */
+  TASK_MANY = 1 << 8,         /* the result is a packed table */
+  TASK_NONE = 1 << 9,         /* the result is no value at all */
+  TASK_AGGREGATE = 1 << 10,   /* faulted with an Aggregate of which await raises the first */
+  TASK_TRACED = 1 << 11,      /* the traces table holds a record at its slot */
+  TASK_HELD = 1 << 12,        /* a fiber: TASK_RESULT holds its coroutine (fiber_hold) */
   TASK_INTERRUPTED = 1 << 13, /* woken by its token, not by what it awaited */
-  TASK_EXPIRED = 1 << 14,   /* woken by its deadline */
-  TASK_QUIET = 1 << 15      /* a wait that tells true or false instead of passing the outcome on */
+  TASK_EXPIRED = 1 << 14,     /* woken by its deadline */
+  TASK_QUIET = 1 << 15 /* a wait that tells true or false instead of passing the outcome on */
 };
 
 /* User values. TASK_CONTEXT of a complete fiber is its function, if that tells its name and holds
@@ -114,8 +114,8 @@ enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to
 struct wait {
   struct wait *next, *prev; /* circular; prev of the first is the last */
   struct task *on;          /* what is waited for, or NULL: not waiting */
-  uint32_t pos;             /* where TASK_WAITERS of `on` holds the waiter; 0: it is the value itself */
-  uint32_t role;            /* WAIT_FIBER, WAIT_OP, or WAIT_INPUT + index in a combinator */
+  uint32_t pos;  /* where TASK_WAITERS of `on` holds the waiter; 0: it is the value itself */
+  uint32_t role; /* WAIT_FIBER, WAIT_OP, or WAIT_INPUT + index in a combinator */
 };
 enum { WAIT_FIBER, WAIT_OP, WAIT_INPUT };
 #define WAIT_INLINE UINT32_MAX /* pos: the waiter is on the C stack and needs no holding */
@@ -226,15 +226,16 @@ struct runtime {
   bool pumping, land_busy, stopping;
   bool resuming; /* a coroutine of ours is on top of the C stack */
   bool closed;
-  int signaled; /* set by the signal callback, read by the pump */
+  int signaled;           /* set by the signal callback, read by the pump */
   struct fiber *starting; /* about to enter its body */
-  struct fiber *handoff; /* to be run at once by whoever runs the one that yields now */
-  int hot;      /* of these, hot starts: their callers go on as soon as they suspend */
-  int depth;    /* fibers nested on the C stack */
-  int inlined;  /* how many more awaits may run their task in place before the pump polls */
+  struct fiber *handoff;  /* to be run at once by whoever runs the one that yields now */
+  int hot;                /* of these, hot starts: their callers go on as soon as they suspend */
+  int depth;              /* fibers nested on the C stack */
+  int inlined; /* how many more awaits may run their task in place before the pump polls */
 
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
   size_t idle_count, idle_size;
+  int free_slot;          /* of the anchors */
   size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
 
   struct timer_entry *timers;
@@ -271,25 +272,30 @@ static inline void *object_test(lua_State *L, int i, uint32_t tag) {
 }
 void *object_check(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises a type error else */
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
-void module_push_function(lua_State *L, lua_CFunction f);                   /* [-0, +1, m] */
+void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
-                  const luaL_Reg *properties);  /* [-0, +0, m] */
-void module_functions(lua_State *L, const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
-double module_seconds(lua_State *L, int i);                     /* [-0, +0, v] >= 0, no NaN */
+                  const luaL_Reg *properties); /* [-0, +0, m] */
+void module_functions(lua_State *L,
+                      const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
+double module_seconds(lua_State *L, int i);       /* [-0, +0, v] >= 0, no NaN */
+void module_check_callable(lua_State *L, int i);  /* [-0, +0, v] a function, or what has __call */
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
-int slots_add(lua_State *L, int i);            /* [-1, +0, m] stores the value on top in a free slot */
-void slots_free(lua_State *L, int i, int slot); /* [-0, +0, -] */
+int slots_add(lua_State *L, int i,
+              int *free); /* [-1, +0, m] stores the value on top in a free slot */
+void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
 /* ---- error.c: error objects, traces, unobserved failures ---- */
 
 void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /* [-0, +1, m] */
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 bool error_is(lua_State *L, int i, enum error_kind kind);
-void error_attach(lua_State *L, int i, int from); /* [-0, +0, -] the trace of the failed task at i */
-void error_remember(lua_State *L, int i); /* [-0, +0, -] the task at i is where an error comes from */
+void error_attach(lua_State *L, int i,
+                  int from); /* [-0, +0, -] the trace of the failed task at i */
+void error_remember(lua_State *L,
+                    int i); /* [-0, +0, -] the task at i is where an error comes from */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_trace(lua_State *L, int i);  /* [-0, +1, m] the async traceback of the task at i */
-int error_handler(lua_State *L);        /* the message handler of fibers */
+void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
+int error_handler(lua_State *L);       /* the message handler of fibers */
 void error_open(lua_State *L);
 
 /* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
@@ -298,42 +304,54 @@ static inline bool task_done(const struct task *t) { return t->state >= TASK_SUC
 static inline int task_kind(const struct task *t) { return (int)(t->tag & 0xff); }
 static inline bool task_is(const struct task *t, int kind) { return task_kind(t) == kind; }
 struct task *task_check(lua_State *L, int i);
-struct task *task_awaitable(lua_State *L, int i); /* [-0, +0, e] replaces what is at i by its task; NULL if none */
+struct task *
+task_awaitable(lua_State *L,
+               int i); /* [-0, +0, e] replaces what is at i by its task; NULL if none */
 struct task *task_new(lua_State *L, int kind, size_t size, int uservalues); /* [-0, +1, m] */
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
-void task_release(lua_State *L, struct task *t);     /* [-0, +0, -] the anchor knows its address only */
-void task_forget(lua_State *L, struct task *t);      /* [-0, +0, -] gives its slot back */
-void task_push(lua_State *L, struct task *t);  /* [-0, +1, -] a task that is held, or parked */
-bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role); /* [-0, +0, m] false: it is complete */
-void wait_remove(lua_State *L, int on, struct wait *w); /* [-0, +0, -] from the task at on, or nil */
-void wait_owner(lua_State *L, int on, const struct wait *w);                   /* [-0, +1, -] */
-void wait_notify(lua_State *L, struct runtime *rt, int on); /* [-0, +0, -] wakes all that wait for the task at on */
-void task_settle(lua_State *L, struct runtime *rt, int i, int results);      /* [-n, +0, m] succeeded */
-void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t, int results); /* the same */
+void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
+void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
+void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
+bool wait_add(lua_State *L, int on, struct wait *w, int owner,
+              uint32_t role); /* [-0, +0, m] false: it is complete */
+void wait_remove(lua_State *L, int on,
+                 struct wait *w); /* [-0, +0, -] from the task at on, or nil */
+void wait_owner(lua_State *L, int on, const struct wait *w); /* [-0, +1, -] */
+void wait_notify(lua_State *L, struct runtime *rt,
+                 int on); /* [-0, +0, -] wakes all that wait for the task at on */
+void task_settle(lua_State *L, struct runtime *rt, int i, int results); /* [-n, +0, m] succeeded */
+void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t,
+                  int results);           /* the same */
 int task_pack(lua_State *L, int results); /* [-n, +1, m] several results as one value; their flag */
-void task_settle_error(lua_State *L, struct runtime *rt, int i, int from);   /* [-1, +0, -] canceled or faulted, as the error says */
-void task_settle_canceled(lua_State *L, struct runtime *rt, int i);          /* [-1, +0, -] */
-void task_settle_like(lua_State *L, struct runtime *rt, int i, int from);    /* [-0, +0, -] the outcome of the one at `from` */
-void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
-int task_push_outcome(lua_State *L, int i, struct task *t); /* [-0, +n, e] the values, or raises the error */
+void task_settle_error(lua_State *L, struct runtime *rt, int i,
+                       int from); /* [-1, +0, -] canceled or faulted, as the error says */
+void task_settle_canceled(lua_State *L, struct runtime *rt, int i); /* [-1, +0, -] */
+void task_settle_like(lua_State *L, struct runtime *rt, int i,
+                      int from); /* [-0, +0, -] the outcome of the one at `from` */
+void task_settle_faulted(lua_State *L, struct runtime *rt, int i,
+                         int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
+int task_push_outcome(lua_State *L, int i,
+                      struct task *t);     /* [-0, +n, e] the values, or raises the error */
 void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
 void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: start, run, suspend, await ---- */
 
-struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments); /* [-(n+1), +1, m] held, in state created */
-void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f);        /* [-0, +0, -] until it stops */
-void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f);      /* [-0, +0, -] an abandoned one */
-void fiber_dispose(lua_State *L, struct fiber *f);    /* [-0, +0, -] at the end of the state */
-void fiber_trim(lua_State *L);                        /* [-0, +0, -] drops coroutines long unused */
+struct fiber *fiber_new(lua_State *L, struct runtime *rt,
+                        int arguments); /* [-(n+1), +1, m] held, in state created */
+void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
+void fiber_close(lua_State *L, struct runtime *rt,
+                 struct fiber *f);                 /* [-0, +0, -] an abandoned one */
+void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
+void fiber_trim(lua_State *L);                     /* [-0, +0, -] drops coroutines long unused */
 struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
 /* who would suspend at this point; NULL outside every task; raises where nobody can */
 static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)rt->me;
   return f->co == L && lua_isyieldable(L) ? f : fiber_not_here(L, rt);
 }
-int fiber_outside(lua_State *L, lua_CFunction f);             /* runs the operation f as a root task */
+int fiber_outside(lua_State *L, lua_CFunction f); /* runs the operation f as a root task */
 /* A suspended coroutine is anybody's, who may even close it: from now on the task is held itself. */
 static inline int fiber_suspend(lua_State *L, struct fiber *f, lua_KContext ctx, lua_KFunction k) {
   f->task.flags |= TASK_PARKED;
@@ -343,28 +361,34 @@ static inline int fiber_suspend(lua_State *L, struct fiber *f, lua_KContext ctx,
   }
   return lua_yieldk(L, 0, ctx, k);
 }
-int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k);
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
+                lua_KFunction k);
 /* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
-void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_wake(lua_State *L, struct runtime *rt, int i,
+                struct fiber *f);      /* [-0, +0, -] the fiber at i becomes ready */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
-bool fiber_push_awaited(lua_State *L, struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
+bool fiber_push_awaited(lua_State *L,
+                        struct fiber *f);       /* [-0, +1, -] the task it waits for, or nil */
 void fiber_push(lua_State *L, struct fiber *f); /* [-0, +1, -] one that has a coroutine */
-void fiber_hold(lua_State *L, int i, struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
+void fiber_hold(lua_State *L, int i,
+                struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
 void fiber_open(lua_State *L);
 
 /* ---- combine.c ---- */
 
-void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w); /* [-0, +0, -] an input is complete */
+void combine_fire(lua_State *L, struct runtime *rt, int i,
+                  struct wait *w); /* [-0, +0, -] an input is complete */
 void combine_land(lua_State *L, int i);
 void combine_open(lua_State *L);
 
 /* ---- context.c: async locals and execution contexts ---- */
 
 void context_push_flowing(lua_State *L, struct task *t); /* [-0, +1, -] what a child gets, or nil */
-void context_push_captured(lua_State *L);                      /* [-0, +1, m] of the running task */
-void context_give(lua_State *L, int i, struct task *t);        /* [-1, +0, -] the context on top to t */
-void context_swap(lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
+void context_push_captured(lua_State *L);                /* [-0, +1, m] of the running task */
+void context_give(lua_State *L, int i, struct task *t);  /* [-1, +0, -] the context on top to t */
+void context_swap(
+    lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
 void context_show(lua_State *L, struct runtime *rt, struct task *t);
 /* [-0, +0, -] the context of t has become the current one: tells the handlers, if there are any */
 static inline void context_switched(lua_State *L, struct runtime *rt, struct task *t) {
@@ -380,9 +404,11 @@ struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, n
 bool token_canceled(const struct token *k);
 void token_link(struct token *k, struct link *l); /* weakly: for fibers */
 void link_drop(struct link *l);
-bool token_hold(lua_State *L, int k, int i); /* [-0, +0, m] links the operation at i and holds it; false: canceled */
-void token_drop(lua_State *L, int i);        /* [-0, +0, -] the operation at i leaves its token */
-void token_push_error(lua_State *L, int i);  /* [-0, +1, m] the OperationCanceled of the token at i */
+bool token_hold(lua_State *L, int k,
+                int i); /* [-0, +0, m] links the operation at i and holds it; false: canceled */
+void token_drop(lua_State *L, int i); /* [-0, +0, -] the operation at i leaves its token */
+void token_push_error(lua_State *L,
+                      int i); /* [-0, +1, m] the OperationCanceled of the token at i */
 void expiry_land(lua_State *L, int i);
 void cancel_open(lua_State *L);
 
@@ -393,9 +419,11 @@ void timer_add(struct runtime *rt, struct deadline *d, struct task *owner, doubl
 void timer_drop(struct runtime *rt, struct deadline *d);
 void timer_fire_due(struct runtime *rt); /* links the owners of what is due */
 void delay_land(lua_State *L, int i);
-void wait_op_fire(lua_State *L, struct runtime *rt, int i); /* [-0, +0, -] what the operation at i awaited is complete */
+void wait_op_fire(lua_State *L, struct runtime *rt,
+                  int i); /* [-0, +0, -] what the operation at i awaited is complete */
 void wait_op_land(lua_State *L, int i);
-void timer_push_wait(lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
+void timer_push_wait(
+    lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
                                     ** or of false after the timeout; it observes nothing */
 int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
 void pending_interrupt(lua_State *L, struct pending *p, int k); /* [-0, +0, -] by the token at k */
@@ -414,14 +442,17 @@ static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the en
     rt->ready_last->next = t;
   rt->ready_last = t;
 }
-static inline void loop_unready(struct runtime *rt, struct task *t) { /* the first one of the list */
+static inline void loop_unready(struct runtime *rt,
+                                struct task *t) { /* the first one of the list */
   rt->ready = t->next;
   t->next = NULL;
   t->flags &= (uint16_t)~TASK_LINKED;
 }
-void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t); /* [-0, +0, -] at the end of this settling */
-void loop_land_all(lua_State *L, struct runtime *rt);                    /* [-0, +0, -] */
-int loop_run(lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
+void loop_land(lua_State *L, struct runtime *rt, int i,
+               struct task *t);                       /* [-0, +0, -] at the end of this settling */
+void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] */
+int loop_run(
+    lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
 void loop_open(lua_State *L);

@@ -20,10 +20,20 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char *const error_names[ERROR_COUNT] = {
-    "OperationCanceled", "Timeout",       "Aggregate",        "ObjectDisposed",  "InvalidOperation",
-    "Argument",          "SemaphoreFull", "ChannelClosed",    "TaskAbandoned",   "BrokenCircuit",
-    "BulkheadRejected",  "RateLimitRejected", "IO",           "Worker"};
+static const char *const error_names[ERROR_COUNT] = {"OperationCanceled",
+                                                     "Timeout",
+                                                     "Aggregate",
+                                                     "ObjectDisposed",
+                                                     "InvalidOperation",
+                                                     "Argument",
+                                                     "SemaphoreFull",
+                                                     "ChannelClosed",
+                                                     "TaskAbandoned",
+                                                     "BrokenCircuit",
+                                                     "BulkheadRejected",
+                                                     "RateLimitRejected",
+                                                     "IO",
+                                                     "Worker"};
 
 enum record_field { RECORD_TEXT = 1, RECORD_ERROR, RECORD_NAME, RECORD_INNER };
 enum { FAULT_TASK = 1, FAULT_RECORD };
@@ -102,7 +112,7 @@ int error_handler(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
   lua_settop(L, 1);
-  if (me == rt->outside) return 1; /* called by hand */
+  if (me == rt->outside) return 1;     /* called by hand */
   lua_createtable(L, RECORD_INNER, 0); /* error record */
   if (error_is(L, 1, ERROR_CANCELED))
     push_place(L);
@@ -137,7 +147,8 @@ static void render_record(lua_State *L) {
   int record = lua_gettop(L), segments = 0;
   luaL_checkstack(L, TRACE_SEGMENTS + 10, NULL);
   lua_pushvalue(L, record);
-  while (segments < TRACE_SEGMENTS && lua_type(L, -1) == LUA_TTABLE) { /* … records, outermost first */
+  while (segments < TRACE_SEGMENTS &&
+         lua_type(L, -1) == LUA_TTABLE) { /* … records, outermost first */
     lua_rawgeti(L, -1, RECORD_INNER);
     segments++;
   }
@@ -326,7 +337,8 @@ void error_report(lua_State *L, int error, int task) {
 
 static int l_fault_gc(lua_State *L) {
   lua_settop(L, 1);
-  if (!object_test(L, 1, TAG_FAULT) || lua_getiuservalue(L, 1, FAULT_TASK) != LUA_TUSERDATA) return 0;
+  if (!object_test(L, 1, TAG_FAULT) || lua_getiuservalue(L, 1, FAULT_TASK) != LUA_TUSERDATA)
+    return 0;
   struct task *t = (struct task *)lua_touserdata(L, 2);
   if (t->state != TASK_FAULTED || t->flags & TASK_OBSERVED) return 0;
   t->flags |= TASK_OBSERVED;
@@ -386,8 +398,8 @@ static int l_error_is(lua_State *L) {
 }
 
 static int l_on_unobserved(lua_State *L) {
-  if (lua_isnone(L, 1) || !(lua_isnil(L, 1) || lua_isfunction(L, 1) ||
-                            (lua_isboolean(L, 1) && !lua_toboolean(L, 1))))
+  if (lua_isnone(L, 1) ||
+      !(lua_isnil(L, 1) || lua_isfunction(L, 1) || (lua_isboolean(L, 1) && !lua_toboolean(L, 1))))
     return luaL_typeerror(L, 1, "function, false or nil");
   lua_settop(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);

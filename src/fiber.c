@@ -69,7 +69,7 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
   lua_xmove(L, co, BOTTOM);
-  int slot = slots_add(L, UP_ANCHORS);
+  int slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
   rt->idle[rt->idle_count++] = (struct idle){co, slot};
 }
 
@@ -79,7 +79,8 @@ static bool is_idle(lua_State *co) { return lua_gettop(co) == BOTTOM && lua_stat
 /* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
-  if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) && idle_room(L, rt)) {
+  if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) &&
+      idle_room(L, rt)) {
     if (held) { /* else the slot holds it already */
       lua_pushthread(co);
       lua_xmove(co, L, 1);
@@ -87,14 +88,15 @@ static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, b
     }
     rt->idle[rt->idle_count++] = (struct idle){co, slot};
   } else
-    slots_free(L, UP_ANCHORS, slot);
+    slots_free(L, UP_ANCHORS, &rt->free_slot, slot);
 }
 
 void fiber_trim(lua_State *L) {
   struct runtime *rt = runtime(L);
   size_t keep = rt->busy_peak > rt->busy ? rt->busy_peak - rt->busy : 0;
   if (keep < MIN_IDLE) keep = MIN_IDLE;
-  while (rt->idle_count > keep) slots_free(L, UP_ANCHORS, rt->idle[--rt->idle_count].slot);
+  while (rt->idle_count > keep)
+    slots_free(L, UP_ANCHORS, &rt->free_slot, rt->idle[--rt->idle_count].slot);
   rt->busy_peak = rt->busy;
 }
 
@@ -108,7 +110,8 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
     lua_pushnil(L);
     return;
   }
-  if (lua_status(co) == LUA_OK && !lua_getstack(co, 0, &ar)) { /* not started: it lies below the call */
+  if (lua_status(co) == LUA_OK &&
+      !lua_getstack(co, 0, &ar)) { /* not started: it lies below the call */
     if (lua_gettop(co) <= BOTTOM)
       lua_pushnil(co);
     else
@@ -235,7 +238,8 @@ static int main_k(lua_State *L, int status, lua_KContext ctx) {
 static int fiber_main(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct fiber *f = rt->starting;
-  if (f == NULL) return luaL_error(L, "the body of a task is not to be called"); /* found by debug */
+  if (f == NULL)
+    return luaL_error(L, "the body of a task is not to be called"); /* found by debug */
   rt->starting = NULL;
   int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
   return finish(L, rt, f, status);
@@ -247,7 +251,7 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
     if (rt->idle_count == 0)
       idle_grow(L, rt);
     else
-      slots_free(L, UP_ANCHORS, rt->idle[--rt->idle_count].slot);
+      slots_free(L, UP_ANCHORS, &rt->free_slot, rt->idle[--rt->idle_count].slot);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
   /* nothing raises from here: the coroutine leaves the idle ones and is the task's */
@@ -317,10 +321,11 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
       break;
     }
   }
-  error_push(L, ERROR_OPERATION,
-             "%s: coroutine.yield in the body of a task would suspend it for ever: use flow.await or "
-             "flow.yield, or make the generator with coroutine.wrap",
-             place);
+  error_push(
+      L, ERROR_OPERATION,
+      "%s: coroutine.yield in the body of a task would suspend it for ever: use flow.await or "
+      "flow.yield, or make the generator with coroutine.wrap",
+      place);
   if (ar.currentline > 0) lua_remove(L, -2);
 }
 
@@ -335,7 +340,8 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     if (!(f->task.flags & TASK_STARTED)) {
       arguments = lua_gettop(f->co) - BOTTOM - 1;
       rt->starting = f;
-    } else if (task_done(&f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
+    } else if (task_done(
+                   &f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
       clear_trace(L, f);
       drop_coroutine(L, rt, f);
       goto stopped;
@@ -372,9 +378,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
         recycle(L, rt, co, slot, f->task.flags & TASK_HELD);
         break;
       }
-      default:
-        lua_xmove(f->co, L, 1);
-        fail(L, rt, f);
+      default: lua_xmove(f->co, L, 1); fail(L, rt, f);
     }
   stopped:
     if (callers == NULL) break;
@@ -391,7 +395,8 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
 
 /* [-0, +1, m] the name of the C function between the suspension and the task's own coroutine */
 static void push_barrier(lua_State *L) {
-  static const char *const passable[] = {"pcall", "xpcall", "error", "assert", "dofile", "await", NULL};
+  static const char *const passable[] = {"pcall",  "xpcall", "error", "assert",
+                                         "dofile", "await",  NULL};
   lua_Debug ar;
   for (int level = 1; lua_getstack(L, level, &ar); level++) {
     lua_getinfo(L, "Sn", &ar);
@@ -412,9 +417,10 @@ struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
                 "cannot suspend inside a callback of the library: start a task in it (flow.spawn)");
   }
   if (((struct fiber *)rt->me)->co != L)
-    error_throw(L, ERROR_OPERATION,
-                "cannot suspend a task inside a coroutine made by coroutine.create or coroutine.wrap: "
-                "make it with coflow.coroutine, or await outside it");
+    error_throw(
+        L, ERROR_OPERATION,
+        "cannot suspend a task inside a coroutine made by coroutine.create or coroutine.wrap: "
+        "make it with coflow.coroutine, or await outside it");
   push_barrier(L);
   error_throw(L, ERROR_OPERATION,
               "cannot suspend a task %s, where Lua cannot yield: await before the call, or start a "
@@ -436,7 +442,7 @@ void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
   lua_pushvalue(L, i);
   lua_rawseti(L, UP_ANCHORS, t->slot);
   t->state = TASK_QUEUED;
-  loop_ready(runtime(L), t);
+  loop_ready(rt, t);
 }
 
 /* [-0, +0, e] raises if the running task would await itself, directly or round a circle */
@@ -499,7 +505,8 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   return false;
 }
 
-int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k) {
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
+                lua_KFunction k) {
   struct task *me = &f->task;
   refuse_circle(L, me, on);
   if (can_run_in_place(rt, on)) {
@@ -540,10 +547,11 @@ static void push_abandoned(lua_State *L, int i) {
   i = lua_absindex(L, i);
   task_push_name(L, i);
   push_where(L, f->co);
-  error_push(L, ERROR_ABANDONED,
-             "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
-             "awaits",
-             lua_tostring(L, -2), lua_tostring(L, -1));
+  error_push(
+      L, ERROR_ABANDONED,
+      "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
+      "awaits",
+      lua_tostring(L, -2), lua_tostring(L, -1));
   lua_replace(L, -3);
   lua_pop(L, 1);
 }
@@ -575,13 +583,15 @@ static bool state_closes(lua_State *L, struct runtime *rt) {
 static int l_watch_gc(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_settop(L, 1);
-  if (!object_test(L, 1, TAG_WATCH) || lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
+  if (!object_test(L, 1, TAG_WATCH) || lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD)
+    return 0;
   lua_State *co = lua_tothread(L, 2);
   bool closes = state_closes(L, rt);
   push_argument(L, co, BODY_TASK); /* watch coroutine task */
   struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
   if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
-  if (!(f->task.flags & TASK_STARTED)) { /* cold, or a continuation that will never start: no loss */
+  if (!(f->task.flags &
+        TASK_STARTED)) { /* cold, or a continuation that will never start: no loss */
     link_drop(&f->link);
     if (f->u.wait.on) {
       fiber_push_awaited(L, f);
@@ -628,20 +638,9 @@ void fiber_dispose(lua_State *L, struct fiber *f) {
 
 /* ---- Lua face ---- */
 
-static bool callable(lua_State *L, int i) {
-  if (lua_isfunction(L, i)) return true;
-  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) return false;
-  lua_pop(L, 1);
-  return true;
-}
-
-static void check_callable(lua_State *L, int i) {
-  if (!callable(L, i)) luaL_typeerror(L, i, "function");
-}
-
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
-  check_callable(L, 1);
+  module_check_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
   f->task.state = TASK_QUEUED;
   loop_ready(runtime(L), &f->task);
@@ -683,7 +682,7 @@ static int async_call(lua_State *L) {
 }
 
 static int l_async(lua_State *L) {
-  check_callable(L, 1);
+  module_check_callable(L, 1);
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
   lua_pushvalue(L, 1);
@@ -694,7 +693,7 @@ static int l_async(lua_State *L) {
 /* Task.new(fn, ...): cold */
 static int l_new(lua_State *L) {
   struct runtime *rt = runtime(L);
-  check_callable(L, 1);
+  module_check_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
   fiber_hold(L, 1, f);
   task_release(L, &f->task);
@@ -706,7 +705,8 @@ static struct fiber *check_cold(lua_State *L) {
   lua_settop(L, 1);
   if (!task_is(&f->task, KIND_FIBER) || f->task.state != TASK_CREATED) {
     task_push_name(L, 1);
-    error_throw(L, ERROR_OPERATION, "task '%s' was started before: only a task made by Task.new starts, once",
+    error_throw(L, ERROR_OPERATION,
+                "task '%s' was started before: only a task made by Task.new starts, once",
                 lua_tostring(L, -1));
   }
   return f;
@@ -732,7 +732,7 @@ static int l_continuation(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *on = task_check(L, 1);
   struct token *k = token_opt(L, 3);
-  check_callable(L, 2);
+  module_check_callable(L, 2);
   lua_settop(L, 4);
   lua_pushvalue(L, 2);
   lua_pushvalue(L, 1);
@@ -751,8 +751,11 @@ static int l_continuation(lua_State *L) {
   }
   f->task.state = TASK_WAITING;
   fiber_hold(L, 5, f);
-  task_release(L, &f->task);
-  if (k) token_link(k, &f->link);
+  if (k) { /* which may have a deadline */
+    token_link(k, &f->link);
+    task_hold(L, 5, &f->task);
+  } else
+    task_release(L, &f->task);
   return 1;
 }
 
@@ -769,7 +772,8 @@ static int await_k(lua_State *L, int status, lua_KContext ctx) {
 static int converted_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status;
   if (object_test(L, -1, TAG_TASK) == NULL)
-    return error_throw(L, ERROR_ARGUMENT, "the __await metamethod must return a Task, not a %s value",
+    return error_throw(L, ERROR_ARGUMENT,
+                       "the __await metamethod must return a Task, not a %s value",
                        luaL_typename(L, -1));
   lua_replace(L, 1);
   lua_settop(L, 1);
@@ -785,7 +789,8 @@ static int await_other(lua_State *L, bool try) {
     return converted_k(L, LUA_OK, try);
   }
   if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
-    return luaL_argerror(L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
+    return luaL_argerror(
+        L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
   return luaL_typeerror(L, 1, "Task or awaitable");
 }
 
@@ -873,7 +878,8 @@ static int l_current_task(lua_State *L) {
 
 static int l_is_awaitable_here(lua_State *L) {
   struct runtime *rt = runtime(L);
-  lua_pushboolean(L, rt->me != rt->outside && ((struct fiber *)rt->me)->co == L && lua_isyieldable(L));
+  lua_pushboolean(L,
+                  rt->me != rt->outside && ((struct fiber *)rt->me)->co == L && lua_isyieldable(L));
   return 1;
 }
 

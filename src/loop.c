@@ -57,17 +57,10 @@ static void land(lua_State *L, struct task *t) {
   task_push(L, t);
   int i = lua_gettop(L);
   switch (task_kind(t)) {
-    case KIND_DELAY:
-      delay_land(L, i);
-      break;
-    case KIND_WAIT:
-      wait_op_land(L, i);
-      break;
-    case KIND_EXPIRY:
-      expiry_land(L, i);
-      break;
-    default:
-      combine_land(L, i);
+    case KIND_DELAY: delay_land(L, i); break;
+    case KIND_WAIT: wait_op_land(L, i); break;
+    case KIND_EXPIRY: expiry_land(L, i); break;
+    default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
 }
@@ -126,7 +119,8 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
 static void on_timer(uv_timer_t *timer) { (void)timer; }
 
 static void on_signal(uv_signal_t *handle, int number) {
-  struct runtime *rt = (struct runtime *)(void *)((char *)handle->loop - offsetof(struct runtime, loop));
+  struct runtime *rt =
+      (struct runtime *)(void *)((char *)handle->loop - offsetof(struct runtime, loop));
   rt->signaled = number;
 }
 
@@ -148,7 +142,9 @@ static void poll(struct runtime *rt, bool wait) {
     double due = rt->timers[0].due;
     if (!rt->timer_armed || rt->timer_due != due) {
       double seconds = due - loop_now(rt);
-      uint64_t ms = seconds <= 0 ? 0 : seconds > 1e9 ? (uint64_t)1e12 : (uint64_t)ceil(seconds * 1e3);
+      uint64_t ms = seconds <= 0    ? 0
+                    : seconds > 1e9 ? (uint64_t)1e12
+                                    : (uint64_t)ceil(seconds * 1e3);
       uv_update_time(&rt->loop);
       uv_timer_start(&rt->timer, on_timer, ms, 0);
       rt->timer_armed = true;
@@ -320,9 +316,9 @@ static void check_outside(lua_State *L, const char *what) {
     error_throw(L, ERROR_OPERATION,
                 "%s inside a task would block the event loop: await the work instead", what);
   if (rt->pumping || rt->depth > 0)
-    error_throw(L, ERROR_OPERATION,
-                "%s inside a callback: the event loop is running already; start a task (flow.spawn)",
-                what);
+    error_throw(
+        L, ERROR_OPERATION,
+        "%s inside a callback: the event loop is running already; start a task (flow.spawn)", what);
 }
 
 int loop_run(lua_State *L) {
@@ -332,15 +328,15 @@ int loop_run(lua_State *L) {
   root->task.state = TASK_QUEUED;
   loop_ready(rt, &root->task);
   switch (enter(L, 1, LOOP_DEFAULT)) {
-    case DRIVE_DONE:
-      return task_push_outcome(L, 1, &root->task);
+    case DRIVE_DONE: return task_push_outcome(L, 1, &root->task);
     case DRIVE_DEAD:
       root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
       push_report(L);
-      return error_throw(L, ERROR_OPERATION,
-                         "deadlock: no task is ready, and no timer, request or handle is alive that "
-                         "could complete one%s",
-                         lua_tostring(L, -1));
+      return error_throw(
+          L, ERROR_OPERATION,
+          "deadlock: no task is ready, and no timer, request or handle is alive that "
+          "could complete one%s",
+          lua_tostring(L, -1));
     case DRIVE_SIGNALED:
       root->task.flags |= TASK_OBSERVED;
       error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
@@ -371,7 +367,7 @@ void loop_close(lua_State *L, struct runtime *rt) {
 /* ---- Lua face ---- */
 
 static int l_run(lua_State *L) {
-  luaL_checktype(L, 1, LUA_TFUNCTION);
+  module_check_callable(L, 1);
   return loop_run(L);
 }
 
@@ -446,10 +442,8 @@ static int l_virtual(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"run", l_run},
-                                     {"watch_signals", l_watch_signals},
-                                     {"virtual", l_virtual},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"run", l_run}, {"watch_signals", l_watch_signals}, {"virtual", l_virtual}, {NULL, NULL}};
 static const luaL_Reg loop_functions[] = {{"run", l_loop_run},
                                           {"stop", l_loop_stop},
                                           {"now", l_loop_now},

@@ -58,7 +58,8 @@ static int l_newindex(lua_State *L) {
   lua_settop(L, 2);
   luaL_tolstring(L, 2, NULL);
   luaL_tolstring(L, 1, NULL);
-  return luaL_error(L, "field '%s' of '%s' cannot be assigned", lua_tostring(L, 3), lua_tostring(L, 4));
+  return luaL_error(L, "field '%s' of '%s' cannot be assigned", lua_tostring(L, 3),
+                    lua_tostring(L, 4));
 }
 
 /* upvalues: runtime, anchors, methods, properties */
@@ -103,7 +104,13 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
     lua_pushlightuserdata(L, p);
     lua_setfield(L, -2, properties->name);
   }
-  lua_pushcclosure(L, l_index, 4);
+  if (properties != NULL)
+    lua_pushcclosure(L, l_index, 4);
+  else { /* the methods themselves */
+    lua_pop(L, 1);
+    lua_replace(L, -3);
+    lua_pop(L, 1);
+  }
   lua_setfield(L, -2, "__index");
   lua_rawseti(L, UP_ANCHORS, TAG_CLASS(tag));
 }
@@ -114,6 +121,12 @@ double module_seconds(lua_State *L, int i) {
   lua_Number s = luaL_checknumber(L, i);
   luaL_argcheck(L, s >= 0, i, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
   return (double)s;
+}
+
+void module_check_callable(lua_State *L, int i) {
+  if (lua_isfunction(L, i)) return;
+  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) luaL_typeerror(L, i, "function");
+  lua_pop(L, 1);
 }
 
 void module_check_options(lua_State *L, int i, const char *const names[]) {
@@ -153,34 +166,25 @@ static int blame_type(lua_State *L, int n, const char *expected, int i) {
   return blame(L, n, lua_pushfstring(L, "%s expected, got %s", expected, got));
 }
 
-/* ---- slot tables: t[1] is the first free slot or 0; a free slot holds the next one ---- */
+/* ---- slot tables: a free slot holds the number of the next free one; 0 ends the chain ---- */
 
-int slots_add(lua_State *L, int i) {
-  i = lua_absindex(L, i);
-  lua_rawgeti(L, i, 1);
-  int slot = (int)lua_tointeger(L, -1);
-  lua_pop(L, 1);
-  if (slot != 0) {
-    lua_rawgeti(L, i, slot);
-    lua_rawseti(L, i, 1);
-  } else {
+int slots_add(lua_State *L, int i, int *first_free) {
+  int slot = *first_free;
+  if (slot == 0)
     slot = (int)lua_rawlen(L, i) + 1;
-    if (slot == 1) { /* a new table */
-      lua_pushinteger(L, 0);
-      lua_rawseti(L, i, 1);
-      slot = 2;
-    }
+  else {
+    lua_rawgeti(L, i, slot);
+    *first_free = (int)lua_tointeger(L, -1);
+    lua_pop(L, 1);
   }
   lua_rawseti(L, i, slot);
   return slot;
 }
 
-void slots_free(lua_State *L, int i, int slot) {
-  i = lua_absindex(L, i);
-  lua_rawgeti(L, i, 1);
-  lua_rawseti(L, i, slot);
-  lua_pushinteger(L, slot);
-  lua_rawseti(L, i, 1);
+void slots_free(lua_State *L, int i, int *first_free, int slot) {
+  lua_pushinteger(L, *first_free);
+  lua_rawseti(L, i < 0 && i > LUA_REGISTRYINDEX ? i - 1 : i, slot);
+  *first_free = slot;
 }
 
 /* ---- Lua face ---- */
@@ -188,7 +192,7 @@ void slots_free(lua_State *L, int i, int slot) {
 /* methods(class name) -> the table of its methods, for the library to add those written in Lua */
 static int l_methods(lua_State *L) {
   const char *name = luaL_checkstring(L, 1);
-  for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class++) {
+  for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class ++) {
     lua_rawgeti(L, UP_ANCHORS, class);
     lua_getfield(L, -1, "__name");
     if (strcmp(lua_tostring(L, -1), name) == 0) {
@@ -218,7 +222,7 @@ static int l_check_class(lua_State *L) {
   lua_settop(L, 3);
   if (lua_isuserdata(L, 2) && luaL_getmetafield(L, 2, "__name") == LUA_TSTRING &&
       strcmp(lua_tostring(L, -1), name) == 0 && lua_getmetatable(L, 2)) {
-    for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class++) {
+    for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class ++) {
       lua_rawgeti(L, UP_ANCHORS, class);
       if (lua_rawequal(L, -1, -2)) return 0;
       lua_pop(L, 1);
@@ -301,7 +305,8 @@ static void runtime_new(lua_State *L) {
   runtime_table(L, RUNTIME_LOCALS, "v");
   runtime_table(L, RUNTIME_WATCHED, "v");
   lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
-  for (lua_Integer class = 1; class <= TAG_LAST; class++) { /* no free slot; room for the metatables */
+  for (lua_Integer class = 1; class <= TAG_LAST;
+       class ++) { /* no free slot; room for the metatables */
     lua_pushinteger(L, 0);
     lua_rawseti(L, -2, class);
   }

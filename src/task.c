@@ -32,7 +32,7 @@ struct task *task_new(lua_State *L, int kind, size_t size, int uservalues) {
 void task_hold(lua_State *L, int i, struct task *t) {
   lua_pushvalue(L, i);
   if (t->slot == 0)
-    t->slot = slots_add(L, UP_ANCHORS);
+    t->slot = slots_add(L, UP_ANCHORS, &runtime(L)->free_slot);
   else
     lua_rawseti(L, UP_ANCHORS, t->slot);
 }
@@ -40,14 +40,14 @@ void task_hold(lua_State *L, int i, struct task *t) {
 void task_release(lua_State *L, struct task *t) {
   lua_pushlightuserdata(L, t);
   if (t->slot == 0)
-    t->slot = slots_add(L, UP_ANCHORS);
+    t->slot = slots_add(L, UP_ANCHORS, &runtime(L)->free_slot);
   else
     lua_rawseti(L, UP_ANCHORS, t->slot);
 }
 
 void task_forget(lua_State *L, struct task *t) {
   if (t->slot == 0) return;
-  slots_free(L, UP_ANCHORS, t->slot);
+  slots_free(L, UP_ANCHORS, &runtime(L)->free_slot, t->slot);
   t->slot = 0;
 }
 
@@ -90,6 +90,29 @@ static void list_remove(struct wait *w) {
   w->on = NULL;
 }
 
+/* A table of waiters keeps the number of its first free slot in its first slot. */
+
+/* [-1, +0, m] puts the waiter on top into the table below it */
+static uint32_t table_add(lua_State *L) {
+  lua_rawgeti(L, -2, 1);
+  int first_free = (int)lua_tointeger(L, -1);
+  lua_pop(L, 1);
+  int slot = slots_add(L, -2, &first_free);
+  lua_pushinteger(L, first_free);
+  lua_rawseti(L, -2, 1);
+  return (uint32_t)slot;
+}
+
+/* [-0, +0, -] from the table on top */
+static void table_free(lua_State *L, uint32_t slot) {
+  lua_rawgeti(L, -1, 1);
+  int first_free = (int)lua_tointeger(L, -1);
+  lua_pop(L, 1);
+  slots_free(L, -1, &first_free, (int)slot);
+  lua_pushinteger(L, first_free);
+  lua_rawseti(L, -2, 1);
+}
+
 bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   uint32_t pos = 0;
@@ -98,11 +121,13 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   int held = lua_getiuservalue(L, on, TASK_WAITERS);
   if (held == LUA_TUSERDATA) { /* the second waiter: the first one moves into a table with it */
     lua_createtable(L, 3, 0);
+    lua_pushinteger(L, 0);
+    lua_rawseti(L, -2, 1);
     held = lua_getiuservalue(L, on, TASK_WAITERS); /* first table held */
     if (held == LUA_TUSERDATA && !task_done(t)) {
       struct wait *first = t->waiters;
       while (first->pos != 0) first = first->prev;
-      uint32_t first_pos = (uint32_t)slots_add(L, -2);
+      uint32_t first_pos = table_add(L);
       lua_pushvalue(L, -1);
       lua_setiuservalue(L, on, TASK_WAITERS);
       first->pos = first_pos;
@@ -117,7 +142,7 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   }
   lua_pushvalue(L, owner); /* held owner */
   if (held == LUA_TTABLE)
-    pos = (uint32_t)slots_add(L, -2);
+    pos = table_add(L);
   else
     lua_setiuservalue(L, on, TASK_WAITERS);
   lua_pop(L, 1);
@@ -138,7 +163,7 @@ void wait_remove(lua_State *L, int on, struct wait *w) {
     lua_setiuservalue(L, on, TASK_WAITERS);
   } else {
     lua_getiuservalue(L, on, TASK_WAITERS);
-    slots_free(L, -1, (int)w->pos);
+    table_free(L, w->pos);
     lua_pop(L, 1);
   }
 }
@@ -189,7 +214,8 @@ void wait_notify(lua_State *L, struct runtime *rt, int on) {
 /* ---- outcomes ---- */
 
 /* [-1, +0, -] the outcome is complete: the result is on top; `error`: where its trace comes from */
-static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum task_state s, int from) {
+static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum task_state s,
+                   int from) {
   if (i < 0) i = lua_absindex(L, i);
   lua_setiuservalue(L, i, TASK_RESULT);
   t->state = (uint8_t)s;
@@ -289,9 +315,9 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 }
 
 void task_push_name(lua_State *L, int i) {
-  static const char *const kinds[KIND_COUNT] = {"task",      "promise",   "delay",
-                                                "wait_async", "when_all", "when_any",
-                                                "when_each", "cancel_after"};
+  static const char *const kinds[KIND_COUNT] = {"task",       "promise",     "delay",
+                                                "wait_async", "when_all",    "when_any",
+                                                "when_each",  "cancel_after"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
@@ -334,8 +360,9 @@ struct task *task_awaitable(lua_State *L, int i) {
 /* ---- Lua face: Task ---- */
 
 static int l_status(lua_State *L) {
-  static const char *const names[] = {"created", "waiting_to_run",    "running", "waiting_for_activation",
-                                      "ran_to_completion", "faulted", "canceled"};
+  static const char *const names[] = {
+      "created",           "waiting_to_run", "running", "waiting_for_activation",
+      "ran_to_completion", "faulted",        "canceled"};
   const struct task *t = task_check(L, 1);
   bool resuming = t->state == TASK_QUEUED && t->flags & TASK_STARTED; /* still suspended */
   lua_pushstring(L, names[resuming ? TASK_WAITING : t->state]);
@@ -417,7 +444,8 @@ static int l_newindex(lua_State *L) {
   if (strcmp(key, "name") != 0)
     return luaL_error(L, "field '%s' of a Task cannot be assigned", key);
   if (lua_type(L, 3) != LUA_TSTRING)
-    return luaL_error(L, "the name of a Task must be a string, not a %s value", luaL_typename(L, 3));
+    return luaL_error(L, "the name of a Task must be a string, not a %s value",
+                      luaL_typename(L, 3));
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
   lua_pushvalue(L, 1);
   lua_pushvalue(L, 3);
@@ -518,8 +546,9 @@ static bool completable(lua_State *L, bool must) {
   lua_pop(L, 1);
   if (!task_done(t)) return true;
   if (must)
-    error_throw(L, ERROR_OPERATION, "the completion source has already been completed: "
-                                    "use the try_ form where several may complete it");
+    error_throw(L, ERROR_OPERATION,
+                "the completion source has already been completed: "
+                "use the try_ form where several may complete it");
   return false;
 }
 

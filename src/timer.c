@@ -62,7 +62,8 @@ void timer_reserve(lua_State *L) {
 
 void timer_add(struct runtime *rt, struct deadline *d, struct task *owner, double seconds) {
   d->owner = owner;
-  sift_up(rt, rt->timer_count++, (struct timer_entry){loop_now(rt) + seconds, rt->timer_order++, d});
+  sift_up(rt, rt->timer_count++,
+          (struct timer_entry){loop_now(rt) + seconds, rt->timer_order++, d});
 }
 
 void timer_drop(struct runtime *rt, struct deadline *d) {
@@ -152,8 +153,7 @@ static int l_delay(lua_State *L) {
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   lua_settop(L, 2);
-  struct delay *d =
-      (struct delay *)task_new(L, KIND_DELAY, sizeof *d, k ? OP_TOKEN : OP_TOKEN - 1);
+  struct delay *d = (struct delay *)task_new(L, KIND_DELAY, sizeof *d, k ? OP_TOKEN : OP_TOKEN - 1);
   struct task *t = &d->pending.task;
   d->deadline.index = -1;
   if (k != NULL && token_canceled(k)) {
@@ -201,10 +201,14 @@ static int l_sleep(lua_State *L) {
   me->u.deadline.index = -1;
   me->u.wait.on = NULL;
   me->task.state = TASK_WAITING;
-  if (seconds == HUGE_VAL)
+  if (seconds != HUGE_VAL)
+    timer_add(rt, &me->u.deadline, &me->task, seconds);
+  else if (k ==
+           NULL) { /* for ever: nothing holds it; under a token, which may have a deadline, we do */
+    task_push(L, &me->task);
     task_release(L, &me->task);
-  else
-    timer_add(runtime(L), &me->u.deadline, &me->task, seconds);
+    lua_pop(L, 1);
+  }
   if (k != NULL) token_link(k, &me->link);
   return fiber_suspend(L, me, 0, sleep_k);
 }
@@ -218,7 +222,9 @@ struct wait_op {
   double seconds;
 };
 
-void wait_op_fire(lua_State *L, struct runtime *rt, int i) { loop_land(L, rt, i, (struct task *)lua_touserdata(L, i)); }
+void wait_op_fire(lua_State *L, struct runtime *rt, int i) {
+  loop_land(L, rt, i, (struct task *)lua_touserdata(L, i));
+}
 
 void wait_op_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
@@ -305,9 +311,7 @@ int timer_wait_async(lua_State *L) { return new_wait(L, false); }
 
 void timer_push_wait(lua_State *L) { new_wait(L, true); }
 
-static const luaL_Reg functions[] = {{"delay", l_delay},
-                                     {"sleep", l_sleep},
-                                     {"wait_async", timer_wait_async},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"delay", l_delay}, {"sleep", l_sleep}, {"wait_async", timer_wait_async}, {NULL, NULL}};
 
 void timer_open(lua_State *L) { module_functions(L, functions); }

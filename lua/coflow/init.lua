@@ -190,18 +190,14 @@ function flow.main(fn, ...)
   if core.current_task() then
     error(flow.errors.InvalidOperation("main inside a task would block the event loop: call the function"), 0)
   end
-  local task
-  local function root(...)
-    task = core.current_task()
-    return fn(...)
-  end
+  local task = core.spawn(fn, ...)
   core.watch_signals(true)
-  local ok, result = pcall(core.run, root, ...)
+  local ok, result = pcall(core.await, task)
   core.watch_signals(false)
   if ok then return math.type(result) == "integer" and result or 0 end
   if flow.errors.is(result, "OperationCanceled") and result.signal then return 128 + result.signal end
   io.stderr:write(tostring(result), "\n")
-  if task and task.is_faulted then io.stderr:write(task:traceback(), "\n") end
+  if task.is_faulted then io.stderr:write(task:traceback(), "\n") end
   return 1
 end
 

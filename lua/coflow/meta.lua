@@ -466,7 +466,6 @@ flow.CancellationToken = {}
 
 ---A callback on a token. A to-be-closed value: closing it unregisters it.
 ---@class coflow.CancellationTokenRegistration
----@field token coflow.CancellationToken
 local CancellationTokenRegistration = {}
 
 ---Takes the callback off the token.

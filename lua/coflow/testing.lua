@@ -24,6 +24,10 @@ function testing.run(fn, options)
       error(("bad argument #2 to 'run' (unknown option '%s')"):format(tostring(key)), 2)
     end
   end
+  if core.current_task() then
+    error(core.errors.InvalidOperation("testing.run inside a task: it drives the loop itself, "
+      .. "with a clock of its own"), 0)
+  end
   core.virtual(options and options.start_time or 0)
   local _ <close> = setmetatable({}, { __close = function() core.virtual(nil) end })
   return core.run(fn, setmetatable({}, Clock))
