@@ -65,7 +65,7 @@ static lua_Integer collect(lua_State *L, bool *list) {
   }
   luaL_argcheck(L, size >= 0 && size < 100000000, 1, "field 'n' is out of range");
   lua_settop(L, 1);
-  lua_newtable(L); /* table tasks */
+  lua_createtable(L, (int)(*list ? size : count), 0); /* table tasks */
   if (*list) {
     for (lua_Integer i = 1; i <= size; i++) {
       lua_pushinteger(L, i);

@@ -123,8 +123,7 @@ double module_seconds(lua_State *L, int i) {
   return (double)s;
 }
 
-void module_check_callable(lua_State *L, int i) {
-  if (lua_isfunction(L, i)) return;
+void module_check_call(lua_State *L, int i) {
   if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) luaL_typeerror(L, i, "function");
   lua_pop(L, 1);
 }
