@@ -105,7 +105,7 @@ void fiber_trim(lua_State *L) {
 /* [-0, +1, -] an argument of fiber_main, on whose coroutine anything may be going on; or nil */
 static void push_argument(lua_State *L, lua_State *co, int n) {
   lua_Debug ar;
-  int low = 0, high = 1;
+  int low = -1, high = 3; /* mostly: what suspends, the function, fiber_main */
   if (co == NULL || !lua_checkstack(co, 1)) {
     lua_pushnil(L);
     return;
@@ -118,14 +118,15 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
       lua_pushvalue(co, BOTTOM + 1 + n);
   } else {
     while (lua_getstack(co, high, &ar)) low = high, high *= 2;
-    while (high - low > 1) { /* the outermost level */
+    while (high - low > 1) { /* the outermost level lies between */
       int middle = low + (high - low) / 2;
       if (lua_getstack(co, middle, &ar))
         low = middle;
       else
         high = middle;
     }
-    if (!lua_getstack(co, low, &ar) || !lua_getlocal(co, &ar, n)) lua_pushnil(co);
+    /* `ar` is of the last level that was found, which is low: nothing was found above it since */
+    if (low < 0 || lua_getlocal(co, &ar, n) == NULL) lua_pushnil(co);
   }
   if (co != L) lua_xmove(co, L, 1);
 }
