@@ -739,7 +739,7 @@ static int l_source_dispose(lua_State *L) {
   k->disposed = true;
   disarm(L, 2);
   unlink_parents(L, 2);
-  detach_all(L, 2);
+  if (!k->canceled) detach_all(L, 2); /* else they are being run, and go on */
   return 0;
 }
 

@@ -278,7 +278,7 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
 void module_functions(lua_State *L,
                       const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
 double module_seconds(lua_State *L, int i);       /* [-0, +0, v] >= 0, no NaN */
-void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
+void module_check_call(lua_State *L, int i);      /* [-0, +0, v] it has __call */
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }

@@ -37,7 +37,7 @@ static const char *const error_names[ERROR_COUNT] = {"OperationCanceled",
 
 enum record_field { RECORD_TEXT = 1, RECORD_ERROR, RECORD_NAME, RECORD_INNER };
 enum { FAULT_TASK = 1, FAULT_RECORD };
-enum { TRACE_SEGMENTS = 40 };
+enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30 };
 
 /* ---- objects ---- */
 
@@ -80,19 +80,46 @@ bool error_is(lua_State *L, int i, enum error_kind kind) {
 
 /* ---- traces ---- */
 
-/* [-0, +1, m] the traceback of `from` as lines, without the frames of our own below the body */
+/* [-0, +0, m] adds the frame to the buffer, as luaL_traceback would, but for the search of all loaded
+** modules for a better name, which costs more than everything else here */
+static void add_frame(lua_State *L, luaL_Buffer *b, const lua_Debug *ar) {
+  if (ar->currentline > 0)
+    lua_pushfstring(L, "\n\t%s:%d: in ", ar->short_src, ar->currentline);
+  else
+    lua_pushfstring(L, "\n\t%s: in ", ar->short_src);
+  luaL_addvalue(b);
+  if (strcmp(ar->namewhat, "global") == 0)
+    lua_pushfstring(L, "function '%s'", ar->name);
+  else if (*ar->namewhat != '\0')
+    lua_pushfstring(L, "%s '%s'", ar->namewhat, ar->name);
+  else if (*ar->what == 'm')
+    lua_pushliteral(L, "main chunk");
+  else if (*ar->what != 'C')
+    lua_pushfstring(L, "function <%s:%d>", ar->short_src, ar->linedefined);
+  else
+    lua_pushliteral(L, "?");
+  luaL_addvalue(b);
+  if (ar->istailcall) luaL_addstring(b, "\n\t(...tail calls...)");
+}
+
+/* [-0, +1, m] the stack of `from` as lines; not the last frame, the body of the fiber, which is ours */
 static void push_frames(lua_State *L, lua_State *from, int level) {
-  static const char bottom[] = "\n\t[C]: in ?";
-  luaL_traceback(L, from, NULL, level);
-  size_t n;
-  const char *s = lua_tolstring(L, -1, &n);
-  const char *start = strchr(s, '\n'); /* drop the line "stack traceback:" */
-  start = start ? start : s + n;
-  while ((size_t)(s + n - start) >= sizeof bottom - 1 &&
-         memcmp(s + n - (sizeof bottom - 1), bottom, sizeof bottom - 1) == 0)
-    n -= sizeof bottom - 1;
-  lua_pushlstring(L, start, (size_t)(s + n - start));
-  lua_remove(L, -2);
+  lua_Debug ar, next;
+  luaL_Buffer b;
+  luaL_buffinit(L, &b);
+  bool more = lua_getstack(from, level, &ar);
+  for (int n = 0; more; n++) {
+    more = lua_getstack(from, ++level, &next);
+    if (!more) break;
+    if (n == TRACE_FRAMES) {
+      luaL_addstring(&b, "\n\t...");
+      break;
+    }
+    lua_getinfo(from, "Slnt", &ar);
+    add_frame(L, &b, &ar);
+    ar = next;
+  }
+  luaL_pushresult(&b);
 }
 
 /* [-0, +1, m] one line, for cancellations: they are many, and no accident */
