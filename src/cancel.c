@@ -3,9 +3,10 @@
 **
 ** The token is the thing; a source is the right to cancel it. A token knows
 **
-** - its registrations, an intrusive list with the newest first. Each is a userdata that the token
-**   holds in a slot table, so that a callback runs though nobody kept its registration. A linked
-**   source is a registration of another sort: it holds the token to be canceled next.
+** - its registrations, newest first, each a userdata that holds the next older one, so that a callback
+**   runs though nobody kept its registration. Unregistering only marks it and lets its callback go: the
+**   dead leave the chain when they are at its head, or when they might outnumber the living (sweep).
+**   A linked source is a registration of another sort: it holds the token to be canceled next.
 ** - what it interrupts: operations (struct pending), which it holds likewise, and parked fibers, by
 **   address only: a token keeps no parked task alive. Both leave when they complete.
 **
@@ -13,7 +14,7 @@
 ** above it (TOKEN_UP), the walk goes down into a link and comes back up. Every callback runs, newest
 ** first, under a protected call; the errors are collected in that order and raised as one Aggregate.
 **
-** Invariant: r->token != NULL exactly while r is in its token's list, and then TOKEN_HELD[r->slot] == r.
+** Invariant: token->newest is the C face of TOKEN_NEWEST, r->older that of REGISTRATION_OLDER.
 **
 ** Source:    .NET CancellationTokenSource. One thread cancels here, so dispose never waits.
 ** SPDX-License-Identifier: MIT
@@ -26,12 +27,14 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  int free_slot; /* of TOKEN_HELD */
+  int free_slot;      /* of TOKEN_HELD, the table of interrupted operations */
+  int count, limit;   /* registrations in the chain; when to sweep it */
   struct registration *newest;
   struct link pendings; /* head of a circular list */
 };
 enum {
   TOKEN_HELD = 1,
+  TOKEN_NEWEST,
   TOKEN_REASON,
   TOKEN_CAUSE,
   TOKEN_UP,
@@ -48,14 +51,13 @@ enum { SOURCE_TOKEN = 1 };
 
 struct registration {
   uint32_t tag;
+  bool pending; /* its callback may still run */
   bool link, captured, packed;
   bool in_context; /* the captured context is not the empty one */
-  int slot;
-  struct token *token;
-  struct registration *newer, *older;
+  struct registration *older;
 };
 /* of a link, REGISTRATION_TARGET is the token to cancel; else a function or { function, arguments, n } */
-enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT, REGISTRATION_TOKEN };
+enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT, REGISTRATION_OLDER };
 
 struct expiry { /* the armed deadline of a token, which it holds */
   struct task task;
@@ -180,24 +182,10 @@ static void disarm(lua_State *L, int k) {
   lua_pop(L, 1);
 }
 
-/* [-0, +0, -] takes the registration at r out of its token at k */
-static void detach(lua_State *L, int k, struct registration *r) {
-  struct token *token = r->token;
-  if (r->newer)
-    r->newer->older = r->older;
-  else
-    token->newest = r->older;
-  if (r->older) r->older->newer = r->newer;
-  r->newer = r->older = NULL;
-  r->token = NULL;
-  lua_getiuservalue(L, k, TOKEN_HELD);
-  slots_free(L, -1, &token->free_slot, r->slot);
-  lua_pop(L, 1);
-}
-
-/* [-0, +0, -] lets go of what the registration r at i holds */
+/* [-0, +0, -] the callback of the registration r at i will not run any more; lets go of it */
 static void clear(lua_State *L, int i, struct registration *r) {
   if (i < 0) i = lua_absindex(L, i);
+  r->pending = false;
   lua_pushnil(L);
   lua_setiuservalue(L, i, REGISTRATION_TARGET);
   if (!r->in_context) return;
@@ -205,37 +193,96 @@ static void clear(lua_State *L, int i, struct registration *r) {
   lua_setiuservalue(L, i, REGISTRATION_CONTEXT);
 }
 
-/* [-0, +0, -] drops all registrations of the token at k */
-static void detach_all(lua_State *L, int k) {
+/* [-0, +1, -] takes the newest registration off the chain of the token at k */
+static struct registration *take_newest(lua_State *L, int k) {
   struct token *token = (struct token *)lua_touserdata(L, k);
+  struct registration *r = token->newest;
   k = lua_absindex(L, k);
+  lua_getiuservalue(L, k, TOKEN_NEWEST);
+  lua_getiuservalue(L, -1, REGISTRATION_OLDER);
+  lua_setiuservalue(L, k, TOKEN_NEWEST);
+  lua_pushnil(L);
+  lua_setiuservalue(L, -2, REGISTRATION_OLDER);
+  token->newest = r->older;
+  token->count--;
+  r->older = NULL;
+  return r;
+}
+
+/* [-0, +0, -] takes the dead out of the chain of the token at k */
+static void sweep(lua_State *L, int k) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  while (token->newest && !token->newest->pending) {
+    take_newest(L, k);
+    lua_pop(L, 1);
+  }
+  if (token->newest == NULL) return;
+  lua_getiuservalue(L, k, TOKEN_NEWEST); /* one that stays */
+  for (struct registration *r = token->newest; r->older != NULL;) {
+    lua_getiuservalue(L, -1, REGISTRATION_OLDER); /* stays next */
+    struct registration *next = r->older;
+    if (next->pending) {
+      lua_replace(L, -2);
+      r = next;
+      continue;
+    }
+    lua_getiuservalue(L, -1, REGISTRATION_OLDER);
+    lua_setiuservalue(L, -3, REGISTRATION_OLDER);
+    lua_pushnil(L);
+    lua_setiuservalue(L, -2, REGISTRATION_OLDER);
+    lua_pop(L, 1);
+    r->older = next->older;
+    next->older = NULL;
+    token->count--;
+  }
+  lua_pop(L, 1);
+}
+
+/* [-0, +0, -] puts the registration at i on top of the chain of the token at k */
+static void attach(lua_State *L, int k, int i) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  struct registration *r = (struct registration *)lua_touserdata(L, i);
+  if (token->newest && !token->newest->pending) { /* registered and unregistered again and again */
+    take_newest(L, k);
+    lua_pop(L, 1);
+  }
+  if (token->count > token->limit) {
+    sweep(L, k);
+    token->limit = 2 * token->count + 16;
+  }
+  if (token->newest != NULL) {
+    lua_getiuservalue(L, k, TOKEN_NEWEST);
+    lua_setiuservalue(L, i, REGISTRATION_OLDER);
+  }
+  lua_pushvalue(L, i);
+  lua_setiuservalue(L, k, TOKEN_NEWEST);
+  r->older = token->newest;
+  token->newest = r;
+  token->count++;
+  r->pending = true;
+}
+
+/* [-0, +0, -] drops all registrations of the token at k */
+static void drop_registrations(lua_State *L, int k) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
   while (token->newest) {
-    lua_getiuservalue(L, k, TOKEN_HELD);
-    lua_rawgeti(L, -1, token->newest->slot);
-    struct registration *r = token->newest;
-    detach(L, k, r);
+    struct registration *r = take_newest(L, k);
     clear(L, -1, r);
-    lua_pop(L, 2);
+    lua_pop(L, 1);
   }
 }
 
 /* [-0, +0, -] takes the token at k out of the tokens it is linked to */
 static void unlink_parents(lua_State *L, int k) {
   k = lua_absindex(L, k);
-  if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TTABLE)
-    for (int i = 1; lua_rawgeti(L, -1, i) == LUA_TUSERDATA; i++, lua_pop(L, 1)) {
-      struct registration *r = (struct registration *)lua_touserdata(L, -1);
-      if (r->token == NULL) continue;
-      lua_getiuservalue(L, -1, REGISTRATION_TOKEN);
-      detach(L, -1, r);
-      lua_pop(L, 1);
-      clear(L, -1, r);
-    }
-  else
+  if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TTABLE) {
+    for (int i = 1; lua_rawgeti(L, -1, i) == LUA_TUSERDATA; i++, lua_pop(L, 1))
+      clear(L, -1, (struct registration *)lua_touserdata(L, -1));
+    lua_pop(L, 1);
     lua_pushnil(L);
-  lua_pop(L, 2);
-  lua_pushnil(L);
-  lua_setiuservalue(L, k, TOKEN_LINKS);
+    lua_setiuservalue(L, k, TOKEN_LINKS);
+  }
+  lua_pop(L, 1);
 }
 
 /* ---- canceling ---- */
@@ -318,10 +365,11 @@ static void run_callbacks(lua_State *L, int k, bool first) {
       lua_replace(L, at);
       continue;
     }
-    lua_getiuservalue(L, at, TOKEN_HELD);
-    lua_rawgeti(L, -1, r->slot);
-    lua_replace(L, -2); /* errors token registration */
-    detach(L, at, r);
+    take_newest(L, at); /* errors token registration */
+    if (!r->pending) {
+      lua_pop(L, 1);
+      continue;
+    }
     if (r->link) {
       lua_getiuservalue(L, -1, REGISTRATION_TARGET); /* … child */
       clear(L, -2, r);
@@ -344,7 +392,7 @@ static void run_callbacks(lua_State *L, int k, bool first) {
     if (call(L, -1) != LUA_OK) { /* errors token registration error */
       if (first) {
         for (bool up = true; up;) { /* what is left of the whole walk is dropped */
-          detach_all(L, at);
+          drop_registrations(L, at);
           up = lua_getiuservalue(L, at, TOKEN_UP) != LUA_TNIL;
           if (!up) break;
           lua_pushnil(L);
@@ -477,40 +525,17 @@ static int l_is_token(lua_State *L) {
   return 1;
 }
 
-/* [-0, +1, m] a registration on the token at k, not yet in its list; target and context are nil */
-static struct registration *registration_new(lua_State *L, int k) {
-  k = lua_absindex(L, k);
-  push_held(L, k); /* the table is there from now on: attach creates nothing */
-  lua_pop(L, 1);
-  struct registration *r =
-      (struct registration *)object_new(L, TAG_REGISTRATION, sizeof *r, REGISTRATION_TOKEN);
-  lua_pushvalue(L, k);
-  lua_setiuservalue(L, -2, REGISTRATION_TOKEN);
-  return r;
-}
-
-/* [-0, +0, m] puts the registration at i into the list of its token at k */
-static void attach(lua_State *L, int k, int i) {
-  struct token *token = (struct token *)lua_touserdata(L, k);
-  struct registration *r = (struct registration *)lua_touserdata(L, i);
-  i = lua_absindex(L, i);
-  lua_getiuservalue(L, k, TOKEN_HELD);
-  lua_pushvalue(L, i);
-  r->slot = slots_add(L, -2, &token->free_slot);
-  lua_pop(L, 1);
-  r->token = token;
-  r->older = token->newest;
-  if (r->older) r->older->newer = r;
-  token->newest = r;
+/* [-0, +1, m] a registration, not yet in a chain; its user values are nil */
+static struct registration *registration_new(lua_State *L) {
+  return (struct registration *)object_new(L, TAG_REGISTRATION, sizeof(struct registration),
+                                           REGISTRATION_OLDER);
 }
 
 /* [-0, +1, m] the one registration of the token at k whose callback will not run, or has run */
 static int push_inert(lua_State *L, int k) {
   if (lua_getiuservalue(L, k, TOKEN_INERT) == LUA_TNIL) {
     lua_pop(L, 1);
-    object_new(L, TAG_REGISTRATION, sizeof(struct registration), REGISTRATION_TOKEN);
-    lua_pushvalue(L, k);
-    lua_setiuservalue(L, -2, REGISTRATION_TOKEN);
+    registration_new(L);
     lua_pushvalue(L, -1);
     lua_setiuservalue(L, k, TOKEN_INERT);
   }
@@ -530,7 +555,7 @@ static int register_callback(lua_State *L, bool capture) {
     lua_setfield(L, 2, "n");
   }
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
-  struct registration *r = registration_new(L, 1);
+  struct registration *r = registration_new(L);
   r->captured = capture;
   r->packed = n > 1;
   lua_pushvalue(L, 2);
@@ -553,13 +578,8 @@ static int l_unsafe_register(lua_State *L) { return register_callback(L, false);
 
 static int l_unregister(lua_State *L) {
   struct registration *r = (struct registration *)object_check(L, 1, TAG_REGISTRATION);
-  bool pending = r->token != NULL;
-  if (pending) {
-    lua_settop(L, 1);
-    lua_getiuservalue(L, 1, REGISTRATION_TOKEN);
-    detach(L, 2, r);
-    clear(L, 1, r);
-  }
+  bool pending = r->pending;
+  if (pending) clear(L, 1, r);
   lua_pushboolean(L, pending);
   return 1;
 }
@@ -629,7 +649,7 @@ static int l_source_linked(lua_State *L) {
   struct token *token = (struct token *)lua_touserdata(L, k);
   lua_createtable(L, n, 0); /* … source token links */
   for (int i = 1; i <= n; i++) {
-    registration_new(L, i)->link = true;
+    registration_new(L)->link = true;
     lua_pushvalue(L, k);
     lua_setiuservalue(L, -2, REGISTRATION_TARGET);
     lua_rawseti(L, k + 1, i);
@@ -650,7 +670,7 @@ static int l_source_linked(lua_State *L) {
   for (int i = 1; i <= n; i++)
     if (!((struct token *)lua_touserdata(L, i))->never) {
       lua_rawgeti(L, k + 1, i);
-      attach(L, i, -1);
+      attach(L, i, k + 2);
       lua_pop(L, 1);
     }
   lua_setiuservalue(L, k, TOKEN_LINKS);
@@ -699,7 +719,12 @@ static int l_source_cancel_async(lua_State *L) {
     task_settle_faulted(L, rt, 4, 0);
     return 1;
   }
-  if (token->canceled || (mark(L, 3, 2, 0), token->newest == NULL)) {
+  bool begun = token->canceled;
+  if (!begun) {
+    mark(L, 3, 2, 0);
+    sweep(L, 3);
+  }
+  if (begun || token->newest == NULL) {
     task_new(L, KIND_PROMISE, sizeof(struct task), 2);
     task_settle(L, rt, 4, 0);
     return 1;
@@ -725,7 +750,7 @@ static int l_source_try_reset(lua_State *L) {
   struct token *k = source_token(L, true);
   if (!k->canceled) {
     disarm(L, 2);
-    detach_all(L, 2);
+    drop_registrations(L, 2);
   }
   lua_pushboolean(L, !k->canceled);
   return 1;
@@ -739,7 +764,7 @@ static int l_source_dispose(lua_State *L) {
   k->disposed = true;
   disarm(L, 2);
   unlink_parents(L, 2);
-  if (!k->canceled) detach_all(L, 2); /* else they are being run, and go on */
+  if (!k->canceled) drop_registrations(L, 2); /* else they are being run, and go on */
   return 0;
 }
 
