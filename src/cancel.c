@@ -27,8 +27,8 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  int free_slot;      /* of TOKEN_HELD, the table of interrupted operations */
-  int count, limit;   /* registrations in the chain; when to sweep it */
+  int free_slot;    /* of TOKEN_HELD, the table of interrupted operations */
+  int count, limit; /* registrations in the chain; when to sweep it */
   struct registration *newest;
   struct link pendings; /* head of a circular list */
 };
@@ -242,21 +242,30 @@ static void sweep(lua_State *L, int k) {
 static void attach(lua_State *L, int k, int i) {
   struct token *token = (struct token *)lua_touserdata(L, k);
   struct registration *r = (struct registration *)lua_touserdata(L, i);
-  if (token->newest && !token->newest->pending) { /* registered and unregistered again and again */
-    take_newest(L, k);
-    lua_pop(L, 1);
-  }
   if (token->count > token->limit) {
     sweep(L, k);
     token->limit = 2 * token->count + 16;
   }
-  if (token->newest != NULL) {
+  struct registration *head = token->newest;
+  r->older = head;
+  if (head != NULL) {
     lua_getiuservalue(L, k, TOKEN_NEWEST);
-    lua_setiuservalue(L, i, REGISTRATION_OLDER);
+    if (!head->pending) { /* registered and unregistered again and again: it gives up its place */
+      if (head->older != NULL) {
+        lua_getiuservalue(L, -1, REGISTRATION_OLDER);
+        lua_pushnil(L);
+        lua_setiuservalue(L, -3, REGISTRATION_OLDER);
+        lua_setiuservalue(L, i, REGISTRATION_OLDER);
+      }
+      lua_pop(L, 1);
+      r->older = head->older;
+      head->older = NULL;
+      token->count--;
+    } else
+      lua_setiuservalue(L, i, REGISTRATION_OLDER);
   }
   lua_pushvalue(L, i);
   lua_setiuservalue(L, k, TOKEN_NEWEST);
-  r->older = token->newest;
   token->newest = r;
   token->count++;
   r->pending = true;
@@ -317,8 +326,9 @@ static int call(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
   i = lua_absindex(L, i);
   uint16_t suppressed = rt->me->flags & TASK_SUPPRESSED;
-  if (r->captured) {
-    rt->me->flags &= (uint16_t)~TASK_SUPPRESSED;
+  bool swap = r->captured && (r->in_context || rt->me->flags & TASK_HAS_CONTEXT);
+  if (r->captured) rt->me->flags &= (uint16_t)~TASK_SUPPRESSED;
+  if (swap) {
     lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
     context_swap(L); /* old */
   } else
@@ -340,9 +350,11 @@ static int call(lua_State *L, int i) {
   rt->depth--;
   if (r->captured) {
     rt->me->flags = (uint16_t)((rt->me->flags & ~TASK_SUPPRESSED) | suppressed);
-    lua_pushvalue(L, old);
-    context_swap(L);
-    lua_pop(L, 1);
+    if (swap || rt->me->flags & TASK_HAS_CONTEXT) {
+      lua_pushvalue(L, old);
+      context_swap(L);
+      lua_pop(L, 1);
+    }
   }
   lua_remove(L, old);
   return status;

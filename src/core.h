@@ -270,7 +270,11 @@ static inline void *object_test(lua_State *L, int i, uint32_t tag) {
   uint32_t *o = (uint32_t *)lua_touserdata(L, i);
   return (*o & (tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF)) == tag ? (void *)o : NULL;
 }
-void *object_check(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises a type error else */
+void *object_refuse(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises the type error */
+static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0, v] */
+  void *o = object_test(L, i, tag);
+  return o ? o : object_refuse(L, i, tag);
+}
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,

@@ -20,14 +20,11 @@ static const char runtime_key = 0;
 
 /* ---- objects ---- */
 
-void *object_check(lua_State *L, int i, uint32_t tag) {
-  void *o = object_test(L, i, tag);
-  if (o == NULL) {
-    lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
-    lua_getfield(L, -1, "__name");
-    luaL_typeerror(L, i, lua_tostring(L, -1));
-  }
-  return o;
+void *object_refuse(lua_State *L, int i, uint32_t tag) {
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
+  lua_getfield(L, -1, "__name");
+  luaL_typeerror(L, i, lua_tostring(L, -1));
+  return NULL;
 }
 
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {

@@ -339,8 +339,7 @@ void task_push_name(lua_State *L, int i) {
 /* ---- arguments ---- */
 
 struct task *task_check(lua_State *L, int i) {
-  struct task *t = (struct task *)object_test(L, i, TAG_TASK);
-  return t ? t : (struct task *)object_check(L, i, TAG_TASK);
+  return (struct task *)object_check(L, i, TAG_TASK);
 }
 
 struct task *task_awaitable(lua_State *L, int i) {
