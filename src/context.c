@@ -460,8 +460,8 @@ static void push_pair(lua_State *L, int flowing, int private) {
   lua_setiuservalue(L, -2, PAIR_PRIVATE);
 }
 
-/* [-0, +0, me] local at l = value at v for the running task; nil removes it. Calls the handler. */
-static void local_set(lua_State *L, int l, int v) {
+/* [-0, +0, me] local at l = value at v for the running task, where handlers or pairs are about */
+static void local_set_anyhow(lua_State *L, int l, int v) {
   struct local *o = (struct local *)lua_touserdata(L, l);
   int top = lua_gettop(L);
   luaL_checkstack(L, 30, NULL);
@@ -498,6 +498,39 @@ static void local_set(lua_State *L, int l, int v) {
       lua_pushvalue(L, v);
     lua_pushboolean(L, 0);
     lua_call(L, 4, 0);
+  }
+  lua_settop(L, top);
+}
+
+/* [-0, +0, me] local at l = value at v for the running task; nil removes it. Calls the handler. */
+static void local_set(lua_State *L, int l, int v) {
+  struct local *o = (struct local *)lua_touserdata(L, l);
+  struct runtime *rt = runtime(L);
+  struct task *me = rt->me;
+  int top = lua_gettop(L);
+  task_push(L, me);
+  bool plain =
+      o->flow != FLOW_NONE && !o->watched && !rt->shown_watched && !(me->flags & TASK_WATCHED);
+  if (!(me->flags & TASK_HAS_CONTEXT))
+    lua_pushnil(L);
+  else {
+    lua_getiuservalue(L, -1, TASK_CONTEXT);
+    plain = plain && *(uint32_t *)lua_touserdata(L, -1) == TAG_CONTEXT;
+  }
+  if (!plain) {
+    lua_settop(L, top);
+    local_set_anyhow(L, l, v);
+    return;
+  }
+  lua_pushvalue(L, -1); /* task map value */
+  if (!map_get(L, o)) lua_getiuservalue(L, l, LOCAL_DEFAULT);
+  if (!lua_rawequal(L, -1, v)) {
+    map_put(L, top + 2, o->id, v, false, 0);
+    if (lua_isnil(L, -1))
+      me->flags &= (uint16_t)~TASK_HAS_CONTEXT;
+    else
+      me->flags |= TASK_HAS_CONTEXT;
+    lua_setiuservalue(L, top + 1, TASK_CONTEXT);
   }
   lua_settop(L, top);
 }
