@@ -254,7 +254,7 @@ struct runtime {
   uv_loop_t loop;
   uv_timer_t timer;
   uv_signal_t signals[2];
-  bool timer_armed, signals_open;
+  bool loop_open, timer_armed, signals_open;
   double timer_due, last_trim;
 };
 

@@ -63,7 +63,9 @@ static bool idle_room(lua_State *L, struct runtime *rt) {
 static void idle_grow(lua_State *L, struct runtime *rt) {
   if (!idle_room(L, rt)) luaL_error(L, "not enough memory");
   lua_State *co = lua_newthread(L);
-  object_new(L, TAG_WATCH, sizeof(uint32_t), 1); /* co watch */
+  lua_newuserdatauv(L, 0, 1); /* co watch: no tag, to be small; it is told by its metatable */
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_WATCH));
+  lua_setmetatable(L, -2);
   lua_pushvalue(L, -2);
   lua_setiuservalue(L, -2, WATCH_COROUTINE);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
@@ -584,8 +586,10 @@ static bool state_closes(lua_State *L, struct runtime *rt) {
 static int l_watch_gc(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_settop(L, 1);
-  if (!object_test(L, 1, TAG_WATCH) || lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD)
-    return 0;
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_WATCH));
+  if (!lua_getmetatable(L, 1) || !lua_rawequal(L, 2, 3)) return 0;
+  lua_settop(L, 1);
+  if (lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
   lua_State *co = lua_tothread(L, 2);
   bool closes = state_closes(L, rt);
   push_argument(L, co, BODY_TASK); /* watch coroutine task */

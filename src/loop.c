@@ -100,21 +100,35 @@ static void run_one(lua_State *L, struct runtime *rt) {
 
 static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
   double start = 0;
+  int look = LOOK, every = LOOK; /* at the clock: less and less often while tasks are short */
   rt->inlined = IN_PLACE;
   for (int n = 1; rt->ready != NULL && n <= SLICE && rt->inlined > 0; n++) {
     run_one(L, rt);
     if ((until && task_done(until)) || rt->stopping || rt->signaled) return;
-    if (n % LOOK == 0) {
+    if (n == look) {
       double now = (double)uv_hrtime() / 1e9;
       if (start == 0)
         start = now;
       else if (now - start > SLICE_SECONDS)
         return;
+      else if (now - start < SLICE_SECONDS / 16)
+        every *= 2;
+      look += every;
     }
   }
 }
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
+
+/* libuv's loop is made when something is first waited for: a program that never does starts sooner */
+static uv_loop_t *uv(struct runtime *rt) {
+  if (!rt->loop_open) {
+    uv_loop_init(&rt->loop);
+    uv_timer_init(&rt->loop, &rt->timer);
+    rt->loop_open = true;
+  }
+  return &rt->loop;
+}
 
 static void on_timer(uv_timer_t *timer) { (void)timer; }
 
@@ -134,7 +148,7 @@ static void disarm(struct runtime *rt) {
 static bool is_alive(struct runtime *rt) {
   if (rt->ready != NULL || rt->timer_count > 0) return true;
   disarm(rt);
-  return uv_loop_alive(&rt->loop);
+  return rt->loop_open && uv_loop_alive(&rt->loop);
 }
 
 static void poll(struct runtime *rt, bool wait) {
@@ -145,21 +159,22 @@ static void poll(struct runtime *rt, bool wait) {
       uint64_t ms = seconds <= 0    ? 0
                     : seconds > 1e9 ? (uint64_t)1e12
                                     : (uint64_t)ceil(seconds * 1e3);
-      uv_update_time(&rt->loop);
+      uv_update_time(uv(rt));
       uv_timer_start(&rt->timer, on_timer, ms, 0);
       rt->timer_armed = true;
       rt->timer_due = due;
     }
   } else if (wait)
     disarm(rt);
-  uv_run(&rt->loop, wait ? UV_RUN_ONCE : UV_RUN_NOWAIT);
+  if (!wait && !rt->loop_open) return; /* nothing can have happened */
+  uv_run(uv(rt), wait ? UV_RUN_ONCE : UV_RUN_NOWAIT);
   if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
 }
 
 /* nothing is ready: let time pass. False when nothing can ever happen. */
 static bool pass_time(struct runtime *rt) {
   if (rt->virtual_time && rt->timer_count > 0) {
-    if (uv_loop_alive(&rt->loop)) poll(rt, false);
+    if (rt->loop_open && uv_loop_alive(&rt->loop)) poll(rt, false);
     if (rt->ready == NULL && rt->timers[0].due > rt->virtual_now)
       rt->virtual_now = rt->timers[0].due;
     return true;
@@ -176,11 +191,7 @@ static void close_any(uv_handle_t *handle, void *arg) {
   if (!uv_is_closing(handle)) uv_close(handle, on_close);
 }
 
-void loop_init(struct runtime *rt) {
-  uv_loop_init(&rt->loop);
-  uv_timer_init(&rt->loop, &rt->timer);
-  rt->closed = false;
-}
+void loop_init(struct runtime *rt) { rt->closed = false; }
 
 /* ---- driving ---- */
 
@@ -354,9 +365,11 @@ void loop_close(lua_State *L, struct runtime *rt) {
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   rt->closed = true;
-  uv_walk(&rt->loop, close_any, NULL);
-  while (uv_run(&rt->loop, UV_RUN_DEFAULT) != 0) continue;
-  uv_loop_close(&rt->loop);
+  if (rt->loop_open) {
+    uv_walk(&rt->loop, close_any, NULL);
+    while (uv_run(&rt->loop, UV_RUN_DEFAULT) != 0) continue;
+    uv_loop_close(&rt->loop);
+  }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   alloc(ud, rt->timers, rt->timer_size * sizeof *rt->timers, 0);
   rt->idle = NULL;
@@ -398,7 +411,7 @@ static int l_loop_is_alive(lua_State *L) {
 }
 
 static int l_loop_backend_fd(lua_State *L) {
-  lua_pushinteger(L, uv_backend_fd(&runtime(L)->loop));
+  lua_pushinteger(L, uv_backend_fd(uv(runtime(L))));
   return 1;
 }
 
@@ -422,7 +435,7 @@ static int l_watch_signals(lua_State *L) {
   bool on = lua_toboolean(L, 1);
   for (int i = 0; i < 2; i++) {
     if (!rt->signals_open) {
-      uv_signal_init(&rt->loop, &rt->signals[i]);
+      uv_signal_init(uv(rt), &rt->signals[i]);
       uv_unref((uv_handle_t *)&rt->signals[i]);
     }
     if (on)
