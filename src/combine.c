@@ -268,7 +268,7 @@ static void land_all(lua_State *L, int i, struct combine *c) {
       lua_rawgeti(L, inputs, (lua_Integer)k + 1);
       struct task *t = (struct task *)lua_touserdata(L, -1);
       lua_getiuservalue(L, -1, TASK_RESULT);
-      if (t->flags & TASK_MANY) lua_rawgeti(L, -1, 1);
+      if (t->flags & TASK_MANY && lua_istable(L, -1)) lua_rawgeti(L, -1, 1);
       lua_replace(L, result + 2);
       lua_settop(L, result + 2);
       lua_rawset(L, result);
@@ -286,22 +286,24 @@ static void land_any(lua_State *L, int i, struct combine *c) {
   struct runtime *rt = runtime(L);
   unwatch(L, i, c);
   lua_getiuservalue(L, i, OP_INPUT);
+  push_key(L, i, c->first);
+  lua_setiuservalue(L, i, OP_KEYS); /* where the second value of a when_any is */
   lua_rawgeti(L, -1, (lua_Integer)c->first + 1);
   lua_remove(L, -2);
-  push_key(L, i, c->first);
-  task_settle(L, rt, i, 2);
+  c->task.flags |= TASK_MANY;
+  task_settle(L, rt, i, 1);
 }
 
 void combine_land(lua_State *L, int i) {
   struct combine *c = (struct combine *)lua_touserdata(L, i);
-  if (task_is(&c->task, KIND_ALL))
+  if (task_is(&c->task, KIND_ALL)) {
     land_all(L, i, c);
-  else
+    lua_pushnil(L);
+    lua_setiuservalue(L, i, OP_KEYS);
+  } else
     land_any(L, i, c);
   lua_pushnil(L);
   lua_setiuservalue(L, i, OP_INPUT);
-  lua_pushnil(L);
-  lua_setiuservalue(L, i, OP_KEYS);
   task_forget(L, &c->task);
 }
 

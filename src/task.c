@@ -273,6 +273,10 @@ void task_settle_like(lua_State *L, struct runtime *rt, int i, int from) {
   struct task *t = (struct task *)lua_touserdata(L, i);
   t->flags |= source->flags & (TASK_MANY | TASK_NONE | TASK_AGGREGATE);
   lua_getiuservalue(L, from, TASK_RESULT);
+  if (source->flags & TASK_MANY && !lua_istable(L, -1)) {
+    lua_getiuservalue(L, from, OP_KEYS);
+    task_pack(L, 2);
+  }
   settle(L, rt, i, t, (enum task_state)source->state, from);
 }
 
@@ -293,6 +297,10 @@ static int push_values(lua_State *L, int i) {
   if (t->flags & TASK_NONE) return 0;
   lua_getiuservalue(L, i, TASK_RESULT);
   if (!(t->flags & TASK_MANY)) return 1;
+  if (!lua_istable(L, -1)) { /* of a when_any: the task here, its key there */
+    lua_getiuservalue(L, i, OP_KEYS);
+    return 2;
+  }
   int table = lua_gettop(L);
   lua_getfield(L, table, "n");
   int n = (int)lua_tointeger(L, -1);
