@@ -1098,3 +1098,50 @@ describe("a value in a context", function()
     assert.equal(0, alive(values))
   end))
 end)
+
+describe("an async local, in its corners,", function()
+  it("is silent when removing a value brings back a default that equals it", function()
+    local events = {}
+    local loc = flow.AsyncLocal { default = 1, value_changed = function(args)
+      events[#events + 1] = ("%s -> %s"):format(args.previous_value, args.current_value)
+    end }
+    flow.run(function()
+      loc.value = 1
+      loc.value = nil
+      loc.value = 2
+      loc.value = nil
+    end)
+    assert.same({ "1 -> 2", "2 -> 1" }, events)
+  end)
+
+  it("keeps the order of scopes per coroutine: one may end while another's is open", function()
+    flow.run(function()
+      local loc = flow.AsyncLocal()
+      local generator = coroutine.wrap(function()
+        local scope = loc:with("generator")
+        coroutine.yield()
+        scope:dispose()
+        return "disposed"
+      end)
+      generator()
+      local scope = loc:with("main")
+      assert.equal("disposed", generator())
+      scope:dispose()
+    end)
+  end)
+
+  it("keeps what an unsafe callback writes from the canceler", function()
+    flow.run(function()
+      local loc, source = flow.AsyncLocal(), flow.CancellationTokenSource()
+      loc.value = 2
+      local seen
+      source.token:unsafe_register(function()
+        seen = loc.value
+        loc.value = 77
+      end)
+      source:cancel()
+      assert.equal(2, seen)
+      assert.equal(2, loc.value)
+    end)
+  end)
+end)

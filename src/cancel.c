@@ -327,12 +327,13 @@ static int call(lua_State *L, int i) {
   i = lua_absindex(L, i);
   uint16_t suppressed = rt->me->flags & TASK_SUPPRESSED;
   bool swap = r->captured && (r->in_context || rt->me->flags & TASK_HAS_CONTEXT);
+  struct task *me = rt->me;
   if (r->captured) rt->me->flags &= (uint16_t)~TASK_SUPPRESSED;
   if (swap) {
     lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
     context_swap(L); /* old */
   } else
-    lua_pushnil(L);
+    context_push_current(L); /* the canceler's, whom the callback's writes do not reach */
   int old = lua_gettop(L), arguments = 0;
   lua_getiuservalue(L, i, REGISTRATION_TARGET);
   if (r->packed) {
@@ -348,13 +349,11 @@ static int call(lua_State *L, int i) {
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
-  if (r->captured) {
-    rt->me->flags = (uint16_t)((rt->me->flags & ~TASK_SUPPRESSED) | suppressed);
-    if (swap || rt->me->flags & TASK_HAS_CONTEXT) {
-      lua_pushvalue(L, old);
-      context_swap(L);
-      lua_pop(L, 1);
-    }
+  me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | suppressed);
+  if (me->flags & TASK_HAS_CONTEXT || !lua_isnil(L, old)) {
+    lua_pushvalue(L, old);
+    context_swap(L);
+    lua_pop(L, 1);
   }
   lua_remove(L, old);
   return status;
@@ -652,6 +651,12 @@ static int l_source_new(lua_State *L) {
   return 1;
 }
 
+/* the class itself, called */
+static int l_source_call(lua_State *L) {
+  lua_remove(L, 1);
+  return l_source_new(L);
+}
+
 static int l_source_linked(lua_State *L) {
   int n = lua_gettop(L);
   luaL_checkany(L, 1);
@@ -780,7 +785,7 @@ static int l_source_dispose(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"CancellationTokenSource", l_source_new},
+static const luaL_Reg functions[] = {{"call_source", l_source_call},
                                      {"linked_source", l_source_linked},
                                      {"is_token", l_is_token},
 

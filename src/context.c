@@ -70,6 +70,7 @@ struct guard {
   bool done;
   uint16_t suppressed;         /* TASK_SUPPRESSED of the owner before */
   struct fiber *owner;         /* NULL once its task is complete */
+  lua_State *co;               /* where it was opened: order is kept per coroutine */
   struct guard *below, *above; /* in the owner's stack */
 };
 enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
@@ -342,6 +343,8 @@ void context_push_flowing(lua_State *L, struct task *t) {
   }
 }
 
+void context_push_current(lua_State *L) { push_of(L, runtime(L)->me); }
+
 void context_push_captured(lua_State *L) {
   context_push_flowing(L, runtime(L)->me);
   if (lua_isnil(L, -1)) {
@@ -489,15 +492,18 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   replace(L);
   lua_settop(L, context + 1);
   if (o->watched) {
-    module_push_function(L, call_handler);
-    lua_getiuservalue(L, l, LOCAL_HANDLER);
-    lua_pushvalue(L, context + 1);
     if (lua_isnil(L, v))
       lua_getiuservalue(L, l, LOCAL_DEFAULT);
     else
-      lua_pushvalue(L, v);
-    lua_pushboolean(L, 0);
-    lua_call(L, 4, 0);
+      lua_pushvalue(L, v); /* context previous current */
+    if (!lua_rawequal(L, -1, -2)) {
+      module_push_function(L, call_handler);
+      lua_getiuservalue(L, l, LOCAL_HANDLER);
+      lua_pushvalue(L, context + 1);
+      lua_pushvalue(L, context + 2);
+      lua_pushboolean(L, 0);
+      lua_call(L, 4, 0);
+    }
   }
   lua_settop(L, top);
 }
@@ -633,6 +639,7 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   task_push(L, &me->task);
   lua_setiuservalue(L, -2, GUARD_OWNER);
   g->owner = me;
+  g->co = L;
   if (kind == GUARD_FLOW) return g; /* not ordered with the others */
   g->below = me->guards;
   if (g->below) g->below->above = g;
@@ -701,10 +708,11 @@ static int l_guard_dispose(lua_State *L) {
     return error_throw(
         L, ERROR_OPERATION,
         "this scope belongs to another task: dispose of it in the task that opened it");
-  if (g->above != NULL)
-    return error_throw(
-        L, ERROR_OPERATION,
-        "scopes must be disposed of in reverse order: one opened later is still open");
+  for (const struct guard *a = g->above; a != NULL; a = a->above)
+    if (a->co == g->co)
+      return error_throw(
+          L, ERROR_OPERATION,
+          "scopes must be disposed of in reverse order: one opened later is still open");
   guard_restore(L, 1, g);
   return 0;
 }
@@ -722,10 +730,9 @@ static int l_guard_close(lua_State *L) {
     g->done = true;
     return 0;
   }
-  while (g->above) { /* left open by their blocks: their values go with this scope */
-    struct guard *above = g->above;
-    while (above->above) above = above->above;
-    guard_unlink(above);
+  for (struct guard *a = g->above, *next; a != NULL; a = next) {
+    next = a->above; /* left open by their blocks: their values go with this scope */
+    if (a->co == g->co) guard_unlink(a);
   }
   guard_restore(L, 1, g);
   return 0;

@@ -392,8 +392,9 @@ void combine_open(lua_State *L);
 /* ---- context.c: async locals and execution contexts ---- */
 
 void context_push_flowing(lua_State *L, struct task *t); /* [-0, +1, -] what a child gets, or nil */
-void context_push_captured(lua_State *L);                /* [-0, +1, m] of the running task */
-void context_give(lua_State *L, int i, struct task *t);  /* [-1, +0, -] the context on top to t */
+void context_push_current(lua_State *L);  /* [-0, +1, -] of the running task, or nil */
+void context_push_captured(lua_State *L); /* [-0, +1, m] of the running task */
+void context_give(lua_State *L, int i, struct task *t); /* [-1, +0, -] the context on top to t */
 void context_swap(
     lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
 void context_show(lua_State *L, struct runtime *rt, struct task *t);

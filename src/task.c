@@ -499,9 +499,8 @@ static int l_from_result(lua_State *L) {
   return 1;
 }
 
-static int l_from_exception(lua_State *L) {
+static int l_from_exception(lua_State *L) { /* nil is a legal error value */
   struct runtime *rt = runtime(L);
-  luaL_checkany(L, 1);
   lua_settop(L, 1);
   task_new(L, KIND_PROMISE, sizeof(struct task), 2);
   lua_insert(L, 1);

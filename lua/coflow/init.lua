@@ -176,7 +176,7 @@ end
 flow.CancellationToken = { none = core.none, canceled = core.canceled }
 
 flow.CancellationTokenSource = setmetatable({ linked = core.linked_source }, {
-  __call = function(_, delay) return core.CancellationTokenSource(delay) end,
+  __call = core.call_source,
 })
 
 -- Scripts -----------------------------------------------------------------------------------------
