@@ -476,6 +476,18 @@ describe("task:continue_with", function()
     outcomes.fault:try_await()
   end))
 
+  it("is canceled at once by a token that was canceled before, though the task is pending", in_task(function()
+    local gate, source = flow.TaskCompletionSource(), flow.CancellationTokenSource()
+    source:cancel("too late")
+    local ran = false
+    local after = gate.task:continue_with(function() ran = true end, { token = source.token })
+    local _, err = after:try_await()
+    assert.is_true(flow.errors.is(err, "OperationCanceled"))
+    assert.equal("too late", err.reason)
+    assert.is_false(ran)
+    gate:set_result()
+  end))
+
   it("is canceled by its token before it starts, also while the task is pending", in_task(function()
     local ran = false
     local gate = flow.TaskCompletionSource()

@@ -7,8 +7,10 @@
 **   runs though nobody kept its registration. Unregistering only marks it and lets its callback go: the
 **   dead leave the chain when they are at its head, or when they might outnumber the living (sweep).
 **   A linked source is a registration of another sort: it holds the token to be canceled next.
-** - what it interrupts: operations (struct pending), which it holds likewise, and parked fibers, by
-**   address only: a token keeps no parked task alive. Both leave when they complete.
+** - what it interrupts: operations (struct pending), which it holds in a table, and fibers, by address:
+**   those that sleep, or have not started, which the anchors hold. Both leave when they complete. So a
+**   token does keep what awaits an operation under it; to keep only what an armed deadline will end
+**   is the promise still to be kept.
 **
 ** Canceling is iterative however deep the links are: a token that is being canceled remembers the one
 ** above it (TOKEN_UP), the walk goes down into a link and comes back up. Every callback runs, newest
@@ -33,8 +35,7 @@ struct token {
   struct link pendings; /* head of a circular list */
 };
 enum {
-  TOKEN_HELD = 1,
-  TOKEN_NEWEST,
+  TOKEN_NEWEST = TOKEN_HELD + 1,
   TOKEN_REASON,
   TOKEN_CAUSE,
   TOKEN_UP,
@@ -730,8 +731,7 @@ static int l_source_cancel_async(lua_State *L) {
   lua_settop(L, 2);
   struct token *token = source_token(L, false); /* source reason token */
   if (token->disposed) {
-    struct task *t = task_new(L, KIND_PROMISE, sizeof(struct task), 2);
-    (void)t;
+    task_new(L, KIND_PROMISE, sizeof(struct task), 2);
     error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
     task_settle_faulted(L, rt, 4, 0);
     return 1;
@@ -750,7 +750,7 @@ static int l_source_cancel_async(lua_State *L) {
   lua_pushvalue(L, 3);
   struct fiber *f = fiber_new(L, rt, 1);
   f->task.state = TASK_QUEUED;
-  loop_ready(runtime(L), &f->task);
+  loop_ready(rt, &f->task);
   return 1;
 }
 

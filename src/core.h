@@ -408,6 +408,7 @@ void context_open(lua_State *L);
 /* ---- cancel.c: sources, tokens, registrations ---- */
 
 struct token;
+enum { TOKEN_HELD = 1 }; /* its user value: the slot table of the operations that it interrupts */
 struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, nothing and `none` */
 bool token_canceled(const struct token *k);
 void token_link(struct token *k, struct link *l); /* weakly: for fibers */

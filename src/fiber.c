@@ -749,7 +749,12 @@ static int l_continuation(lua_State *L) {
     label(L, &f->task);
   else
     lua_pop(L, 1);
-  if (!wait_add(L, 1, &f->u.wait, 5, WAIT_FIBER)) {
+  bool waits = wait_add(L, 1, &f->u.wait, 5, WAIT_FIBER);
+  if (waits && k != NULL && token_canceled(k)) { /* it starts at once, and finds that */
+    wait_remove(L, 1, &f->u.wait);
+    waits = false;
+  }
+  if (!waits) {
     f->task.state = TASK_QUEUED;
     loop_ready(rt, &f->task);
     return 1;

@@ -54,6 +54,10 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
 
 /* [-0, +0, m] */
 static void land(lua_State *L, struct task *t) {
+  if (task_done(t)) { /* a finalizer linked it again while it was landing */
+    task_forget(L, t);
+    return;
+  }
   task_push(L, t);
   int i = lua_gettop(L);
   switch (task_kind(t)) {

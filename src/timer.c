@@ -100,7 +100,7 @@ void pending_interrupt(lua_State *L, struct pending *p, int k) {
   struct runtime *rt = runtime(L);
   struct task *t = &p->task;
   if (!task_is(t, KIND_FIBER)) {
-    lua_getiuservalue(L, k, 1); /* TOKEN_HELD */
+    lua_getiuservalue(L, k, TOKEN_HELD);
     lua_rawgeti(L, -1, (lua_Integer)t->held);
     t->flags |= TASK_INTERRUPTED;
     loop_land(L, rt, -1, t);
