@@ -7,14 +7,15 @@
 **   runs though nobody kept its registration. Unregistering only marks it and lets its callback go: the
 **   dead leave the chain when they are at its head, or when they might outnumber the living (sweep).
 **   A linked source is a registration of another sort: it holds the token to be canceled next.
-** - what it interrupts: operations (struct pending), which it holds in a table, and fibers, by address:
-**   those that sleep, or have not started, which the anchors hold. Both leave when they complete. So a
-**   token does keep what awaits an operation under it; to keep only what an armed deadline will end
-**   is the promise still to be kept.
+** - what it interrupts besides (struct pending): operations that were given it, and fibers that nap with
+**   it, both by address. They leave when they complete. A token keeps none of them alive, unless a
+**   deadline is armed on it or above it: then it will fire, and what waits for it is held (token_armed).
+** - for the token of a scope (scope.c): the scope, which is canceled with it.
 **
-** Canceling is iterative however deep the links are: a token that is being canceled remembers the one
-** above it (TOKEN_UP), the walk goes down into a link and comes back up. Every callback runs, newest
-** first, under a protected call; the errors are collected in that order and raised as one Aggregate.
+** Canceling is iterative however deep the links are. Whoever cancels marks tokens, which puts them on a
+** list (chained by TOKEN_UP, the newest on top); then the callbacks of the one on top run, newest first,
+** each under a protected call, and a link among them marks the next token, which goes on top. The errors
+** are collected in that order and raised as one Aggregate.
 **
 ** Invariant: token->newest is the C face of TOKEN_NEWEST, r->older that of REGISTRATION_OLDER.
 **
@@ -29,13 +30,16 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  int free_slot;    /* of TOKEN_HELD, the table of interrupted operations */
+  bool scope_armed; /* by a deadline of or above its scope */
   int count, limit; /* registrations in the chain; when to sweep it */
+  int arms;         /* armed deadlines: its own, and each token above that is armed */
   struct registration *newest;
-  struct link pendings; /* head of a circular list */
+  struct link pendings;   /* head of a circular list */
+  struct scope *scope;    /* whose token it is, or NULL */
+  struct token *rearming; /* the next one of those that have just been armed, or disarmed */
 };
 enum {
-  TOKEN_NEWEST = TOKEN_HELD + 1,
+  TOKEN_NEWEST = 1,
   TOKEN_REASON,
   TOKEN_CAUSE,
   TOKEN_UP,
@@ -56,78 +60,56 @@ struct registration {
   bool link, captured, packed;
   bool in_context; /* the captured context is not the empty one */
   struct registration *older;
+  struct token *child; /* of a link: the token to be canceled next */
 };
 /* of a link, REGISTRATION_TARGET is the token to cancel; else a function or { function, arguments, n } */
 enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT, REGISTRATION_OLDER };
-
-struct expiry { /* the armed deadline of a token, which it holds */
-  struct task task;
-  struct deadline deadline;
-};
 
 /* ---- what a token interrupts ---- */
 
 bool token_canceled(const struct token *k) { return k->canceled; }
 
-void token_link(struct token *k, struct link *l) {
-  l->next = &k->pendings;
-  l->prev = k->pendings.prev;
-  k->pendings.prev->next = l;
-  k->pendings.prev = l;
-}
+bool token_armed(const struct token *k) { return k->arms > 0 || k->scope_armed; }
 
-void link_drop(struct link *l) {
-  if (l->next == NULL) return;
-  l->next->prev = l->prev;
-  l->prev->next = l->next;
-  l->next = l->prev = NULL;
-}
+bool token_armed_itself(const struct token *k) { return k->arms > 0; }
 
-/* [-0, +1, m] the slot table of the token at k */
-static void push_held(lua_State *L, int k) {
-  k = lua_absindex(L, k);
-  if (lua_getiuservalue(L, k, TOKEN_HELD) != LUA_TNIL) return;
-  lua_pop(L, 1);
-  lua_createtable(L, 1, 0);
-  if (lua_getiuservalue(L, k, TOKEN_HELD) != LUA_TNIL) { /* a finalizer has been here */
-    lua_remove(L, -2);
-    return;
+void token_link(struct token *k, struct link *l) { link_append(&k->pendings, l); }
+
+/* [-0, +0, -] k was armed and is not, or the reverse: so are those linked to it, and what waits for any
+** of them is held, or not. Nothing is created, nobody's code runs. */
+static void rearm(lua_State *L, struct token *k) {
+  struct runtime *rt = runtime(L);
+  k->rearming = rt->rearm;
+  rt->rearm = k;
+  if (rt->rearm_busy) return; /* a scope is between two tokens: no recursion */
+  rt->rearm_busy = true;
+  while ((k = rt->rearm) != NULL) {
+    rt->rearm = k->rearming;
+    bool armed = token_armed(k);
+    for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
+      pending_hold(L, container_of(l, struct pending, link), armed);
+    if (k->scope != NULL && !k->scope_armed) scope_set_armed(L, k->scope, armed);
+    for (struct registration *r = k->newest; r != NULL; r = r->older)
+      if (r->pending && r->child != NULL) {
+        bool before = token_armed(r->child);
+        r->child->arms += armed ? 1 : -1;
+        if (token_armed(r->child) != before) rearm(L, r->child);
+      }
   }
-  lua_pop(L, 1);
-  lua_pushvalue(L, -1);
-  lua_setiuservalue(L, k, TOKEN_HELD);
+  rt->rearm_busy = false;
 }
 
-bool token_hold(lua_State *L, int k, int i) {
-  struct pending *p = (struct pending *)lua_touserdata(L, i);
-  i = lua_absindex(L, i);
-  push_held(L, k);
-  if (((struct token *)lua_touserdata(L, k))->canceled) {
-    lua_pop(L, 1);
-    return false;
-  }
-  lua_pushvalue(L, k);
-  lua_setiuservalue(L, i, OP_TOKEN);
-  lua_pushvalue(L, i);
-  p->task.held = (uint32_t)slots_add(L, -2, &((struct token *)lua_touserdata(L, k))->free_slot);
-  lua_pop(L, 1);
-  token_link((struct token *)lua_touserdata(L, k), &p->link);
-  return true;
+/* [-0, +0, -] one armed deadline more, or less */
+static void count_arm(lua_State *L, struct token *k, int n) {
+  bool before = token_armed(k);
+  k->arms += n;
+  if (token_armed(k) != before) rearm(L, k);
 }
 
-void token_drop(lua_State *L, int i) {
-  struct pending *p = (struct pending *)lua_touserdata(L, i);
-  link_drop(&p->link);
-  if (p->task.held == 0) return;
-  i = lua_absindex(L, i);
-  lua_getiuservalue(L, i, OP_TOKEN);
-  struct token *token = (struct token *)lua_touserdata(L, -1);
-  lua_getiuservalue(L, -1, TOKEN_HELD);
-  slots_free(L, -1, &token->free_slot, (int)p->task.held);
-  p->task.held = 0;
-  lua_pop(L, 2);
-  lua_pushnil(L);
-  lua_setiuservalue(L, i, OP_TOKEN);
+void token_set_armed(lua_State *L, struct token *k, bool armed) {
+  bool before = token_armed(k);
+  k->scope_armed = armed;
+  if (token_armed(k) != before) rearm(L, k);
 }
 
 /* ---- tokens ---- */
@@ -142,11 +124,31 @@ struct token *token_opt(lua_State *L, int i) {
   return k->never ? NULL : k;
 }
 
-/* [-0, +1, m] */
-static struct token *token_new(lua_State *L) {
-  struct token *k = (struct token *)object_new(L, TAG_TOKEN, sizeof *k, TOKEN_EXPIRY);
-  k->pendings.next = k->pendings.prev = &k->pendings;
+struct token *token_new(lua_State *L, struct scope *s) {
+  uint32_t class = s ? TAG_AMBIENT : TAG_TOKEN;
+  struct token *k = (struct token *)object_new(L, class, sizeof *k, TOKEN_EXPIRY);
+  k->tag = TAG_TOKEN;
+  k->scope = s;
+  link_init(&k->pendings);
   return k;
+}
+
+bool token_none(lua_State *L, int i) {
+  const struct token *k = (const struct token *)object_test(L, i, TAG_TOKEN);
+  return k != NULL && k->never;
+}
+
+void token_inherit(lua_State *L, int k, int from) {
+  k = lua_absindex(L, k);
+  from = lua_absindex(L, from);
+  ((struct token *)lua_touserdata(L, k))->canceled = true;
+  lua_getiuservalue(L, from, TOKEN_REASON);
+  lua_setiuservalue(L, k, TOKEN_REASON);
+  if (lua_getiuservalue(L, from, TOKEN_CAUSE) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_pushvalue(L, from);
+  }
+  lua_setiuservalue(L, k, TOKEN_CAUSE);
 }
 
 void token_push_error(lua_State *L, int i) {
@@ -169,16 +171,25 @@ void token_push_error(lua_State *L, int i) {
   lua_remove(L, -2);
 }
 
+void token_push_canceled(lua_State *L, int reason) {
+  struct token *k = token_new(L, NULL);
+  k->canceled = true;
+  lua_pushvalue(L, reason);
+  lua_setiuservalue(L, -2, TOKEN_REASON);
+}
+
 /* [-0, +0, -] */
 static void disarm(lua_State *L, int k) {
   k = lua_absindex(L, k);
   if (lua_getiuservalue(L, k, TOKEN_EXPIRY) == LUA_TUSERDATA) {
-    struct expiry *e = (struct expiry *)lua_touserdata(L, -1);
+    struct timed *e = (struct timed *)lua_touserdata(L, -1);
+    struct task *t = &e->pending.task;
     timer_drop(runtime(L), &e->deadline);
-    if (!(e->task.flags & TASK_LINKED)) task_forget(L, &e->task);
-    e->task.state = TASK_CANCELED; /* should it be on the ready list, it does nothing there */
+    if (!(t->flags & TASK_LINKED)) task_forget(L, t);
+    t->state = TASK_CANCELED; /* should it be on the ready list, it does nothing there */
     lua_pushnil(L);
     lua_setiuservalue(L, k, TOKEN_EXPIRY);
+    count_arm(L, (struct token *)lua_touserdata(L, k), -1);
   }
   lua_pop(L, 1);
 }
@@ -187,6 +198,7 @@ static void disarm(lua_State *L, int k) {
 static void clear(lua_State *L, int i, struct registration *r) {
   if (i < 0) i = lua_absindex(L, i);
   r->pending = false;
+  r->child = NULL;
   lua_pushnil(L);
   lua_setiuservalue(L, i, REGISTRATION_TARGET);
   if (!r->in_context) return;
@@ -272,52 +284,125 @@ static void attach(lua_State *L, int k, int i) {
   r->pending = true;
 }
 
+/* [-0, +0, -] the token above, whose link r is, will not cancel r->child any more */
+static void drop_link(lua_State *L, const struct token *up, struct registration *r) {
+  if (r->pending && r->child != NULL && token_armed(up)) count_arm(L, r->child, -1);
+}
+
 /* [-0, +0, -] drops all registrations of the token at k */
 static void drop_registrations(lua_State *L, int k) {
   struct token *token = (struct token *)lua_touserdata(L, k);
   while (token->newest) {
     struct registration *r = take_newest(L, k);
+    drop_link(L, token, r);
     clear(L, -1, r);
     lua_pop(L, 1);
   }
 }
 
-/* [-0, +0, -] takes the token at k out of the tokens it is linked to */
-static void unlink_parents(lua_State *L, int k) {
+/* The links of a token: { registration, token above, registration, token above … }. */
+
+static struct registration *registration_new(lua_State *L);
+
+static void token_mark_below(lua_State *L, int k, int reason, int cause, int run);
+
+void token_unfollow(lua_State *L, int k) {
   k = lua_absindex(L, k);
   if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TTABLE) {
-    for (int i = 1; lua_rawgeti(L, -1, i) == LUA_TUSERDATA; i++, lua_pop(L, 1))
-      clear(L, -1, (struct registration *)lua_touserdata(L, -1));
-    lua_pop(L, 1);
     lua_pushnil(L);
     lua_setiuservalue(L, k, TOKEN_LINKS);
+    for (int i = 1; lua_rawgeti(L, -1, i) == LUA_TUSERDATA; i += 2) {
+      struct registration *r = (struct registration *)lua_touserdata(L, -1);
+      lua_rawgeti(L, -2, i + 1);
+      drop_link(L, (const struct token *)lua_touserdata(L, -1), r);
+      clear(L, -2, r);
+      lua_pop(L, 2);
+    }
+    lua_pop(L, 1);
+  }
+  lua_pop(L, 1);
+}
+
+void token_follow(lua_State *L, int k, int up) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  const struct token *above = (const struct token *)lua_touserdata(L, up);
+  if (above->never) return;
+  luaL_checkstack(L, 10, NULL);
+  struct registration *r = registration_new(L);
+  r->link = true;
+  lua_pushvalue(L, k);
+  lua_setiuservalue(L, -2, REGISTRATION_TARGET);
+  if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_createtable(L, 2, 0);
+    lua_pushvalue(L, -1);
+    lua_setiuservalue(L, k, TOKEN_LINKS);
+  } /* registration links */
+  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
+  lua_pushvalue(L, up);
+  lua_rawseti(L, -2, n + 2); /* the one that may want memory first: until n + 1 is there, none is */
+  lua_pushvalue(L, -2);
+  lua_rawseti(L, -2, n + 1);
+  lua_pop(L, 1);
+  if (!above->canceled && !above->disposed) {
+    r->child = token;
+    attach(L, up, lua_gettop(L));
+    if (token_armed(above)) count_arm(L, token, 1);
+  } else if (above->canceled && !token->canceled) { /* a finalizer has canceled it */
+    lua_getiuservalue(L, up, TOKEN_REASON);
+    lua_getiuservalue(L, up, TOKEN_CAUSE);
+    if (lua_isnil(L, -1)) {
+      lua_pop(L, 1);
+      lua_pushvalue(L, up);
+    }
+    lua_pushnil(L); /* registration reason cause list */
+    int list = lua_gettop(L);
+    token_mark_below(L, k, list - 2, list - 1, list);
+    token_run(L, false);
+    lua_pop(L, 2);
   }
   lua_pop(L, 1);
 }
 
 /* ---- canceling ---- */
 
-/* [-0, +0, -] the token at k is canceled from now on: interrupts what is under it; no callback yet */
-static void mark(lua_State *L, int k, int reason, int cause) {
+void token_mark(lua_State *L, int k, int reason, int cause, int run) {
   struct runtime *rt = runtime(L);
   struct token *token = (struct token *)lua_touserdata(L, k);
+  bool busy = rt->land_busy;
+  rt->land_busy = true; /* what completes lands when all is marked */
   token->canceled = true;
-  k = lua_absindex(L, k);
   lua_pushvalue(L, reason);
   lua_setiuservalue(L, k, TOKEN_REASON);
-  if (cause != 0) {
+  if (!lua_rawequal(L, k, cause)) {
     lua_pushvalue(L, cause);
     lua_setiuservalue(L, k, TOKEN_CAUSE);
   }
-  disarm(L, k);
-  unlink_parents(L, k);
   while (token->pendings.next != &token->pendings) {
     struct link *l = token->pendings.next;
     link_drop(l);
-    pending_interrupt(L, container_of(l, struct pending, link), k);
+    pending_interrupt(L, container_of(l, struct pending, link));
   }
+  disarm(L, k);
+  token_unfollow(L, k);
   if (lua_getiuservalue(L, k, TOKEN_PROMISE) == LUA_TUSERDATA) task_settle(L, rt, lua_gettop(L), 0);
   lua_pop(L, 1);
+  if (token->newest != NULL) {
+    lua_pushvalue(L, run);
+    lua_setiuservalue(L, k, TOKEN_UP);
+    lua_pushvalue(L, k);
+    lua_replace(L, run);
+  }
+  rt->land_busy = busy;
+}
+
+/* [-0, +0, -] the token at k, and its scope */
+static void token_mark_below(lua_State *L, int k, int reason, int cause, int run) {
+  struct token *token = (struct token *)lua_touserdata(L, k);
+  struct runtime *rt = runtime(L);
+  if (token->scope != NULL)
+    scope_mark(L, rt, token->scope, reason, cause, run);
+  if (!token->canceled) token_mark(L, k, reason, cause, run);
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
@@ -360,76 +445,74 @@ static int call(lua_State *L, int i) {
   return status;
 }
 
-/* [-0, +1, m] runs the callbacks of the canceled token at k and of all linked to it; leaves the list
-** of their errors, or nil. With `first` the first error is raised and the other callbacks dropped. */
-static void run_callbacks(lua_State *L, int k, bool first) {
-  luaL_checkstack(L, 20, NULL);
-  lua_pushnil(L); /* errors */
-  int errors = lua_gettop(L), at = errors + 1;
-  lua_pushvalue(L, k); /* errors token */
-  for (;;) {
-    struct token *token = (struct token *)lua_touserdata(L, at);
-    struct registration *r = token->newest;
-    if (r == NULL) {
-      if (lua_getiuservalue(L, at, TOKEN_UP) == LUA_TNIL) break;
-      lua_pushnil(L);
-      lua_setiuservalue(L, at, TOKEN_UP);
-      lua_replace(L, at);
-      continue;
-    }
-    take_newest(L, at); /* errors token registration */
-    if (!r->pending) {
+/* [-0, +0, -] takes the token on top of the list at `run` off */
+static void next_token(lua_State *L, int run) {
+  lua_getiuservalue(L, run, TOKEN_UP);
+  lua_pushnil(L);
+  lua_setiuservalue(L, run, TOKEN_UP);
+  lua_replace(L, run);
+}
+
+/* [-0, +0, m] adds the error on top to the list at `errors` */
+static void add_error(lua_State *L, int errors) {
+  if (lua_isnil(L, errors)) {
+    lua_newtable(L);
+    lua_pushinteger(L, 0);
+    lua_setfield(L, -2, "n");
+    lua_replace(L, errors);
+  }
+  lua_getfield(L, errors, "n");
+  lua_Integer n = lua_tointeger(L, -1) + 1;
+  lua_pop(L, 1);
+  lua_rawseti(L, errors, n);
+  lua_pushinteger(L, n);
+  lua_setfield(L, errors, "n");
+}
+
+/* [-0, +0, m] marks the token that the link at i, in the chain of the token at `up`, leads to */
+static void follow_link(lua_State *L, int i, int up) {
+  struct registration *r = (struct registration *)lua_touserdata(L, i);
+  int top = lua_gettop(L);
+  lua_getiuservalue(L, i, REGISTRATION_TARGET);
+  struct token *child = (struct token *)lua_touserdata(L, -1);
+  clear(L, i, r);
+  if (child != NULL && !child->canceled && !child->disposed) {
+    lua_getiuservalue(L, up, TOKEN_REASON);
+    if (lua_getiuservalue(L, up, TOKEN_CAUSE) == LUA_TNIL) {
       lua_pop(L, 1);
+      lua_pushvalue(L, up);
+    }
+    token_mark_below(L, top + 1, top + 2, top + 3, up); /* replaces `up`, which it is above */
+  }
+  lua_settop(L, top);
+}
+
+/* [-1, +1, m] runs the callbacks of the list of marked tokens on top, and of all linked to them; leaves the
+** list of their errors, or nil. With `first` the first error is raised and the other callbacks dropped. */
+static void run_callbacks(lua_State *L, bool first) {
+  luaL_checkstack(L, 20, NULL);
+  lua_pushnil(L);
+  lua_insert(L, -2); /* errors run */
+  int run = lua_gettop(L), errors = run - 1;
+  while (!lua_isnil(L, run)) {
+    struct token *token = (struct token *)lua_touserdata(L, run);
+    if (token->newest == NULL) {
+      next_token(L, run);
       continue;
     }
-    if (r->link) {
-      lua_getiuservalue(L, -1, REGISTRATION_TARGET); /* … child */
-      clear(L, -2, r);
-      struct token *child = (struct token *)lua_touserdata(L, -1);
-      if (child != NULL && !child->canceled && !child->disposed) {
-        lua_getiuservalue(L, at, TOKEN_REASON);
-        if (lua_getiuservalue(L, at, TOKEN_CAUSE) == LUA_TNIL) {
-          lua_pop(L, 1);
-          lua_pushvalue(L, at);
-        }
-        mark(L, at + 2, at + 3, at + 4);
-        lua_pushvalue(L, at);
-        lua_setiuservalue(L, at + 2, TOKEN_UP);
-        lua_settop(L, at + 2);
-        lua_replace(L, at);
-      }
-      lua_settop(L, at);
-      continue;
-    }
-    if (call(L, -1) != LUA_OK) { /* errors token registration error */
+    struct registration *r = take_newest(L, run); /* errors run registration */
+    if (r->pending && r->link)
+      follow_link(L, run + 1, run);
+    else if (r->pending && call(L, -1) != LUA_OK) { /* … registration error */
       if (first) {
-        for (bool up = true; up;) { /* what is left of the whole walk is dropped */
-          drop_registrations(L, at);
-          up = lua_getiuservalue(L, at, TOKEN_UP) != LUA_TNIL;
-          if (!up) break;
-          lua_pushnil(L);
-          lua_setiuservalue(L, at, TOKEN_UP);
-          lua_replace(L, at);
-        }
-        lua_pushvalue(L, at + 2);
+        for (; !lua_isnil(L, run); next_token(L, run)) drop_registrations(L, run);
         lua_error(L);
       }
-      if (lua_isnil(L, errors)) {
-        lua_newtable(L);
-        lua_pushinteger(L, 0);
-        lua_setfield(L, -2, "n");
-        lua_replace(L, errors);
-      }
-      lua_getfield(L, errors, "n");
-      lua_Integer n = lua_tointeger(L, -1) + 1;
-      lua_pop(L, 1);
-      lua_rawseti(L, errors, n);
-      lua_pushinteger(L, n);
-      lua_setfield(L, errors, "n");
+      add_error(L, errors);
     }
-    lua_settop(L, at);
+    lua_settop(L, run);
   }
-  lua_settop(L, errors);
+  lua_pop(L, 1);
 }
 
 /* [-1, +0, v] raises an Aggregate of the list of errors on top, unless it is nil */
@@ -445,33 +528,40 @@ static void raise_errors(lua_State *L) {
   lua_pop(L, 1);
 }
 
+void token_run(lua_State *L, bool first) {
+  if (lua_isnil(L, -1)) {
+    lua_pop(L, 1);
+    return;
+  }
+  run_callbacks(L, first);
+  raise_errors(L);
+}
+
 /* cancel_token(token, reason, first) */
 static int l_cancel_token(lua_State *L) {
   struct token *token = check_token(L, 1);
-  lua_settop(L, 3);
-  if (token->canceled || token->never) {
-    lua_pushboolean(L, 0);
-    return 1;
+  lua_settop(L, 4);
+  bool fresh = !token->canceled && !token->never;
+  if (fresh) {
+    token_mark_below(L, 1, 2, 1, 4);
+    token_run(L, lua_toboolean(L, 3));
   }
-  mark(L, 1, 2, 0);
-  run_callbacks(L, 1, lua_toboolean(L, 3));
-  raise_errors(L);
-  lua_pushboolean(L, 1);
+  lua_pushboolean(L, fresh);
   return 1;
 }
 
-/* upvalues as ever; argument: a canceled token */
+/* arguments: a list of marked tokens */
 static int l_run_callbacks(lua_State *L) {
-  run_callbacks(L, 1, false);
-  raise_errors(L);
+  lua_settop(L, 1);
+  token_run(L, false);
   return 0;
 }
 
 void expiry_land(lua_State *L, int i) {
-  struct expiry *e = (struct expiry *)lua_touserdata(L, i);
-  task_forget(L, &e->task);
-  if (task_done(&e->task)) return; /* disarmed in the meantime */
-  e->task.state = TASK_SUCCEEDED;
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  task_forget(L, t);
+  if (task_done(t)) return; /* disarmed in the meantime */
+  t->state = TASK_SUCCEEDED;
   lua_getiuservalue(L, i, OP_TOKEN);
   int k = lua_gettop(L);
   if (!((struct token *)lua_touserdata(L, k))->canceled) {
@@ -506,30 +596,66 @@ static int l_token_throw(lua_State *L) {
   return lua_error(L);
 }
 
+/* [-0, +1, m] the task that is complete once the token at index 1 is canceled */
+static void push_promise(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  const struct token *k = check_token(L, 1);
+  if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) return;
+  lua_pop(L, 1);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  if (k->canceled) task_settle(L, rt, lua_gettop(L), 0);
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, 1, TOKEN_PROMISE);
+}
+
 /* token:wait_async(other) -> a task that is complete once the token is canceled */
 static int l_token_wait_async(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  struct token *k = check_token(L, 1);
+  check_token(L, 1);
   token_opt(L, 2);
   lua_settop(L, 2);
-  if (lua_getiuservalue(L, 1, TOKEN_PROMISE) == LUA_TNIL) {
-    lua_pop(L, 1);
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2);
-    if (k->canceled) task_settle(L, rt, 3, 0);
-    lua_pushvalue(L, 3);
-    lua_setiuservalue(L, 1, TOKEN_PROMISE);
-  }
+  push_promise(L);
   lua_replace(L, 1); /* promise other: as wait_async(promise, nil, other) */
   lua_pushnil(L);
   lua_insert(L, 2);
   return timer_wait_async(L);
 }
 
+static int wait_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  struct task *on = (struct task *)ctx, *me = rt->me;
+  (void)status;
+  bool interrupted = me->flags & TASK_INTERRUPTED && ((struct fiber *)me)->co == L;
+  if (interrupted && check_token(L, 2)->canceled) { /* the ambient token: it was waited for */
+    me->flags &= (uint16_t)~TASK_INTERRUPTED;
+    return 0;
+  }
+  fiber_resumed(L, rt);
+  if (!task_done(on)) return lua_yieldk(L, 0, ctx, wait_k);
+  return task_push_outcome(L, 1, on);
+}
+
+/* token:wait(other): returns once the token is canceled, be it the ambient one */
 static int l_token_wait(lua_State *L) {
-  l_token_wait_async(L);
-  lua_insert(L, 1);
-  lua_settop(L, 1);
-  return fiber_await_value(L);
+  struct runtime *rt = runtime(L);
+  const struct token *k = check_token(L, 1);
+  struct token *other = token_opt(L, 2);
+  lua_settop(L, 2);
+  if (k->canceled && (other == NULL || !token_canceled(other))) return 0;
+  struct fiber *me = fiber_here(L, rt);
+  if (me == NULL) return fiber_outside(L, l_token_wait);
+  if (other == NULL)
+    push_promise(L);
+  else {
+    module_push_function(L, l_token_wait_async);
+    lua_pushvalue(L, 1);
+    lua_pushvalue(L, 2);
+    lua_call(L, 2, 1);
+  }
+  lua_replace(L, 2);
+  lua_insert(L, 1); /* task token */
+  struct task *on = (struct task *)lua_touserdata(L, 1);
+  if (task_done(on)) return task_push_outcome(L, 1, on);
+  return fiber_await(L, rt, me, on, wait_k);
 }
 
 static int l_is_token(lua_State *L) {
@@ -620,21 +746,22 @@ static void arm(lua_State *L, int k, double seconds) {
     disarm(L, k);
     return;
   }
-  struct expiry *e = (struct expiry *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN);
-  e->deadline.index = -1;
+  struct timed *e = (struct timed *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN, false);
+  e->deadline = (struct deadline){-1, DEADLINE_TIMED};
   disarm(L, k);
   timer_reserve(L);
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, OP_TOKEN);
-  task_hold(L, -1, &e->task);
+  task_hold(L, -1, &e->pending.task);
   lua_setiuservalue(L, k, TOKEN_EXPIRY);
-  timer_add(runtime(L), &e->deadline, &e->task, seconds);
+  timer_add(runtime(L), &e->deadline, seconds);
+  count_arm(L, (struct token *)lua_touserdata(L, k), 1);
 }
 
 /* [-0, +1, m] a source and its token, whose index is returned */
 static int source_new(lua_State *L) {
   object_new(L, TAG_SOURCE, sizeof(struct source), 1);
-  token_new(L);
+  token_new(L, NULL);
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, -3, SOURCE_TOKEN);
   return lua_gettop(L);
@@ -664,34 +791,13 @@ static int l_source_linked(lua_State *L) {
   for (int i = 1; i <= n; i++) check_token(L, i);
   luaL_checkstack(L, 20, NULL);
   int k = source_new(L); /* … source token */
-  struct token *token = (struct token *)lua_touserdata(L, k);
-  lua_createtable(L, n, 0); /* … source token links */
-  for (int i = 1; i <= n; i++) {
-    registration_new(L)->link = true;
-    lua_pushvalue(L, k);
-    lua_setiuservalue(L, -2, REGISTRATION_TARGET);
-    lua_rawseti(L, k + 1, i);
-  }
   for (int i = 1; i <= n; i++)
     if (((struct token *)lua_touserdata(L, i))->canceled) { /* born canceled */
-      token->canceled = true;
-      lua_getiuservalue(L, i, TOKEN_REASON);
-      lua_setiuservalue(L, k, TOKEN_REASON);
-      if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
-        lua_pop(L, 1);
-        lua_pushvalue(L, i);
-      }
-      lua_setiuservalue(L, k, TOKEN_CAUSE);
+      token_inherit(L, k, i);
       lua_settop(L, k - 1);
       return 1;
     }
-  for (int i = 1; i <= n; i++)
-    if (!((struct token *)lua_touserdata(L, i))->never) {
-      lua_rawgeti(L, k + 1, i);
-      attach(L, i, k + 2);
-      lua_pop(L, 1);
-    }
-  lua_setiuservalue(L, k, TOKEN_LINKS);
+  for (int i = 1; i <= n; i++) token_follow(L, k, i);
   lua_settop(L, k - 1);
   return 1;
 }
@@ -731,24 +837,24 @@ static int l_source_cancel_async(lua_State *L) {
   lua_settop(L, 2);
   struct token *token = source_token(L, false); /* source reason token */
   if (token->disposed) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
     error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
     task_settle_faulted(L, rt, 4, 0);
     return 1;
   }
-  bool begun = token->canceled;
-  if (!begun) {
-    mark(L, 3, 2, 0);
+  lua_pushnil(L); /* … list */
+  if (!token->canceled) {
     sweep(L, 3);
+    token_mark_below(L, 3, 2, 3, 4);
   }
-  if (begun || token->newest == NULL) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2);
-    task_settle(L, rt, 4, 0);
+  if (lua_isnil(L, 4)) {
+    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_settle(L, rt, 5, 0);
     return 1;
   }
   module_push_function(L, l_run_callbacks);
-  lua_pushvalue(L, 3);
-  struct fiber *f = fiber_new(L, rt, 1);
+  lua_pushvalue(L, 4);
+  struct fiber *f = fiber_new(L, rt, 1, scope_flowing(L, rt));
   f->task.state = TASK_QUEUED;
   loop_ready(rt, &f->task);
   return 1;
@@ -780,8 +886,23 @@ static int l_source_dispose(lua_State *L) {
   if (k->disposed) return 0;
   k->disposed = true;
   disarm(L, 2);
-  unlink_parents(L, 2);
+  token_unfollow(L, 2);
   if (!k->canceled) drop_registrations(L, 2); /* else they are being run, and go on */
+  return 0;
+}
+
+/* the token of a scope, which may now be gone */
+static int l_ambient_gc(lua_State *L) {
+  struct token *k = (struct token *)object_test(L, 1, TAG_TOKEN);
+  if (k == NULL || k->scope == NULL) return 0;
+  struct scope *s = k->scope;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  if (lua_rawgetp(L, -1, k) != LUA_TNIL) return 0; /* called by hand */
+  token_unfollow(L, 1);
+  k->scope = NULL;
+  if (s->token != k) return 0;
+  s->token = NULL;
+  if (s->owner == NULL) scope_left(L, runtime(L), s);
   return 0;
 }
 
@@ -821,8 +942,11 @@ void cancel_open(lua_State *L) {
   module_class(L, TAG_REGISTRATION, "coflow.CancellationTokenRegistration", registration_methods,
                NULL);
   module_class(L, TAG_SOURCE, "coflow.CancellationTokenSource", source_methods, source_properties);
-  token_new(L)->never = true;
+  module_finalized(L, TAG_TOKEN, TAG_AMBIENT, l_ambient_gc);
+  token_new(L, NULL)->never = true;
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NONE);
   lua_setfield(L, -2, "none");
-  token_new(L)->canceled = true;
+  token_new(L, NULL)->canceled = true;
   lua_setfield(L, -2, "canceled");
 }

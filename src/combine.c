@@ -98,7 +98,7 @@ static struct combine *combine_new(lua_State *L, int kind) {
   lua_Integer n = collect(L, &list); /* tasks keys */
   size_t each = sizeof(struct wait) + (kind == KIND_EACH ? sizeof(uint32_t) : 0);
   size_t size = sizeof(struct combine) + (size_t)n * each;
-  struct combine *c = (struct combine *)task_new(L, kind, size, OP_KEYS);
+  struct combine *c = (struct combine *)task_new(L, kind, size, OP_KEYS, true);
   c->count = (uint32_t)n;
   c->list = list;
   lua_pushvalue(L, 1);
@@ -307,6 +307,23 @@ void combine_land(lua_State *L, int i) {
   task_forget(L, &c->task);
 }
 
+void combine_cancel(lua_State *L, int i) {
+  struct combine *c = (struct combine *)lua_touserdata(L, i);
+  token_push_error(L, -1);
+  lua_remove(L, -2);
+  if (task_done(&c->task)) { /* by a finalizer */
+    lua_pop(L, 1);
+    return;
+  }
+  unwatch(L, i, c);
+  for (int uv = OP_INPUT; uv <= OP_KEYS; uv++) {
+    lua_pushnil(L);
+    lua_setiuservalue(L, i, uv);
+  }
+  task_forget(L, &c->task);
+  task_settle_canceled(L, runtime(L), i);
+}
+
 /* ---- Lua face ---- */
 
 static int l_when_all(lua_State *L) {
@@ -328,6 +345,7 @@ static int next_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
   (void)status, (void)ctx;
   lua_settop(L, 1);
+  fiber_resumed(L, rt);
   if (task_done(&c->task)) return 0; /* closed meanwhile */
   if (c->taken == c->done) {
     struct fiber *me = fiber_here(L, rt);
@@ -381,6 +399,7 @@ static int l_when_each(lua_State *L) {
 static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
   (void)status;
+  fiber_resumed(L, runtime(L));
   if (!task_done(&c->task)) return lua_yieldk(L, 0, ctx, await_all_k); /* not resumed by us */
   lua_settop(L, 1);
   if (c->task.state != TASK_SUCCEEDED && !(c->task.flags & TASK_AGGREGATE && c->left > 1))

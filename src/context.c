@@ -632,8 +632,10 @@ static int l_local_new(lua_State *L) {
 
 /* [-0, +1, m] a guard of the running task, on its stack of guards; its user values are still nil */
 static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
-  struct fiber *me = (struct fiber *)runtime(L)->me;
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
   struct guard *g = (struct guard *)object_new(L, TAG_GUARD, sizeof(struct guard), 3);
+  struct scope *base = scope_own(L, rt, me);
   g->kind = (uint8_t)kind;
   g->suppressed = me->task.flags & TASK_SUPPRESSED;
   task_push(L, &me->task);
@@ -641,9 +643,9 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   g->owner = me;
   g->co = L;
   if (kind == GUARD_FLOW) return g; /* not ordered with the others */
-  g->below = me->guards;
+  g->below = base->guards;
   if (g->below) g->below->above = g;
-  me->guards = g;
+  base->guards = g;
   return g;
 }
 
@@ -653,19 +655,19 @@ static void guard_unlink(struct guard *g) {
   if (g->above)
     g->above->below = g->below;
   else
-    g->owner->guards = g->below;
+    g->owner->member.scope->base->guards = g->below;
   if (g->below) g->below->above = g->above;
   g->above = g->below = NULL;
 }
 
-void context_drop_guards(struct fiber *f) {
-  for (struct guard *g = f->guards, *below; g != NULL; g = below) {
+void context_drop_guards(struct scope *base) {
+  for (struct guard *g = base->guards, *below; g != NULL; g = below) {
     below = g->below;
     g->done = true;
     g->owner = NULL;
     g->above = g->below = NULL;
   }
-  f->guards = NULL;
+  base->guards = NULL;
 }
 
 /* [-0, +0, me] puts back what the guard at i, whose owner is running, remembers */

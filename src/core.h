@@ -18,6 +18,10 @@
 ** struct wait links a waiter to the task that it awaits; whichever event comes first withdraws the
 ** others, so a waiter is woken once, and a stale wake cannot exist.
 **
+** One tree: every task is a member of one cancellation scope, that in which it was started or which it
+** has opened since (scope.c). Canceling a scope interrupts all that is below it; a suspension looks at
+** one flag of one scope.
+**
 ** Finalizers of users run inside any call that creates an object, and may use everything here. So
 ** whoever changes a structure creates first, then looks at the state, then changes it without creating.
 ** (Stores into tables that are there, and our own arrays, may fail for want of memory, but collect
@@ -58,11 +62,13 @@ enum tag {
   TAG_TOKEN = 0xC0F10A00,
   TAG_REGISTRATION = 0xC0F10B00,
   TAG_FAULT = 0xC0F10C00,
-  TAG_WATCH = 0xC0F10D00
+  TAG_WATCH = 0xC0F10D00,
+  TAG_SCOPE = 0xC0F10E00,  /* a struct task as well, but not for scripts */
+  TAG_AMBIENT = 0xC0F10F00 /* only names the metatable of the tokens of scopes */
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_WATCH)
+#define TAG_LAST TAG_CLASS(TAG_AMBIENT)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -73,6 +79,7 @@ enum task_kind {
   KIND_ANY,
   KIND_EACH,   /* what an iteration of when_each waits on */
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
+  KIND_SCOPE,
   KIND_COUNT
 };
 
@@ -102,7 +109,8 @@ enum task_flags {
   TASK_HELD = 1 << 12,        /* a fiber: TASK_RESULT holds its coroutine (fiber_hold) */
   TASK_INTERRUPTED = 1 << 13, /* woken by its token, not by what it awaited */
   TASK_EXPIRED = 1 << 14,     /* woken by its deadline */
-  TASK_QUIET = 1 << 15 /* a wait that tells true or false instead of passing the outcome on */
+  TASK_QUIET = 1 << 15, /* a wait that tells true or false instead of passing the outcome on */
+  TASK_DEAF = 1 << 15   /* a fiber that no token interrupts while it waits */
 };
 
 /* User values. TASK_CONTEXT of a complete fiber is its function, if that tells its name and holds
@@ -120,14 +128,34 @@ struct wait {
 enum { WAIT_FIBER, WAIT_OP, WAIT_INPUT };
 #define WAIT_INLINE UINT32_MAX /* pos: the waiter is on the C stack and needs no holding */
 
-/* A node in a token's list of what it interrupts. Unlinked: next == NULL. */
+/* A node in a circular list with a head. Unlinked: next == NULL. */
 struct link {
   struct link *next, *prev;
 };
+static inline void link_init(struct link *head) { head->next = head->prev = head; }
+static inline void link_append(struct link *head, struct link *l) {
+  l->next = head;
+  l->prev = head->prev;
+  head->prev->next = l;
+  head->prev = l;
+}
+static inline void link_drop(struct link *l) {
+  if (l->next == NULL) return;
+  l->next->prev = l->prev;
+  l->prev->next = l->next;
+  l->next = l->prev = NULL;
+}
 
+/* What makes a task, or a scope, a member of a scope. */
+struct member {
+  struct link link;
+  struct scope *scope; /* NULL: of an operation that is not in flight */
+};
+
+enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE };
 struct deadline {
-  struct task *owner;
   int32_t index; /* in the heap of timer.c, or -1 */
+  uint32_t kind; /* what it is part of: a fiber, a struct timed, a scope */
 };
 
 struct task {
@@ -137,29 +165,66 @@ struct task {
   struct task *next;    /* on the ready or the landing list */
   struct wait *waiters; /* the last one of a circular list */
   int32_t slot;         /* in the anchors; 0: none */
-  union {
-    uint32_t label; /* of a fiber: index of "file:line" in the labels */
-    uint32_t held;  /* of an operation: where its token holds it; 0: nowhere */
-  };
+  uint32_t label;       /* of a fiber: index of "file:line" in the labels */
 };
 
-/* What a token can interrupt; every struct with a link in a token begins so. */
+/* What can be interrupted: fibers and operations begin so. The link is in the list of the token that the
+** operation was given, besides its scope; of a fiber it is valid while it naps. */
 struct pending {
   struct task task;
+  struct member member;
   struct link link;
+};
+
+struct timed { /* operations with a deadline begin so */
+  struct pending pending;
+  struct deadline deadline;
+  double seconds; /* HUGE_VAL: none, so that it may die while it is parked */
+};
+
+struct nap { /* a fiber asleep; laid over struct wait so that wait.on is NULL */
+  struct link link;
+  void *none;
+  struct deadline deadline;
 };
 
 struct fiber {
   struct task task;
-  struct link link;
-  lua_State *co;
-  struct guard *guards; /* the innermost open scope (context.c) */
+  struct member member;
   union {
-    struct wait wait;         /* parked on a task */
-    struct deadline deadline; /* asleep */
-    struct fiber *caller;     /* waiting for a hot start to come back */
+    struct wait wait;     /* parked on a task */
+    struct nap nap;       /* asleep */
+    struct fiber *caller; /* waiting for a hot start to come back */
   } u;
+  lua_State *co;
 };
+_Static_assert(offsetof(struct fiber, u) == offsetof(struct pending, link), "nap.link");
+_Static_assert(offsetof(struct nap, none) == offsetof(struct wait, on), "nap.none");
+
+/* A node of the tree of ambient cancellation (scope.c). */
+struct scope {
+  struct task task; /* it lands, to run callbacks, when its deadline has passed */
+  struct member member;
+  struct link members;  /* fibers, operations and scopes */
+  struct fiber *owner;  /* who opened it; NULL: it has ended */
+  struct scope *base;   /* the one of its owner as a task */
+  struct scope *outer;  /* in which its owner was before; of a base: NULL */
+  struct scope *origin; /* canceled: the one whose cancellation it is */
+  struct token *token;  /* that of the scope, if somebody has asked for it */
+  struct guard *guards; /* of a base: the innermost open guard of its owner (context.c) */
+  lua_State *co;        /* the coroutine in which it was opened */
+  double due, seconds;  /* HUGE_VAL: no deadline of its own */
+  struct deadline deadline;
+  uint32_t refs;        /* scopes that have it as outer or origin */
+  uint8_t kind;         /* scope.c */
+  bool canceled, expired; /* expired: its own deadline came first */
+  bool armed;             /* a deadline here or above may wake what is below: hold it */
+};
+enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with callbacks to run */
+
+static inline bool fiber_naps(const struct fiber *f) { /* or has not suspended */
+  return f->u.wait.on == NULL;
+}
 
 struct idle {
   lua_State *co;
@@ -201,7 +266,9 @@ enum runtime_uservalue {
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
-  RUNTIME_UV_COUNT = RUNTIME_FIBER_TRACE
+  RUNTIME_WEAK,        /* address -> operation that may die while parked, or token of a scope; weak */
+  RUNTIME_TOKENS,      /* task -> { address of a scope of its = token }, weak keys */
+  RUNTIME_UV_COUNT = RUNTIME_TOKENS
 };
 
 struct timer_entry {
@@ -221,6 +288,9 @@ struct runtime {
   lua_State *main;
   struct task *me;      /* the running task; `outside` when none is */
   struct task *outside; /* a task that stands for the code outside every task */
+  struct scope *root;   /* in which what nobody can cancel is; the outside's */
+  struct scope *idle_scopes;
+  int idle_scope_count;
   struct task *ready, *ready_last;
   struct task *landing, *landing_last;
   bool pumping, land_busy, stopping;
@@ -236,6 +306,8 @@ struct runtime {
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
   size_t idle_count, idle_size;
   int free_slot;          /* of the anchors */
+  struct token *rearm;    /* tokens that have just been armed or disarmed (cancel.c) */
+  bool rearm_busy;
   size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
 
   struct timer_entry *timers;
@@ -279,6 +351,8 @@ void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
                   const luaL_Reg *properties); /* [-0, +0, m] */
+void module_finalized(lua_State *L, uint32_t tag, uint32_t twin,
+                      lua_CFunction gc); /* [-0, +0, m] the class once more, with a finalizer */
 void module_functions(lua_State *L,
                       const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
 double module_seconds(lua_State *L, int i);       /* [-0, +0, v] >= 0, no NaN */
@@ -314,11 +388,14 @@ struct task *task_check(lua_State *L, int i);
 struct task *
 task_awaitable(lua_State *L,
                int i); /* [-0, +0, e] replaces what is at i by its task; NULL if none */
-struct task *task_new(lua_State *L, int kind, size_t size, int uservalues); /* [-0, +1, m] */
+struct task *task_new(lua_State *L, int kind, size_t size, int uservalues,
+                      bool mortal); /* [-0, +1, m] mortal: it may die before it lands */
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
+void task_weaken(lua_State *L, int i); /* [-0, +0, m] the operation at i may die while it is parked */
+void task_forget_weak(lua_State *L, const void *p); /* [-0, +0, -] the address p means nothing now */
 bool wait_add(lua_State *L, int on, struct wait *w, int owner,
               uint32_t role); /* [-0, +0, m] false: it is complete */
 void wait_remove(lua_State *L, int on,
@@ -345,8 +422,12 @@ void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: start, run, suspend, await ---- */
 
-struct fiber *fiber_new(lua_State *L, struct runtime *rt,
-                        int arguments); /* [-(n+1), +1, m] held, in state created */
+struct token;
+bool token_armed(const struct token *k);
+int scope_throw(lua_State *L, struct scope *s);
+
+struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
+                        struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
 void fiber_close(lua_State *L, struct runtime *rt,
                  struct fiber *f);                 /* [-0, +0, -] an abandoned one */
@@ -368,6 +449,20 @@ static inline int fiber_suspend(lua_State *L, struct fiber *f, lua_KContext ctx,
   }
   return lua_yieldk(L, 0, ctx, k);
 }
+/* [-0, +0, -] f parks: held no more, unless its scope or the token that it was given (or NULL) is armed */
+static inline void fiber_let_go(lua_State *L, struct fiber *f, struct token *k) {
+  if (f->member.scope->armed || (k != NULL && token_armed(k))) return;
+  task_push(L, &f->task);
+  task_release(L, &f->task);
+  lua_pop(L, 1);
+}
+/* [-0, +0, e] in a continuation: raises when it was its scope that has resumed the running task */
+static inline void fiber_resumed(lua_State *L, struct runtime *rt) {
+  struct fiber *f = (struct fiber *)rt->me;
+  if (!(f->task.flags & TASK_INTERRUPTED) || f->co != L) return;
+  f->task.flags &= (uint16_t)~TASK_INTERRUPTED;
+  scope_throw(L, f->member.scope);
+}
 int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
                 lua_KFunction k);
 /* waits for the pending task `on` at index 1; k gets its address as context */
@@ -387,6 +482,7 @@ void fiber_open(lua_State *L);
 void combine_fire(lua_State *L, struct runtime *rt, int i,
                   struct wait *w); /* [-0, +0, -] an input is complete */
 void combine_land(lua_State *L, int i);
+void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */
 void combine_open(lua_State *L);
 
 /* ---- context.c: async locals and execution contexts ---- */
@@ -402,31 +498,78 @@ void context_show(lua_State *L, struct runtime *rt, struct task *t);
 static inline void context_switched(lua_State *L, struct runtime *rt, struct task *t) {
   if (rt->shown_watched || t->flags & TASK_WATCHED) context_show(L, rt, t);
 }
-void context_drop_guards(struct fiber *f);
+void context_drop_guards(struct scope *base);
 void context_open(lua_State *L);
 
 /* ---- cancel.c: sources, tokens, registrations ---- */
 
 struct token;
-enum { TOKEN_HELD = 1 }; /* its user value: the slot table of the operations that it interrupts */
 struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, nothing and `none` */
 bool token_canceled(const struct token *k);
-void token_link(struct token *k, struct link *l); /* weakly: for fibers */
-void link_drop(struct link *l);
-bool token_hold(lua_State *L, int k,
-                int i); /* [-0, +0, m] links the operation at i and holds it; false: canceled */
-void token_drop(lua_State *L, int i); /* [-0, +0, -] the operation at i leaves its token */
+bool token_none(lua_State *L, int i);        /* at i is `none`, which opts out of the scope as well */
+bool token_armed(const struct token *k);     /* a deadline on it or above it will cancel it */
+bool token_armed_itself(const struct token *k); /* … other than one of its scope */
+struct token *token_new(lua_State *L, struct scope *s); /* [-0, +1, m] that of s, or of a source */
+void token_push_canceled(lua_State *L, int reason); /* [-0, +1, m] a new one */
+void token_link(struct token *k, struct link *l); /* l will be interrupted, while it is alive */
 void token_push_error(lua_State *L,
                       int i); /* [-0, +1, m] the OperationCanceled of the token at i */
+void token_mark(lua_State *L, int k, int reason, int cause,
+                int run); /* [-0, +0, -] canceled; its callbacks are put on the list at run */
+void token_run(lua_State *L, bool first); /* [-1, +0, e] the callbacks of the list on top */
+void token_inherit(lua_State *L, int k,
+                   int from); /* [-0, +0, -] canceled at birth, as the one at `from` is */
+void token_set_armed(lua_State *L, struct token *k, bool armed); /* [-0, +0, -] by its scope */
+void token_follow(lua_State *L, int k, int up); /* [-0, +0, m] it is canceled with the one at `up` */
+void token_unfollow(lua_State *L, int k);       /* [-0, +0, -] … no longer */
 void expiry_land(lua_State *L, int i);
 void cancel_open(lua_State *L);
+
+/* ---- scope.c: the tree of ambient cancellation ---- */
+
+struct scope *scope_own(lua_State *L, struct runtime *rt,
+                        struct fiber *f); /* [-0, +0, m] that of the task itself */
+/* [-0, +0, m] the one that what the running task starts becomes a member of */
+static inline struct scope *scope_flowing(lua_State *L, struct runtime *rt) {
+  struct fiber *me = (struct fiber *)rt->me;
+  if (me->task.flags & TASK_SUPPRESSED) return rt->root;
+  struct scope *s = me->member.scope;
+  return s->owner == me ? s : (scope_own(L, rt, me), me->member.scope);
+}
+static inline void scope_join(struct scope *s, struct member *m) {
+  m->scope = s;
+  link_append(&s->members, &m->link);
+}
+void scope_left(lua_State *L, struct runtime *rt, struct scope *s);
+/* [-0, +0, -] a member leaves; its scope may end with it */
+static inline void scope_leave(lua_State *L, struct runtime *rt, struct member *m) {
+  struct scope *s = m->scope;
+  if (s == NULL) return;
+  link_drop(&m->link);
+  m->scope = NULL;
+  if (s->owner == NULL) scope_left(L, rt, s);
+}
+void scope_end_task(lua_State *L, struct runtime *rt,
+                    struct fiber *f); /* [-0, +0, -] the task is complete, or was never started */
+void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
+                 struct scope *s);         /* [-0, +0, -] f, not started, becomes a member of s */
+void scope_expire(lua_State *L, struct scope *s); /* [-0, +0, m] its deadline has passed */
+void scope_land(lua_State *L, int i);
+void scope_set_armed(lua_State *L, struct scope *s, bool armed); /* [-0, +0, -] and what is below */
+int scope_throw(lua_State *L, struct scope *s);   /* raises the OperationCanceled of s */
+void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
+bool scope_cancel(lua_State *L, struct scope *s,
+                  int reason); /* [-0, +0, e] false: it was canceled before */
+void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, int cause,
+                int run); /* [-0, +0, -] as token_mark */
+void scope_open_all(lua_State *L);
 
 /* ---- timer.c: deadlines, delay, sleep, wait_async ---- */
 
 void timer_reserve(lua_State *L); /* [-0, +0, m] room for one more */
-void timer_add(struct runtime *rt, struct deadline *d, struct task *owner, double seconds);
+double timer_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
 void timer_drop(struct runtime *rt, struct deadline *d);
-void timer_fire_due(struct runtime *rt); /* links the owners of what is due */
+void timer_fire_due(lua_State *L, struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
 void delay_land(lua_State *L, int i);
 void wait_op_fire(lua_State *L, struct runtime *rt,
                   int i); /* [-0, +0, -] what the operation at i awaited is complete */
@@ -435,7 +578,10 @@ void timer_push_wait(
     lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
                                     ** or of false after the timeout; it observes nothing */
 int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
-void pending_interrupt(lua_State *L, struct pending *p, int k); /* [-0, +0, -] by the token at k */
+void pending_interrupt(lua_State *L, struct pending *p); /* [-0, +0, -] by its token or its scope */
+void pending_hold(lua_State *L, struct pending *p,
+                  bool hold); /* [-0, +0, -] if parked: whether the anchors hold it */
+bool operation_cancel(lua_State *L, int i, int reason); /* [-0, +0, m] the operation at i, by hand */
 void timer_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */

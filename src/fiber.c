@@ -28,6 +28,7 @@
 */
 #include "core.h"
 
+#include <math.h>
 #include <string.h>
 
 enum { BOTTOM = 3, MAX_DEPTH = 16, HARD_DEPTH = 50, MIN_IDLE = 64 };
@@ -136,12 +137,12 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
 void fiber_push(lua_State *L, struct fiber *f) { push_argument(L, f->co, BODY_TASK); }
 
 bool fiber_push_awaited(lua_State *L, struct fiber *f) {
-  bool started = f->task.flags & TASK_STARTED; /* a continuation: it is the last argument but one */
+  bool started = f->task.flags & TASK_STARTED; /* else a continuation: it is the last argument */
   lua_State *co = f->co;
   if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BOTTOM))
     lua_pushnil(L);
   else {
-    lua_pushvalue(co, started ? 1 : -2);
+    lua_pushvalue(co, started ? 1 : -1);
     if (co != L) lua_xmove(co, L, 1);
   }
   if (lua_touserdata(L, -1) == (void *)f->u.wait.on) return true;
@@ -220,12 +221,12 @@ static void keep_name(lua_State *L, struct task *t) {
 /* ---- the body ---- */
 
 static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status) {
-  if (f->guards) context_drop_guards(f);
   if (status <= LUA_YIELD)
     task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_TRACE);
   else
     task_settle_error(L, rt, BODY_TASK, 0);
   keep_name(L, &f->task);
+  scope_end_task(L, rt, f);
   return 0;
 }
 
@@ -248,7 +249,7 @@ static int fiber_main(lua_State *L) {
   return finish(L, rt, f, status);
 }
 
-struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
+struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
   struct fiber *f = (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof *f, 3);
   while (rt->idle_count == 0 || !is_idle(rt->idle[rt->idle_count - 1].co))
     if (rt->idle_count == 0)
@@ -261,6 +262,7 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments) {
   f->co = co;
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
+  scope_join(s, &f->member);
   if (rt->me->flags & TASK_HAS_CONTEXT) {
     context_push_flowing(L, rt->me);
     context_give(L, -2, &f->task);
@@ -302,7 +304,7 @@ static void fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->me = &f->task;
   f->task.state = TASK_RUNNING;
   close_coroutine(f->co, L);
-  context_drop_guards(f);
+  scope_end_task(L, rt, f);
   rt->me = me;
   if (!task_done(&f->task))
     task_settle_faulted(L, rt, -2, 0);
@@ -440,8 +442,8 @@ int fiber_outside(lua_State *L, lua_CFunction f) {
 
 void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
   struct task *t = &f->task;
+  (void)f;
   if (t->flags & (TASK_LINKED | TASK_ABANDONED)) return;
-  link_drop(&f->link);
   lua_pushvalue(L, i);
   lua_rawseti(L, UP_ANCHORS, t->slot);
   t->state = TASK_QUEUED;
@@ -511,9 +513,13 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
 int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
                 lua_KFunction k) {
   struct task *me = &f->task;
+  bool deaf = me->flags & TASK_DEAF;
+  if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);
   refuse_circle(L, me, on);
   if (can_run_in_place(rt, on)) {
     if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
+    if (me->flags & TASK_LINKED) /* interrupted by the other one */
+      return fiber_suspend(L, f, (lua_KContext)on, k);
     if (task_done(on)) { /* others became ready meanwhile, and come first */
       me->state = TASK_QUEUED;
       loop_ready(rt, me);
@@ -525,7 +531,7 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
   lua_settop(L, -2);
   if (!waits) return k(L, LUA_OK, (lua_KContext)on);
   me->state = TASK_WAITING;
-  task_release(L, me);
+  fiber_let_go(L, f, NULL);
   return fiber_suspend(L, f, (lua_KContext)on, k);
 }
 
@@ -597,11 +603,11 @@ static int l_watch_gc(lua_State *L) {
   if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
   if (!(f->task.flags &
         TASK_STARTED)) { /* cold, or a continuation that will never start: no loss */
-    link_drop(&f->link);
     if (f->u.wait.on) {
       fiber_push_awaited(L, f);
       wait_remove(L, -1, &f->u.wait);
     }
+    scope_end_task(L, rt, f);
     if (!closes) drop_coroutine(L, rt, f);
     return 0;
   }
@@ -616,7 +622,7 @@ static int l_watch_gc(lua_State *L) {
     lua_setmetatable(L, 1);
     return 0;
   }
-  link_drop(&f->link);
+  if (fiber_naps(f)) link_drop(&f->u.nap.link);
   f->task.flags |= TASK_ABANDONED;
   lua_pushvalue(L, 3);
   lua_rawseti(L, UP_ANCHORS, f->task.slot);
@@ -637,7 +643,7 @@ void fiber_dispose(lua_State *L, struct fiber *f) {
   rt->depth++;
   close_coroutine(co, L);
   rt->depth--;
-  context_drop_guards(f);
+  scope_end_task(L, rt, f);
   rt->me = me;
 }
 
@@ -646,9 +652,9 @@ void fiber_dispose(lua_State *L, struct fiber *f) {
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_check_callable(L, 1);
-  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   f->task.state = TASK_QUEUED;
-  loop_ready(runtime(L), &f->task);
+  loop_ready(rt, &f->task);
   return 1;
 }
 
@@ -683,7 +689,7 @@ static int async_call(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_pushvalue(L, lua_upvalueindex(3));
   lua_insert(L, 1);
-  return run_hot(L, fiber_new(L, rt, lua_gettop(L) - 1));
+  return run_hot(L, fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt)));
 }
 
 static int l_async(lua_State *L) {
@@ -699,7 +705,7 @@ static int l_async(lua_State *L) {
 static int l_new(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_check_callable(L, 1);
-  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1);
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   fiber_hold(L, 1, f);
   task_release(L, &f->task);
   return 1;
@@ -714,6 +720,7 @@ static struct fiber *check_cold(lua_State *L) {
                 "task '%s' was started before: only a task made by Task.new starts, once",
                 lua_tostring(L, -1));
   }
+  scope_adopt(L, runtime(L), f, scope_flowing(L, runtime(L))); /* it is started here */
   return f;
 }
 
@@ -731,41 +738,49 @@ static int l_run_synchronously(lua_State *L) {
   return run_hot(L, f);
 }
 
-/* continuation(task, fn, token, named): fn(task, token) as a task, named after the function `named`,
-** once `task` is complete */
+/* first(task, timeout, token): true once the task is complete … (timer.c) */
+static int l_first(lua_State *L) {
+  timer_push_wait(L);
+  return 1;
+}
+
+/* continuation(task, fn, token, named): fn(task, token) as a task, named after the function `named`, once
+** `task` is complete, or the token is canceled */
 static int l_continuation(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *on = task_check(L, 1);
   struct token *k = token_opt(L, 3);
   module_check_callable(L, 2);
   lua_settop(L, 4);
+  on->flags |= TASK_OBSERVED;
   lua_pushvalue(L, 2);
   lua_pushvalue(L, 1);
   lua_pushvalue(L, 3);
-  on->flags |= TASK_OBSERVED;
-  struct fiber *f = fiber_new(L, rt, 2); /* task fn token named new */
+  if (k == NULL)
+    lua_pushvalue(L, 1);
+  else { /* whichever comes first */
+    module_push_function(L, l_first);
+    lua_pushvalue(L, 1);
+    lua_pushnil(L);
+    lua_pushvalue(L, 3);
+    lua_call(L, 3, 1);
+  } /* … fn task token on */
+  lua_pushvalue(L, -1);
+  lua_insert(L, 5);
+  struct fiber *f = fiber_new(L, rt, 3, scope_flowing(L, rt)); /* task fn token named on new */
   lua_pushvalue(L, lua_isfunction(L, 4) ? 4 : 2);
   if (lua_isfunction(L, -1))
     label(L, &f->task);
   else
     lua_pop(L, 1);
-  bool waits = wait_add(L, 1, &f->u.wait, 5, WAIT_FIBER);
-  if (waits && k != NULL && token_canceled(k)) { /* it starts at once, and finds that */
-    wait_remove(L, 1, &f->u.wait);
-    waits = false;
-  }
-  if (!waits) {
+  if (wait_add(L, 5, &f->u.wait, 6, WAIT_FIBER)) {
+    f->task.state = TASK_WAITING;
+    fiber_hold(L, 6, f);
+    fiber_let_go(L, f, NULL);
+  } else {
     f->task.state = TASK_QUEUED;
     loop_ready(rt, &f->task);
-    return 1;
   }
-  f->task.state = TASK_WAITING;
-  fiber_hold(L, 5, f);
-  if (k) { /* which may have a deadline */
-    token_link(k, &f->link);
-    task_hold(L, 5, &f->task);
-  } else
-    task_release(L, &f->task);
   return 1;
 }
 
@@ -774,6 +789,7 @@ static int l_try_await(lua_State *L);
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   (void)status;
+  fiber_resumed(L, runtime(L));
   if (!task_done(on)) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
   return task_push_outcome(L, 1, on);
 }
@@ -831,6 +847,7 @@ static int l_wait(lua_State *L) {
 static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *t = (struct task *)ctx;
   (void)status;
+  fiber_resumed(L, runtime(L));
   if (!task_done(t)) return lua_yieldk(L, 0, ctx, try_await_k);
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);
@@ -855,6 +872,7 @@ static int l_yield(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, l_yield);
+  if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
   me->task.state = TASK_QUEUED;
   loop_ready(rt, &me->task);
   return fiber_suspend(L, me, 0, NULL); /* returns nothing */
@@ -863,6 +881,8 @@ static int l_yield(lua_State *L) {
 static int pcall_k(lua_State *L, int status, lua_KContext ctx) {
   (void)ctx;
   if (status != LUA_OK && status != LUA_YIELD) {
+    const struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
+    if (s->canceled && error_is(L, -1, ERROR_CANCELED)) return lua_error(L);
     lua_pushboolean(L, 0);
     lua_insert(L, -2);
     return 2;
@@ -919,7 +939,10 @@ void fiber_open(lua_State *L) {
   module_push_function(L, error_handler);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
   if (rt->outside != NULL) return;
-  struct fiber *outside = (struct fiber *)task_new(L, KIND_FIBER, sizeof *outside, 3);
+  struct fiber *outside =
+      (struct fiber *)task_new(L, KIND_FIBER, sizeof *outside, TASK_CONTEXT, false);
+  rt->root->owner = outside;
+  scope_join(rt->root, &outside->member);
   outside->task.state = TASK_RUNNING;
   outside->task.flags = TASK_STARTED;
   task_hold(L, -1, &outside->task);

@@ -64,6 +64,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_DELAY: delay_land(L, i); break;
     case KIND_WAIT: wait_op_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
+    case KIND_SCOPE: scope_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
@@ -210,13 +211,13 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
     if (rt->ready != NULL) {
       run_ready(L, rt, until);
       if (until && task_done(until)) return DRIVE_DONE;
-      timer_fire_due(rt);
+      timer_fire_due(L, rt);
       if (rt->ready != NULL) {
         poll(rt, false);
         continue;
       }
     }
-    timer_fire_due(rt);
+    timer_fire_due(L, rt);
     if (rt->ready != NULL) continue;
     double now = (double)uv_hrtime() / 1e9;
     if (now - rt->last_trim > TRIM_SECONDS) {
@@ -229,13 +230,13 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
 
 /* [-0, +0, e] one turn; waits for an event only if nothing was ready, and if told to */
 static enum drive_end turn(lua_State *L, struct runtime *rt, bool wait) {
-  timer_fire_due(rt);
+  timer_fire_due(L, rt);
   if (rt->ready == NULL) {
     if (wait)
       pass_time(rt);
     else
       poll(rt, false);
-    timer_fire_due(rt);
+    timer_fire_due(L, rt);
   }
   run_ready(L, rt, NULL);
   return DRIVE_DONE;
@@ -339,7 +340,7 @@ static void check_outside(lua_State *L, const char *what) {
 int loop_run(lua_State *L) {
   struct runtime *rt = runtime(L);
   check_outside(L, "run");
-  struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1);
+  struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   root->task.state = TASK_QUEUED;
   loop_ready(rt, &root->task);
   switch (enter(L, 1, LOOP_DEFAULT)) {

@@ -112,6 +112,20 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   lua_rawseti(L, UP_ANCHORS, TAG_CLASS(tag));
 }
 
+void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc) {
+  lua_newtable(L);
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
+  for (lua_pushnil(L); lua_next(L, -2);) {
+    lua_pushvalue(L, -2);
+    lua_insert(L, -2);
+    lua_rawset(L, -5);
+  }
+  lua_pop(L, 1);
+  module_push_function(L, gc);
+  lua_setfield(L, -2, "__gc");
+  lua_rawseti(L, UP_ANCHORS, TAG_CLASS(twin));
+}
+
 /* ---- arguments ---- */
 
 double module_seconds(lua_State *L, int i) {
@@ -267,6 +281,7 @@ static int open_all(lua_State *L) {
   error_open(L);
   context_open(L);
   task_open(L);
+  scope_open_all(L);
   fiber_open(L);
   combine_open(L);
   cancel_open(L);
@@ -300,6 +315,8 @@ static void runtime_new(lua_State *L) {
   runtime_table(L, RUNTIME_IDS, "k");
   runtime_table(L, RUNTIME_LOCALS, "v");
   runtime_table(L, RUNTIME_WATCHED, "v");
+  runtime_table(L, RUNTIME_WEAK, "v");
+  runtime_table(L, RUNTIME_TOKENS, "k");
   lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
   for (lua_Integer class = 1; class <= TAG_LAST;
        class ++) { /* no free slot; room for the metatables */

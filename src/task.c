@@ -20,10 +20,9 @@
 
 /* ---- anchors ---- */
 
-struct task *task_new(lua_State *L, int kind, size_t size, int uservalues) {
-  bool finalizer = kind >= KIND_WAIT && kind <= KIND_EACH; /* may die before it lands */
-  uint32_t class = finalizer ? TAG_OPERATION : TAG_TASK;
-  struct task *t = (struct task *)object_new(L, class, size, uservalues);
+struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool mortal) {
+  struct task *t =
+      (struct task *)object_new(L, mortal ? TAG_OPERATION : TAG_TASK, size, uservalues);
   t->tag = TAG_TASK | (uint32_t)kind;
   t->state = kind == KIND_FIBER ? TASK_CREATED : TASK_WAITING;
   return t;
@@ -55,11 +54,34 @@ void task_push(lua_State *L, struct task *t) {
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return;
   int kind = lua_type(L, -1);
   lua_pop(L, 1);
+  if (!task_is(t, KIND_FIBER)) {
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+    lua_rawgetp(L, -1, t);
+    lua_remove(L, -2);
+    return;
+  }
   fiber_push(L, (struct fiber *)t);
   if (kind == LUA_TTHREAD) { /* next time it is here */
     fiber_hold(L, -1, (struct fiber *)t);
     task_hold(L, -1, t);
   }
+}
+
+void task_weaken(lua_State *L, int i) {
+  lua_pushvalue(L, i);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  lua_insert(L, -2);
+  lua_rawsetp(L, -2, lua_touserdata(L, i < 0 ? i - 2 : i));
+  lua_pop(L, 1);
+}
+
+void task_forget_weak(lua_State *L, const void *p) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  if (lua_rawgetp(L, -1, p) != LUA_TNIL) {
+    lua_pushnil(L);
+    lua_rawsetp(L, -3, p);
+  }
+  lua_pop(L, 2);
 }
 
 /* ---- waits ---- */
@@ -325,7 +347,7 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 void task_push_name(lua_State *L, int i) {
   static const char *const kinds[KIND_COUNT] = {"task",       "promise",     "delay",
                                                 "wait_async", "when_all",    "when_any",
-                                                "when_each",  "cancel_after"};
+                                                "when_each",  "cancel_after", "scope"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
@@ -478,12 +500,17 @@ static int l_traceback(lua_State *L) {
   return 1;
 }
 
-/* An operation that can die unfinished gives its slot back and leaves the list of its token. */
+/* An operation that dies unfinished gives its slot back and leaves its token and its scope. */
 static int l_operation_gc(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL || t->slot == 0 || runtime(L)->closed) return 0;
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return 0; /* held: called by hand */
-  if (task_is(t, KIND_WAIT)) link_drop(&((struct pending *)t)->link);
+  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY)) {
+    task_push(L, t);
+    if (!lua_isnil(L, -1)) return 0; /* the same */
+    link_drop(&((struct pending *)t)->link);
+    scope_leave(L, runtime(L), &((struct pending *)t)->member);
+  }
   task_forget(L, t);
   return 0;
 }
@@ -493,7 +520,7 @@ static int l_operation_gc(lua_State *L) {
 static int l_from_result(lua_State *L) {
   struct runtime *rt = runtime(L);
   int n = lua_gettop(L);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
   lua_insert(L, 1);
   task_settle(L, rt, 1, n);
   return 1;
@@ -502,7 +529,7 @@ static int l_from_result(lua_State *L) {
 static int l_from_exception(lua_State *L) { /* nil is a legal error value */
   struct runtime *rt = runtime(L);
   lua_settop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
   lua_insert(L, 1);
   task_settle_faulted(L, rt, 1, 0);
   return 1;
@@ -517,7 +544,7 @@ static int l_from_canceled(lua_State *L) {
     return error_throw(L, ERROR_ARGUMENT,
                        "from_canceled needs a token whose cancellation has been requested");
   lua_settop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
   token_push_error(L, 1);
   task_settle_canceled(L, rt, 2);
   return 1;
@@ -536,7 +563,7 @@ static int l_completion_new(lua_State *L) {
   if (lua_gettop(L) > 0 && !lua_isnil(L, 1))
     return luaL_argerror(L, 1, "a TaskCompletionSource takes no arguments");
   object_new(L, TAG_COMPLETION, sizeof(uint32_t), 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
   lua_setiuservalue(L, -2, COMPLETION_TASK);
   return 1;
 }
@@ -645,15 +672,5 @@ void task_open(lua_State *L) {
   module_class(L, TAG_TASK, "coflow.Task", methods, properties);
   module_class(L, TAG_COMPLETION, "coflow.TaskCompletionSource", completion_methods,
                completion_properties);
-  lua_newtable(L); /* the same class with a finalizer */
-  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_TASK));
-  for (lua_pushnil(L); lua_next(L, -2);) {
-    lua_pushvalue(L, -2);
-    lua_insert(L, -2);
-    lua_rawset(L, -5);
-  }
-  lua_pop(L, 1);
-  module_push_function(L, l_operation_gc);
-  lua_setfield(L, -2, "__gc");
-  lua_rawseti(L, UP_ANCHORS, TAG_CLASS(TAG_OPERATION));
+  module_finalized(L, TAG_TASK, TAG_OPERATION, l_operation_gc);
 }

@@ -60,10 +60,10 @@ void timer_reserve(lua_State *L) {
   rt->timer_size = size;
 }
 
-void timer_add(struct runtime *rt, struct deadline *d, struct task *owner, double seconds) {
-  d->owner = owner;
-  sift_up(rt, rt->timer_count++,
-          (struct timer_entry){loop_now(rt) + seconds, rt->timer_order++, d});
+double timer_add(struct runtime *rt, struct deadline *d, double seconds) {
+  double due = loop_now(rt) + seconds;
+  sift_up(rt, rt->timer_count++, (struct timer_entry){due, rt->timer_order++, d});
+  return due;
 }
 
 void timer_drop(struct runtime *rt, struct deadline *d) {
@@ -78,71 +78,198 @@ void timer_drop(struct runtime *rt, struct deadline *d) {
     sift_down(rt, at, last);
 }
 
-void timer_fire_due(struct runtime *rt) {
+/* [-0, +0, m] */
+static void fire(lua_State *L, struct runtime *rt, struct deadline *d) {
+  struct task *t;
+  switch (d->kind) {
+    case DEADLINE_NAP: {
+      struct fiber *f = container_of(d, struct fiber, u.nap.deadline);
+      t = &f->task;
+      link_drop(&f->u.nap.link);
+      t->state = TASK_QUEUED;
+      break;
+    }
+    case DEADLINE_TIMED: t = &container_of(d, struct timed, deadline)->pending.task; break;
+    default: scope_expire(L, container_of(d, struct scope, deadline)); return;
+  }
+  t->flags |= TASK_EXPIRED;
+  loop_ready(rt, t);
+}
+
+void timer_fire_due(lua_State *L, struct runtime *rt) {
   if (rt->timer_count == 0) return;
   double now = loop_now(rt);
   while (rt->timer_count > 0 && rt->timers[0].due <= now) {
     struct deadline *d = rt->timers[0].deadline;
-    struct task *t = d->owner;
     timer_drop(rt, d);
-    t->flags |= TASK_EXPIRED;
-    if (task_is(t, KIND_FIBER)) {
-      link_drop(&((struct fiber *)t)->link);
-      t->state = TASK_QUEUED;
-    }
-    loop_ready(rt, t);
+    fire(L, rt, d);
   }
 }
 
 /* ---- interruption ---- */
 
-void pending_interrupt(lua_State *L, struct pending *p, int k) {
+/* [-0, +0, -] a suspended fiber waits for nothing any more */
+static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (fiber_naps(f)) {
+    link_drop(&f->u.nap.link);
+    timer_drop(rt, &f->u.nap.deadline);
+    return;
+  }
+  fiber_push_awaited(L, f);
+  wait_remove(L, -1, &f->u.wait);
+  lua_pop(L, 1);
+}
+
+void pending_interrupt(lua_State *L, struct pending *p) {
   struct runtime *rt = runtime(L);
   struct task *t = &p->task;
   if (!task_is(t, KIND_FIBER)) {
-    lua_getiuservalue(L, k, TOKEN_HELD);
-    lua_rawgeti(L, -1, (lua_Integer)t->held);
-    t->flags |= TASK_INTERRUPTED;
-    loop_land(L, rt, -1, t);
-    lua_pop(L, 2);
+    task_push(L, t);
+    if (!lua_isnil(L, -1)) { /* else it is about to be finalized */
+      t->flags |= TASK_INTERRUPTED;
+      loop_land(L, rt, -1, t);
+    }
+    lua_pop(L, 1);
     return;
   }
   struct fiber *f = (struct fiber *)t;
-  bool started = t->flags & TASK_STARTED;
+  if (t->state != TASK_WAITING || t->flags & (TASK_LINKED | TASK_DEAF) || !(t->flags & TASK_STARTED))
+    return;
   task_push(L, t);
-  if (f->u.wait.on) {
-    fiber_push_awaited(L, f);
-    wait_remove(L, -1, &f->u.wait);
-    lua_pop(L, 1);
-  } else if (started)
-    timer_drop(runtime(L), &f->u.deadline);
+  withdraw(L, rt, f);
   t->flags |= TASK_INTERRUPTED;
-  fiber_wake(L, rt, -1, f); /* a continuation starts, and finds its token canceled */
+  fiber_wake(L, rt, -1, f);
   lua_pop(L, 1);
+}
+
+void pending_hold(lua_State *L, struct pending *p, bool hold) {
+  struct task *t = &p->task;
+  if (t->state != TASK_WAITING || t->flags & TASK_LINKED) return;
+  if (!task_is(t, KIND_FIBER)) {
+    if (((struct timed *)(void *)p)->deadline.index >= 0) return; /* held by it */
+  } else if (fiber_naps((struct fiber *)t) && ((struct fiber *)t)->u.nap.deadline.index >= 0)
+    return;
+  task_push(L, t);
+  if (!lua_isnil(L, -1)) {
+    if (hold)
+      task_hold(L, -1, t);
+    else
+      task_release(L, t);
+  }
+  lua_pop(L, 1);
+}
+
+/* ---- operations: what delay and wait_async share ---- */
+
+/* [-0, +0, m] the scope of a new operation, given the token at k: `none` opts out of the ambient one */
+static struct scope *scope_for(lua_State *L, int k) {
+  struct runtime *rt = runtime(L);
+  return token_none(L, k) ? rt->root : scope_flowing(L, rt);
+}
+
+/* [-0, +1, m] the error of an operation that its token (at k; NULL, k: none) or its scope has canceled */
+static void push_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
+  if (token != NULL && token_canceled(token))
+    token_push_error(L, k);
+  else
+    scope_push_error(L, s);
+}
+
+static int throw_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
+  if (token != NULL && token_canceled(token)) {
+    token_push_error(L, k);
+    return lua_error(L);
+  }
+  return scope_throw(L, s);
+}
+
+/* [-0, +1, m] that of the interrupted operation at i */
+static void push_interruption(lua_State *L, int i) {
+  struct pending *p = (struct pending *)lua_touserdata(L, i);
+  lua_getiuservalue(L, i, OP_TOKEN);
+  push_canceled(L, token_opt(L, -1), lua_gettop(L), p->member.scope);
+  lua_remove(L, -2);
+}
+
+/* [-0, +0, m] makes it a member of s, and of what the token at k interrupts; it may die while parked, unless
+** it is held by its deadline, or by one above it */
+static void start(lua_State *L, int i, struct timed *op, int k, struct scope *s) {
+  struct runtime *rt = runtime(L);
+  struct task *t = &op->pending.task;
+  struct token *token = token_opt(L, k);
+  if (token != NULL) {
+    lua_pushvalue(L, k);
+    lua_setiuservalue(L, i, OP_TOKEN);
+  }
+  if (op->seconds != HUGE_VAL)
+    timer_reserve(L);
+  else
+    task_weaken(L, i);
+  task_hold(L, i, t);
+  scope_join(s, &op->pending.member);
+  if (token != NULL) token_link(token, &op->pending.link);
+  if (op->seconds != HUGE_VAL)
+    timer_add(rt, &op->deadline, op->seconds);
+  else if (!s->armed && (token == NULL || !token_armed(token)))
+    task_release(L, t);
+}
+
+/* [-0, +0, -] it has landed: nothing knows it any more */
+static void stop(lua_State *L, int i, struct timed *op) {
+  struct task *t = &op->pending.task;
+  struct runtime *rt = runtime(L);
+  timer_drop(rt, &op->deadline);
+  link_drop(&op->pending.link);
+  scope_leave(L, rt, &op->pending.member);
+  if (op->seconds == HUGE_VAL) task_forget_weak(L, t);
+  task_forget(L, t);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, OP_TOKEN);
+}
+
+/* [-0, +1, m] */
+static struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
+  struct timed *op =
+      (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
+  op->deadline = (struct deadline){-1, DEADLINE_TIMED};
+  op->seconds = seconds;
+  return op;
+}
+
+bool operation_cancel(lua_State *L, int i, int reason) {
+  struct runtime *rt = runtime(L);
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  bool combinator = task_is(t, KIND_ALL) || task_is(t, KIND_ANY);
+  token_push_canceled(L, reason); /* … token */
+  if (task_done(t) || t->flags & TASK_LINKED) { /* it is about to land */
+    lua_pop(L, 1);
+    return false;
+  }
+  if (combinator) {
+    combine_cancel(L, i);
+    lua_pop(L, 1);
+    return true;
+  }
+  link_drop(&((struct pending *)t)->link);
+  lua_setiuservalue(L, i, OP_TOKEN);
+  t->flags |= TASK_INTERRUPTED;
+  loop_land(L, rt, i, t);
+  loop_land_all(L, rt);
+  return true;
 }
 
 /* ---- delay ---- */
 
-struct delay {
-  struct pending pending;
-  struct deadline deadline;
-};
-
 void delay_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
-  struct delay *d = (struct delay *)lua_touserdata(L, i);
-  struct task *t = &d->pending.task;
-  timer_drop(runtime(L), &d->deadline);
-  if (t->flags & TASK_EXPIRED) {
-    token_drop(L, i);
-    task_forget(L, t);
+  struct timed *op = (struct timed *)lua_touserdata(L, i);
+  if (op->pending.task.flags & TASK_EXPIRED) {
+    stop(L, i, op);
     task_settle(L, rt, i, 0);
   } else {
-    lua_getiuservalue(L, i, OP_TOKEN);
-    token_push_error(L, -1);
-    lua_remove(L, -2);
-    token_drop(L, i);
-    task_forget(L, t);
+    push_interruption(L, i);
+    if (task_done(&op->pending.task)) return; /* by a finalizer */
+    stop(L, i, op);
     task_settle_canceled(L, rt, i);
   }
 }
@@ -153,35 +280,28 @@ static int l_delay(lua_State *L) {
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   lua_settop(L, 2);
-  struct delay *d = (struct delay *)task_new(L, KIND_DELAY, sizeof *d, k ? OP_TOKEN : OP_TOKEN - 1);
-  struct task *t = &d->pending.task;
-  d->deadline.index = -1;
-  if (k != NULL && token_canceled(k)) {
-    token_push_error(L, 2);
+  struct scope *s = scope_for(L, 2);
+  struct timed *op = operation_new(L, KIND_DELAY, OP_TOKEN, seconds);
+  if (s->canceled || (k != NULL && token_canceled(k))) {
+    push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
   } else if (seconds == 0)
     task_settle(L, rt, 3, 0);
-  else if (k != NULL && !token_hold(L, 2, 3)) {
-    token_push_error(L, 2); /* a finalizer has canceled it */
-    task_settle_canceled(L, rt, 3);
-  } else if (seconds != HUGE_VAL) { /* else it lives by who awaits it, or by its token */
-    timer_reserve(L);
-    task_hold(L, 3, t);
-    timer_add(rt, &d->deadline, t, seconds);
-  }
+  else
+    start(L, 3, op, 2, s);
   return 1;
 }
 
 static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
-  struct task *me = runtime(L)->me;
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  uint16_t flags = me->task.flags;
   (void)status, (void)ctx;
-  bool interrupted = me->flags & TASK_INTERRUPTED;
-  if (((struct fiber *)me)->co != L || !(me->flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
+  if (me->co != L || !(flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
     return lua_yieldk(L, 0, 0, sleep_k); /* somebody else has resumed the coroutine: sleep on */
-  me->flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED);
-  if (!interrupted) return 0;
-  token_push_error(L, 2);
-  return lua_error(L);
+  me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
+  if (!(flags & TASK_INTERRUPTED)) return 0;
+  return throw_canceled(L, token_opt(L, 2), 2, me->member.scope);
 }
 
 /* sleep(seconds, token) */
@@ -189,37 +309,31 @@ static int l_sleep(lua_State *L) {
   struct runtime *rt = runtime(L);
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
-  if (k != NULL && token_canceled(k)) {
-    token_push_error(L, 2);
-    return lua_error(L);
-  }
+  bool deaf = token_none(L, 2);
+  struct fiber *me = (struct fiber *)rt->me;
+  if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
+    return throw_canceled(L, k, 2, me->member.scope);
   if (seconds == 0) return 0;
-  struct fiber *me = fiber_here(L, rt);
+  me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
   timer_reserve(L);
-  me->u.deadline.index = -1;
-  me->u.wait.on = NULL;
+  me->u.nap = (struct nap){.deadline = {-1, DEADLINE_NAP}};
   me->task.state = TASK_WAITING;
+  if (deaf) me->task.flags |= TASK_DEAF;
+  if (k != NULL) token_link(k, &me->u.nap.link);
   if (seconds != HUGE_VAL)
-    timer_add(rt, &me->u.deadline, &me->task, seconds);
-  else if (k ==
-           NULL) { /* for ever: nothing holds it; under a token, which may have a deadline, we do */
-    task_push(L, &me->task);
-    task_release(L, &me->task);
-    lua_pop(L, 1);
-  }
-  if (k != NULL) token_link(k, &me->link);
+    timer_add(rt, &me->u.nap.deadline, seconds);
+  else
+    fiber_let_go(L, me, k);
   return fiber_suspend(L, me, 0, sleep_k);
 }
 
 /* ---- wait_async: whichever comes first of a task, a deadline and a token ---- */
 
 struct wait_op {
-  struct pending pending;
-  struct deadline deadline;
+  struct timed timed;
   struct wait wait;
-  double seconds;
 };
 
 void wait_op_fire(lua_State *L, struct runtime *rt, int i) {
@@ -229,29 +343,28 @@ void wait_op_fire(lua_State *L, struct runtime *rt, int i) {
 void wait_op_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
   struct wait_op *op = (struct wait_op *)lua_touserdata(L, i);
-  struct task *t = &op->pending.task;
+  struct task *t = &op->timed.pending.task;
   lua_getiuservalue(L, i, OP_INPUT);
   int input = lua_gettop(L);
   struct task *on = (struct task *)lua_touserdata(L, input);
   bool quiet = t->flags & TASK_QUIET, done = task_done(on);
   if (!done) {
-    if (t->flags & TASK_INTERRUPTED) {
-      lua_getiuservalue(L, i, OP_TOKEN);
-      token_push_error(L, -1);
-    } else if (quiet)
+    if (t->flags & TASK_INTERRUPTED)
+      push_interruption(L, i);
+    else if (quiet)
       lua_pushboolean(L, 0);
     else {
       task_push_name(L, input);
       error_push(L, ERROR_TIMEOUT, "task '%s' did not complete within %f s", lua_tostring(L, -1),
-                 (LUAI_UACNUMBER)op->seconds);
+                 (LUAI_UACNUMBER)op->timed.seconds);
     }
-  } else
-    lua_pushboolean(L, 1);
+    if (task_done(t)) return; /* by a finalizer */
+    done = task_done(on);
+  }
+  if (done) lua_pushboolean(L, 1);
   /* nothing raises from here */
   wait_remove(L, input, &op->wait);
-  timer_drop(runtime(L), &op->deadline);
-  token_drop(L, i);
-  task_forget(L, t);
+  stop(L, i, &op->timed);
   lua_pushnil(L);
   lua_setiuservalue(L, i, OP_INPUT);
   if (done && !quiet) {
@@ -266,50 +379,42 @@ void wait_op_land(lua_State *L, int i) {
   lua_settop(L, input - 1);
 }
 
-/* [-0, +1, e] for wait_async(task, timeout, token) at 1, 2, 3 */
-static int new_wait(lua_State *L, bool quiet) {
-  struct runtime *rt = runtime(L);
-  struct task *on = task_check(L, 1);
-  double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
+/* [-0, +1, e] for (task, timeout, token) at 1, 2, 3, in the scope s */
+static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   struct token *k = token_opt(L, 3);
-  lua_settop(L, 3);
-  if (!quiet && (task_done(on) || (k == NULL && seconds == HUGE_VAL))) {
-    lua_settop(L, 1);
-    return 1;
-  }
-  struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT);
-  struct task *t = &op->pending.task;
-  op->deadline.index = -1;
-  op->seconds = seconds;
+  double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
+  struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT, true);
+  struct task *t = &op->timed.pending.task;
+  op->timed.deadline = (struct deadline){-1, DEADLINE_TIMED};
+  op->timed.seconds = seconds;
   if (quiet) t->flags |= TASK_QUIET;
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 4, OP_INPUT);
-  if (k != NULL) {
-    lua_pushvalue(L, 3);
-    lua_setiuservalue(L, 4, OP_TOKEN);
-  }
-  if (task_done(on) || (k != NULL && token_canceled(k)) || seconds == 0) {
-    if (k != NULL && token_canceled(k)) t->flags |= TASK_INTERRUPTED;
-    wait_op_land(L, 4);
-    return 1;
-  }
-  task_release(L, t);
-  if (k != NULL && !token_hold(L, 3, 4)) {
-    t->flags |= TASK_INTERRUPTED; /* a finalizer has canceled it */
-    wait_op_land(L, 4);
-  } else if (!wait_add(L, 1, &op->wait, 4, WAIT_OP))
-    wait_op_land(L, 4);
-  else if (seconds != HUGE_VAL && !task_done(t)) {
-    timer_reserve(L);
-    task_hold(L, 4, t);
-    timer_add(rt, &op->deadline, t, seconds);
-  }
+  start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
+  bool canceled = s->canceled || (k != NULL && token_canceled(k));
+  if (canceled) t->flags |= TASK_INTERRUPTED;
+  if (canceled || seconds == 0 || !wait_add(L, 1, &op->wait, 4, WAIT_OP)) wait_op_land(L, 4);
+}
+
+/* wait_async(task, timeout, token) */
+int timer_wait_async(lua_State *L) {
+  struct task *on = task_check(L, 1);
+  if (!lua_isnoneornil(L, 2)) module_seconds(L, 2);
+  token_opt(L, 3);
+  lua_settop(L, 3);
+  if (task_done(on))
+    lua_settop(L, 1);
+  else
+    new_wait(L, scope_for(L, 3), false);
   return 1;
 }
 
-int timer_wait_async(lua_State *L) { return new_wait(L, false); }
-
-void timer_push_wait(lua_State *L) { new_wait(L, true); }
+void timer_push_wait(lua_State *L) {
+  task_check(L, 1);
+  if (!lua_isnoneornil(L, 2)) module_seconds(L, 2);
+  lua_settop(L, 3);
+  new_wait(L, runtime(L)->root, true);
+}
 
 static const luaL_Reg functions[] = {
     {"delay", l_delay}, {"sleep", l_sleep}, {"wait_async", timer_wait_async}, {NULL, NULL}};

@@ -1,0 +1,638 @@
+/*
+** scope.c - ambient cancellation: a tree of scopes, of which every task is a member somewhere.
+**
+**     root ── scope of task A ─┬─ with_timeout in A ─┬─ A itself, which is inside it now
+**                              │                     └─ B, started there
+**                              └─ C, started before
+**
+** A scope is opened by a task: one for the task itself (its *base*, made when it first starts or opens
+** something: a task that only runs and waits needs none), and one for each with_timeout, group … that it
+** is inside of. A task is a member of the innermost one that it has opened, or else of the one that it was
+** started in. So whoever is to be interrupted by a cancellation is below what is canceled, and whether a
+** suspension may begin is one flag: that of the scope that the task is a member of.
+**
+** Canceling marks all that is below, top down and without recursion, and interrupts what waits there.
+** Nobody's code runs and nothing is created meanwhile; callbacks of tokens are collected and run after.
+**
+** A scope that has ended (owner == NULL) stays while tasks that were started in it go on: a cancellation
+** from above still finds them. With one member left it gives up its place to it, so that there are never
+** more such scopes than tasks, however long the chain of tasks that each start the next.
+**
+** The token of a scope is made when somebody asks for it. It is held by the block that the scope belongs
+** to, by way of the task (RUNTIME_TOKENS), so a callback that refers to the task keeps neither alive. A
+** canceled scope holds its own, for the reason and the cause.
+**
+** Holding: a parked task is held only while a deadline above it may end its wait: `armed`, which is handed
+** down when a scope is opened, and changed below it when a deadline comes or goes.
+**
+** Invariants: a scope is anchored in its slot until it is freed; m->scope->members contains m->link;
+**             a member of a canceled scope is canceled; s->armed implies that those below are, shields apart.
+** Source:     the scopes are trio's, level-triggered; .NET has tokens only.
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <math.h>
+
+enum { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
+enum { IDLE_SCOPES = 64 };
+
+/* ---- walking over what is below a scope ---- */
+
+struct walk {
+  struct scope *top, *in;
+  struct link *at;
+};
+
+static void walk_into(struct walk *w, struct scope *s) {
+  w->in = s;
+  w->at = s->members.next;
+}
+
+static struct walk walk_below(struct scope *s) {
+  struct walk w = {.top = s};
+  walk_into(&w, s);
+  return w;
+}
+
+/* the next member, or NULL at the end; those of a scope only after walk_into */
+static struct pending *walk_next(struct walk *w) {
+  while (w->at == &w->in->members) {
+    if (w->in == w->top) return NULL;
+    w->at = w->in->member.link.next;
+    w->in = w->in->member.scope;
+  }
+  struct pending *p = container_of(w->at, struct pending, member.link);
+  w->at = w->at->next;
+  return p;
+}
+
+static struct scope *as_scope(struct pending *p) {
+  return task_is(&p->task, KIND_SCOPE) ? (struct scope *)(void *)p : NULL;
+}
+
+/* ---- life ---- */
+
+/* [-0, +0, m] a scope that is anchored, and not yet in the tree */
+static struct scope *scope_new(lua_State *L, struct runtime *rt, int kind) {
+  struct scope *s = kind == SCOPE_GROUP ? NULL : rt->idle_scopes;
+  if (s != NULL) {
+    rt->idle_scopes = s->outer;
+    rt->idle_scope_count--;
+  } else {
+    s = (struct scope *)object_new(L, TAG_SCOPE, sizeof *s, SCOPE_RUN);
+    s->task.tag = TAG_SCOPE | KIND_SCOPE;
+    task_hold(L, -1, &s->task);
+    lua_pop(L, 1);
+  }
+  link_init(&s->members);
+  s->outer = NULL;
+  s->due = HUGE_VAL;
+  s->deadline = (struct deadline){-1, DEADLINE_SCOPE};
+  s->kind = (uint8_t)kind;
+  return s;
+}
+
+static void scope_push(lua_State *L, const struct scope *s) {
+  lua_rawgeti(L, UP_ANCHORS, s->task.slot);
+}
+
+static bool is_done(const struct scope *s) {
+  return s->owner == NULL && s->refs == 0 && s->token == NULL && !(s->task.flags & TASK_LINKED);
+}
+
+static void scope_free(lua_State *L, struct runtime *rt, struct scope *s) {
+  int32_t slot = s->task.slot;
+  if (s->canceled) {
+    scope_push(L, s);
+    lua_pushnil(L);
+    lua_setiuservalue(L, -2, SCOPE_TOKEN);
+    lua_pop(L, 1);
+  }
+  bool reuse = s->kind != SCOPE_GROUP && rt->idle_scope_count < IDLE_SCOPES;
+  if (!reuse) {
+    task_forget(L, &s->task);
+    slot = 0;
+  }
+  *s = (struct scope){.task = {.tag = s->task.tag, .slot = slot}};
+  if (!reuse) return;
+  s->outer = rt->idle_scopes;
+  rt->idle_scopes = s;
+  rt->idle_scope_count++;
+}
+
+/* the only member of an ended scope takes its place */
+static void dissolve(struct scope *s) {
+  struct member *m = container_of(s->members.next, struct member, link);
+  link_drop(&m->link);
+  m->scope = s->member.scope;
+  m->link.next = &s->member.link;
+  m->link.prev = s->member.link.prev;
+  m->link.prev->next = m->link.next->prev = &m->link;
+}
+
+void scope_left(lua_State *L, struct runtime *rt, struct scope *s) {
+  while (s != NULL && is_done(s)) {
+    struct scope *up = s->member.scope, *origin = s->origin;
+    struct link *head = &s->members;
+    if (head->next != head) {
+      if (head->next->next != head || (s->canceled && !up->canceled)) return;
+      dissolve(s);
+    }
+    link_drop(&s->member.link);
+    if (origin != NULL && origin != s) {
+      origin->refs--;
+      scope_left(L, rt, origin); /* it has no origin but itself */
+    }
+    scope_free(L, rt, s);
+    s = up;
+  }
+}
+
+static void set_canceled(struct scope *s, struct scope *origin) {
+  s->canceled = true;
+  s->origin = origin;
+  if (s != origin) origin->refs++;
+}
+
+/* puts s into the tree below `up`, and its owner into it */
+static void enter(struct scope *s, struct scope *up, struct fiber *f, lua_State *co) {
+  s->owner = f;
+  s->co = co;
+  scope_join(up, &s->member);
+  s->armed = up->armed;
+  if (up->canceled) set_canceled(s, up->origin);
+  link_drop(&f->member.link);
+  scope_join(s, &f->member);
+}
+
+struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (f->member.scope->owner == f) return f->member.scope->base;
+  if (task_done(&f->task)) return rt->root;
+  struct scope *s = scope_new(L, rt, SCOPE_BASE);
+  if (f->member.scope->owner == f) { /* a finalizer was here before us */
+    scope_free(L, rt, s);
+    return f->member.scope->base;
+  }
+  s->base = s;
+  enter(s, f->member.scope, f, NULL);
+  return s;
+}
+
+/* [-0, +0, m] a scope of the running task, within the one that it is in */
+static struct scope *scope_open(lua_State *L, struct runtime *rt, int kind) {
+  struct fiber *me = (struct fiber *)rt->me;
+  if (scope_own(L, rt, me) == rt->root) luaL_error(L, "the task has ended");
+  struct scope *s = scope_new(L, rt, kind), *outer = me->member.scope;
+  s->outer = outer;
+  outer->refs++;
+  s->base = outer->base;
+  enter(s, kind == SCOPE_SHIELD ? rt->root : outer, me, L);
+  return s;
+}
+
+/* [-0, +0, -] what goes on in s is under the scope above it only */
+static void end(lua_State *L, struct runtime *rt, struct scope *s) {
+  struct scope *outer = s->outer;
+  s->owner = NULL;
+  timer_drop(rt, &s->deadline);
+  s->due = HUGE_VAL;
+  if (s->armed && !s->member.scope->armed) scope_set_armed(L, s, false);
+  if (outer != NULL) {
+    s->outer = NULL;
+    outer->refs--;
+    if (outer->owner == NULL) scope_left(L, rt, outer);
+  }
+  scope_left(L, rt, s);
+}
+
+/* [-0, +0, -] the running task leaves a scope that it has opened */
+static void scope_close(lua_State *L, struct runtime *rt, struct scope *s) {
+  struct fiber *f = s->owner;
+  if (f->member.scope == s) {
+    struct scope *back = s->outer;
+    while (back->owner == NULL) back = back->outer; /* closed before this one */
+    link_drop(&f->member.link);
+    scope_join(back, &f->member);
+  }
+  end(L, rt, s);
+}
+
+void scope_end_task(lua_State *L, struct runtime *rt, struct fiber *f) {
+  struct scope *s = f->member.scope;
+  link_drop(&f->member.link);
+  f->member.scope = rt->root; /* for finalizers that run on it from now on */
+  if (s->owner != f) {
+    if (s->owner == NULL) scope_left(L, rt, s);
+    return;
+  }
+  if (s->base->guards) context_drop_guards(s->base);
+  while (s != NULL) {
+    struct scope *outer = s->outer;
+    if (outer != NULL) outer->refs++;
+    if (s->owner == f)
+      end(L, rt, s);
+    else
+      scope_left(L, rt, s); /* closed before, out of order */
+    if (outer != NULL) outer->refs--;
+    s = outer;
+  }
+}
+
+void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope *s) {
+  struct member *m = f->member.scope->owner == f ? &f->member.scope->member : &f->member;
+  scope_leave(L, rt, m);
+  scope_join(s, m);
+  if (m == &f->member) return;
+  struct scope *base = f->member.scope;
+  if (s->canceled && !base->canceled) set_canceled(base, s->origin);
+  if (s->armed) scope_set_armed(L, base, true);
+}
+
+/* ---- canceling ---- */
+
+/* [-0, +1, -] the token of s, or nil when there is none */
+static bool push_known_token(lua_State *L, const struct scope *s) {
+  if (s->token == NULL) {
+    lua_pushnil(L);
+    return false;
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  lua_rawgetp(L, -1, s->token);
+  lua_remove(L, -2);
+  return !lua_isnil(L, -1);
+}
+
+/* [-0, +0, m] the task that has opened s holds the token on top */
+static void hold_token(lua_State *L, struct scope *s) {
+  int token = lua_gettop(L);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TOKENS);
+  task_push(L, &s->owner->task); /* token tokens task */
+  lua_pushvalue(L, -1);
+  if (lua_rawget(L, -3) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_newtable(L);
+    lua_pushvalue(L, -2);
+    lua_pushvalue(L, -2);
+    lua_rawset(L, -5); /* token tokens task table */
+  }
+  lua_pushvalue(L, token);
+  lua_rawsetp(L, -2, s);
+  lua_settop(L, token);
+}
+
+/* [-0, +0, -] … and lets go of it when the scope is closed */
+static void drop_token(lua_State *L, struct scope *s) {
+  if (s->token == NULL || s->owner == NULL) return;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TOKENS);
+  task_push(L, &s->owner->task);
+  if (lua_rawget(L, -2) == LUA_TTABLE) {
+    lua_pushnil(L);
+    lua_rawsetp(L, -2, s);
+  }
+  lua_pop(L, 2);
+}
+
+/* [-0, +0, -] the canceled scope s holds the token on top */
+static void keep_token(lua_State *L, struct scope *s) {
+  scope_push(L, s);
+  lua_pushvalue(L, -2);
+  lua_setiuservalue(L, -2, SCOPE_TOKEN);
+  lua_pop(L, 1);
+}
+
+/* [-0, +1, m] */
+static void push_token(lua_State *L, struct scope *s) {
+  luaL_checkstack(L, 10, NULL);
+  if (push_known_token(L, s)) return;
+  lua_pop(L, 1);
+  struct token *k = token_new(L, s);
+  if (push_known_token(L, s)) { /* a finalizer has asked as well */
+    lua_remove(L, -2);
+    return;
+  }
+  lua_pop(L, 1);
+  task_weaken(L, -1); /* into the table of what may die */
+  if (!s->canceled) hold_token(L, s);
+  s->token = k;
+  token_set_armed(L, k, s->armed);
+  if (!s->canceled) return;
+  push_token(L, s->origin); /* which has one: it had one when it was canceled */
+  token_inherit(L, -2, -1);
+  lua_pop(L, 1);
+  keep_token(L, s);
+}
+
+void scope_push_error(lua_State *L, struct scope *s) {
+  push_token(L, s);
+  token_push_error(L, -1);
+  lua_remove(L, -2);
+}
+
+/* the scope whose token is the ambient one of f */
+static struct scope *ambient(lua_State *L, struct runtime *rt, struct fiber *f) {
+  return f->member.scope->owner == f ? f->member.scope : scope_own(L, rt, f);
+}
+
+int scope_throw(lua_State *L, struct scope *s) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  scope_push_error(L, s == me->member.scope ? ambient(L, rt, me) : s);
+  return lua_error(L);
+}
+
+/* [-0, +0, -] s alone; its token gets on the list at run */
+static void mark_one(lua_State *L, struct scope *s, struct scope *origin, int reason, int cause,
+                     int run) {
+  set_canceled(s, origin);
+  if (push_known_token(L, s)) {
+    token_mark(L, lua_gettop(L), reason, cause, run);
+    keep_token(L, s);
+  }
+  lua_pop(L, 1);
+}
+
+void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, int cause, int run) {
+  if (s->canceled) return;
+  bool busy = rt->land_busy;
+  rt->land_busy = true; /* what completes lands when all is marked */
+  mark_one(L, s, s, reason, cause, run);
+  struct walk w = walk_below(s);
+  for (struct pending *p = walk_next(&w); p != NULL; p = walk_next(&w)) {
+    struct scope *below = as_scope(p);
+    if (below == NULL)
+      pending_interrupt(L, p);
+    else if (!below->canceled) {
+      mark_one(L, below, s, reason, cause, run);
+      walk_into(&w, below);
+    }
+  }
+  rt->land_busy = busy;
+}
+
+/* [-0, +1, m] marks s; leaves the list of the tokens whose callbacks are to run */
+static void mark_all(lua_State *L, struct scope *s, int reason, bool expired) {
+  struct runtime *rt = runtime(L);
+  int top = lua_gettop(L);
+  luaL_checkstack(L, 20, NULL);
+  lua_pushvalue(L, reason);
+  push_token(L, s); /* nothing is created from here on */
+  lua_pushnil(L);   /* reason token list */
+  s->expired = expired && !s->canceled;
+  scope_mark(L, rt, s, top + 1, top + 2, top + 3);
+  lua_replace(L, top + 1);
+  lua_settop(L, top + 1);
+  if (rt->landing != NULL) loop_land_all(L, rt);
+}
+
+bool scope_cancel(lua_State *L, struct scope *s, int reason) {
+  if (s->canceled) return false;
+  mark_all(L, s, reason, false);
+  token_run(L, false);
+  return true;
+}
+
+void scope_expire(lua_State *L, struct scope *s) {
+  if (s->canceled) return;
+  lua_pushliteral(L, "timeout");
+  mark_all(L, s, lua_gettop(L), true); /* reason list */
+  if (!lua_isnil(L, -1)) {
+    scope_push(L, s);
+    lua_insert(L, -2);
+    lua_setiuservalue(L, -2, SCOPE_RUN);
+    loop_ready(runtime(L), &s->task);
+  }
+  lua_pop(L, 2);
+}
+
+static int l_run_list(lua_State *L) {
+  token_run(L, false);
+  return 0;
+}
+
+void scope_land(lua_State *L, int i) {
+  struct scope *s = (struct scope *)lua_touserdata(L, i);
+  module_push_function(L, l_run_list);
+  lua_getiuservalue(L, i, SCOPE_RUN);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, SCOPE_RUN);
+  if (lua_pcall(L, 1, 0, 0) != LUA_OK) {
+    error_report(L, -1, 0);
+    lua_pop(L, 1);
+  }
+  if (s->owner == NULL) scope_left(L, runtime(L), s);
+}
+
+/* ---- arming ---- */
+
+static bool arms_itself(struct scope *s) {
+  return s->due != HUGE_VAL || (s->token != NULL && token_armed_itself(s->token));
+}
+
+static void set_armed(lua_State *L, struct scope *s, bool armed) {
+  s->armed = armed;
+  if (s->token != NULL) token_set_armed(L, s->token, armed);
+}
+
+void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
+  if (s->armed == armed) return;
+  set_armed(L, s, armed);
+  struct walk w = walk_below(s);
+  for (struct pending *p = walk_next(&w); p != NULL; p = walk_next(&w)) {
+    struct scope *below = as_scope(p);
+    if (below == NULL)
+      pending_hold(L, p, armed);
+    else if (below->armed != armed && (armed || !arms_itself(below))) {
+      set_armed(L, below, armed);
+      walk_into(&w, below);
+    }
+  }
+}
+
+/* ---- Lua face: functions of the library, not of scripts ---- */
+
+static struct scope *check_scope(lua_State *L, int i) {
+  struct scope *s = (struct scope *)lua_touserdata(L, i);
+  if (s == NULL || lua_rawlen(L, i) < sizeof *s || s->task.tag != (TAG_SCOPE | KIND_SCOPE))
+    luaL_typeerror(L, i, "scope");
+  return s;
+}
+
+/* [-0, +0, e] raises outside every task, in the name of what the library was asked for */
+static void check_inside(lua_State *L, const char *what) {
+  struct runtime *rt = runtime(L);
+  if (rt->me == rt->outside)
+    error_throw(L, ERROR_OPERATION,
+                "%s outside every task: run the program with flow.run(fn), and use it in there", what);
+}
+
+/* [-0, +1, m] opens a scope for the library; with a deadline, unless seconds is HUGE_VAL */
+static struct scope *open_block(lua_State *L, const char *what, int kind, double seconds) {
+  struct runtime *rt = runtime(L);
+  check_inside(L, what);
+  if (seconds != HUGE_VAL) timer_reserve(L);
+  struct scope *s = scope_open(L, rt, kind);
+  if (seconds != HUGE_VAL) {
+    s->seconds = seconds;
+    s->due = timer_add(rt, &s->deadline, seconds);
+    s->armed = true;
+  }
+  scope_push(L, s);
+  return s;
+}
+
+static double opt_seconds(lua_State *L, int i) {
+  return lua_isnoneornil(L, i) ? HUGE_VAL : (double)lua_tonumber(L, i);
+}
+
+static int throw_timeout(lua_State *L, double seconds) {
+  return error_throw(L, ERROR_TIMEOUT, "the operation did not complete within %f s",
+                     (LUAI_UACNUMBER)seconds);
+}
+
+/* open_timeout(seconds or nil) -> scope */
+static int l_open_timeout(lua_State *L) {
+  double seconds = opt_seconds(L, 1);
+  if (seconds == 0) {
+    check_inside(L, "with_timeout");
+    struct scope *outer = ((struct fiber *)runtime(L)->me)->member.scope;
+    return outer->canceled ? scope_throw(L, outer) : throw_timeout(L, 0);
+  }
+  open_block(L, "with_timeout", SCOPE_BLOCK, seconds);
+  return 1;
+}
+
+/* open_shield(grace or nil) -> scope */
+static int l_open_shield(lua_State *L) {
+  open_block(L, "shield", SCOPE_SHIELD, opt_seconds(L, 1));
+  return 1;
+}
+
+/* open_linked(token) -> scope, which is canceled with the token */
+static int l_open_linked(lua_State *L) {
+  object_check(L, 1, TAG_TOKEN);
+  struct token *k = token_opt(L, 1);
+  lua_settop(L, 1);
+  if (k != NULL && token_canceled(k)) {
+    check_inside(L, "with_cancellation");
+    token_push_error(L, 1);
+    return lua_error(L);
+  }
+  struct scope *s = open_block(L, "with_cancellation", SCOPE_BLOCK, HUGE_VAL);
+  if (k == NULL) return 1;
+  push_token(L, s);
+  token_follow(L, 3, 1);
+  lua_settop(L, 2);
+  return 1;
+}
+
+/* open_group() -> scope */
+static int l_open_group(lua_State *L) {
+  open_block(L, "task_group", SCOPE_GROUP, HUGE_VAL);
+  return 1;
+}
+
+/* close_scope(scope, error): as __close. A scope that its own deadline has ended raises Timeout in place of
+** the cancellation that comes out of it. */
+static int l_close(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct scope *s = check_scope(L, 1);
+  lua_settop(L, 2);
+  if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
+  bool late = s->expired || (!s->canceled && s->due <= loop_now(rt));
+  double seconds = s->kind == SCOPE_BLOCK ? s->seconds : HUGE_VAL;
+  if (s->token != NULL) {
+    if (push_known_token(L, s)) token_unfollow(L, 3);
+    lua_settop(L, 2);
+    drop_token(L, s);
+  }
+  scope_close(L, rt, s);
+  if (late && seconds != HUGE_VAL && error_is(L, 2, ERROR_CANCELED))
+    return throw_timeout(L, seconds);
+  return 0;
+}
+
+/* scope_token(scope) */
+static int l_scope_token(lua_State *L) {
+  push_token(L, check_scope(L, 1));
+  return 1;
+}
+
+/* scope_canceled(scope) */
+static int l_scope_canceled(lua_State *L) {
+  lua_pushboolean(L, check_scope(L, 1)->canceled);
+  return 1;
+}
+
+/* cancel_scope(scope, reason) -> true if it was not canceled before */
+static int l_cancel_scope(lua_State *L) {
+  struct scope *s = check_scope(L, 1);
+  lua_settop(L, 2);
+  lua_pushboolean(L, scope_cancel(L, s, 2));
+  return 1;
+}
+
+/* ---- Lua face ---- */
+
+static int l_cancellation_token(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  struct scope *s = &me->task == rt->outside ? rt->root : ambient(L, rt, me);
+  if (s == rt->root || (s->kind == SCOPE_SHIELD && s->due == HUGE_VAL))
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NONE);
+  else
+    push_token(L, s);
+  return 1;
+}
+
+/* seconds left to the nearest deadline, or nil */
+static int l_deadline(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  double due = HUGE_VAL;
+  for (struct scope *s = ((struct fiber *)rt->me)->member.scope; s->armed; s = s->member.scope)
+    due = fmin(due, s->due);
+  if (due == HUGE_VAL)
+    lua_pushnil(L);
+  else
+    lua_pushnumber(L, fmax(due - loop_now(rt), 0));
+  return 1;
+}
+
+/* task:cancel(reason) */
+static int l_cancel(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *t = task_check(L, 1);
+  lua_settop(L, 2);
+  bool fresh = false;
+  if (task_done(t) || task_is(t, KIND_PROMISE))
+    fresh = false;
+  else if (task_is(t, KIND_FIBER))
+    fresh = scope_cancel(L, scope_own(L, rt, (struct fiber *)t), 2);
+  else
+    fresh = operation_cancel(L, 1, 2);
+  lua_pushboolean(L, fresh);
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"open_timeout", l_open_timeout},
+                                     {"open_shield", l_open_shield},
+                                     {"open_linked", l_open_linked},
+                                     {"open_group", l_open_group},
+                                     {"close_scope", l_close},
+                                     {"scope_token", l_scope_token},
+                                     {"scope_canceled", l_scope_canceled},
+                                     {"cancel_scope", l_cancel_scope},
+                                     {"cancellation_token", l_cancellation_token},
+                                     {"deadline", l_deadline},
+                                     {"cancel", l_cancel},
+                                     {NULL, NULL}};
+
+static const luaL_Reg scope_methods[] = {{"__close", l_close}, {NULL, NULL}};
+
+void scope_open_all(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  module_functions(L, functions);
+  module_class(L, TAG_SCOPE, "coflow.CancellationScope", scope_methods, NULL);
+  rt->root = scope_new(L, rt, SCOPE_BASE);
+  rt->root->base = rt->root;
+}
