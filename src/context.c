@@ -71,7 +71,8 @@ struct guard {
   uint16_t suppressed;         /* TASK_SUPPRESSED of the owner before */
   struct fiber *owner;         /* NULL once its task is complete */
   lua_State *co;               /* where it was opened: order is kept per coroutine */
-  struct guard *below, *above; /* in the owner's stack */
+  struct scope *base;          /* of the owner: has the stack of its guards */
+  struct guard *below, *above; /* in that stack */
 };
 enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
 
@@ -643,6 +644,7 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   g->owner = me;
   g->co = L;
   if (kind == GUARD_FLOW) return g; /* not ordered with the others */
+  g->base = base;
   g->below = base->guards;
   if (g->below) g->below->above = g;
   base->guards = g;
@@ -655,7 +657,7 @@ static void guard_unlink(struct guard *g) {
   if (g->above)
     g->above->below = g->below;
   else
-    g->owner->member.scope->base->guards = g->below;
+    g->base->guards = g->below;
   if (g->below) g->below->above = g->above;
   g->above = g->below = NULL;
 }

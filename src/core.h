@@ -216,6 +216,7 @@ struct scope {
   double due, seconds;  /* HUGE_VAL: no deadline of its own */
   struct deadline deadline;
   uint32_t refs;        /* scopes that have it as outer or origin */
+  uint32_t groups;      /* task groups that its owner is in */
   uint8_t kind;         /* scope.c */
   bool canceled, expired; /* expired: its own deadline came first */
   bool armed;             /* a deadline here or above may wake what is below: hold it */
@@ -360,6 +361,9 @@ void module_check_call(lua_State *L, int i);      /* [-0, +0, v] it has __call *
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }
+int module_blame(lua_State *L, int n,
+                 const char *message); /* for a public function in Lua, which calls us: its argument */
+int module_blame_type(lua_State *L, int n, const char *expected, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
 int slots_add(lua_State *L, int i,
               int *free); /* [-1, +0, m] stores the value on top in a free slot */
@@ -375,6 +379,8 @@ void error_attach(lua_State *L, int i,
 void error_remember(lua_State *L,
                     int i); /* [-0, +0, -] the task at i is where an error comes from */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
+void error_push_root(lua_State *L, int i); /* [-0, +1, -] what tells the failures of one origin: of the
+                                           ** failed task at i; 0: of the error that unwinds here */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
 int error_handler(lua_State *L);       /* the message handler of fibers */
 void error_open(lua_State *L);
@@ -469,6 +475,9 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 void fiber_wake(lua_State *L, struct runtime *rt, int i,
                 struct fiber *f);      /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_name(lua_State *L, struct fiber *f); /* [-1, +0, m] after the function on top */
+void fiber_discard(lua_State *L, struct runtime *rt,
+                   int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
 bool fiber_push_awaited(lua_State *L,
                         struct fiber *f);       /* [-0, +1, -] the task it waits for, or nil */

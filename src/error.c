@@ -4,8 +4,8 @@
 ** An error object is a table with `name` and `message` and the metatable of its name; a value that
 ** user code raises is never touched. What is known about a failure stands beside it:
 **
-** - A *trace record* { text, error, name, inner } is made by the message handler where the error was
-**   raised. `inner` is the record of the awaited task that the same error came from, so the records
+** - A *trace record* { text, error, name, inner, task } is made by the message handler where the error
+**   was raised (`task` is only an address: raised once more by the same task, it is the same). `inner` is the record of the awaited task that the same error came from, so the records
 **   of a chain of tasks share structure, cost one text each, and keep no task alive. The record of
 **   what a task saw last is at its slot of the traces.
 ** - A *fault*, a small userdata with a finalizer, holds the record and the task. The task holds it
@@ -35,7 +35,7 @@ static const char *const error_names[ERROR_COUNT] = {"OperationCanceled",
                                                      "IO",
                                                      "Worker"};
 
-enum record_field { RECORD_TEXT = 1, RECORD_ERROR, RECORD_NAME, RECORD_INNER };
+enum record_field { RECORD_TEXT = 1, RECORD_ERROR, RECORD_NAME, RECORD_INNER, RECORD_TASK };
 enum { FAULT_TASK = 1, FAULT_RECORD };
 enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30 };
 
@@ -139,8 +139,22 @@ int error_handler(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
   lua_settop(L, 1);
-  if (me == rt->outside) return 1;     /* called by hand */
-  lua_createtable(L, RECORD_INNER, 0); /* error record */
+  if (me == rt->outside) return 1; /* called by hand */
+  if (me->flags & TASK_TRACED) {   /* raised again where it was only caught to clean up? */
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+    if (lua_rawgeti(L, 2, me->slot) == LUA_TTABLE) {
+      lua_rawgeti(L, 3, RECORD_ERROR);
+      lua_rawgeti(L, 3, RECORD_TASK);
+      if (lua_rawequal(L, 4, 1) && lua_touserdata(L, 5) == me && !lua_isnil(L, 1)) {
+        lua_settop(L, 1);
+        return 1;
+      }
+    }
+    lua_settop(L, 1);
+  }
+  lua_createtable(L, RECORD_TASK, 0); /* error record */
+  lua_pushlightuserdata(L, me);
+  lua_rawseti(L, 2, RECORD_TASK);
   if (error_is(L, 1, ERROR_CANCELED))
     push_place(L);
   else
@@ -241,6 +255,20 @@ static void push_record(lua_State *L, int i) {
   else
     lua_pushnil(L);
   lua_remove(L, -2);
+}
+
+void error_push_root(lua_State *L, int i) {
+  const struct task *me = runtime(L)->me;
+  if (i != 0)
+    push_record(L, i);
+  else if (me->flags & TASK_TRACED) {
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+    lua_rawgeti(L, -1, me->slot);
+    lua_remove(L, -2);
+  } else
+    lua_pushnil(L);
+  while (lua_istable(L, -1) && lua_rawgeti(L, -1, RECORD_INNER) == LUA_TTABLE) lua_remove(L, -2);
+  if (lua_isnil(L, -1) && lua_istable(L, -2)) lua_pop(L, 1);
 }
 
 void error_trace(lua_State *L, int i) {
@@ -440,13 +468,33 @@ static int l_report(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {
-    {"on_unobserved_exception", l_on_unobserved}, {"report", l_report}, {NULL, NULL}};
+/* failure_root(task, or nil: the error that unwinds here) -> a table, one for all failures of one origin, or
+** nil */
+static int l_failure_root(lua_State *L) {
+  lua_settop(L, 1);
+  if (!lua_isnil(L, 1)) task_check(L, 1);
+  error_push_root(L, lua_isnil(L, 1) ? 0 : 1);
+  return 1;
+}
+
+/* is_observed(task) -> whether somebody has seen its failure */
+static int l_is_observed(lua_State *L) {
+  lua_pushboolean(L, task_check(L, 1)->flags & TASK_OBSERVED);
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"on_unobserved_exception", l_on_unobserved},
+                                     {"report", l_report},
+                                     {"failure_root", l_failure_root},
+                                     {"is_observed", l_is_observed},
+                                     {NULL, NULL}};
 
 static const luaL_Reg fault_methods[] = {{"__gc", l_fault_gc}, {NULL, NULL}};
 
 void error_open(lua_State *L) {
   module_functions(L, functions);
+  module_push_function(L, error_handler);
+  lua_setfield(L, -2, "trace_handler");
   module_class(L, TAG_FAULT, "coflow.Fault", fault_methods, NULL);
   lua_createtable(L, 0, ERROR_COUNT + 1); /* module errors */
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS);

@@ -193,6 +193,8 @@ static void label(lua_State *L, struct task *t) {
   t->label = c->label;
 }
 
+void fiber_name(lua_State *L, struct fiber *f) { label(L, &f->task); }
+
 void fiber_label(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   if (f->co == NULL)
@@ -285,6 +287,13 @@ static void drop_coroutine(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->busy--;
   task_forget(L, &f->task);
   f->co = NULL;
+}
+
+void fiber_discard(lua_State *L, struct runtime *rt, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  task_settle_canceled(L, rt, i);
+  scope_end_task(L, rt, f);
+  drop_coroutine(L, rt, f);
 }
 
 static void clear_trace(lua_State *L, struct fiber *f) {

@@ -156,7 +156,7 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
 
 /* Like luaL_argerror for a public function written in Lua, which calls us directly: counts as its
 ** caller sees the arguments, and blames the line of that caller. */
-static int blame(lua_State *L, int n, const char *message) {
+int module_blame(lua_State *L, int n, const char *message) {
   lua_Debug ar;
   if (!lua_getstack(L, 1, &ar)) return luaL_argerror(L, n, message);
   lua_getinfo(L, "n", &ar);
@@ -170,10 +170,10 @@ static int blame(lua_State *L, int n, const char *message) {
   return lua_error(L);
 }
 
-static int blame_type(lua_State *L, int n, const char *expected, int i) {
+int module_blame_type(lua_State *L, int n, const char *expected, int i) {
   const char *got = lua_isnone(L, i) || lua_isnil(L, i) ? "no value" : luaL_typename(L, i);
   if (luaL_getmetafield(L, i, "__name") == LUA_TSTRING) got = lua_tostring(L, -1);
-  return blame(L, n, lua_pushfstring(L, "%s expected, got %s", expected, got));
+  return module_blame(L, n, lua_pushfstring(L, "%s expected, got %s", expected, got));
 }
 
 /* ---- slot tables: a free slot holds the number of the next free one; 0 ends the chain ---- */
@@ -216,14 +216,21 @@ static int l_methods(lua_State *L) {
 
 /* argument_error(n, message) */
 static int l_argument_error(lua_State *L) {
-  return blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
+  return module_blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
 }
 
 /* check_function(n, value) */
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
   if (lua_isfunction(L, 2) || luaL_getmetafield(L, 2, "__call") != LUA_TNIL) return 0;
-  return blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
+  return module_blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
+}
+
+/* is_callable(value) */
+static int l_is_callable(lua_State *L) {
+  luaL_checkany(L, 1);
+  lua_pushboolean(L, lua_isfunction(L, 1) || luaL_getmetafield(L, 1, "__call") != LUA_TNIL);
+  return 1;
 }
 
 /* check_class(n, value, "coflow.Class") */
@@ -239,7 +246,7 @@ static int l_check_class(lua_State *L) {
     }
   }
   lua_settop(L, 3);
-  return blame_type(L, (int)luaL_checkinteger(L, 1), name, 2);
+  return module_blame_type(L, (int)luaL_checkinteger(L, 1), name, 2);
 }
 
 /* check_options(n, options or nil, known) -> options: a table with keys of `known` only */
@@ -250,11 +257,11 @@ static int l_check_options(lua_State *L) {
     lua_newtable(L);
     return 1;
   }
-  if (!lua_istable(L, 2)) return blame_type(L, n, "table of options", 2);
+  if (!lua_istable(L, 2)) return module_blame_type(L, n, "table of options", 2);
   for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
     lua_pushvalue(L, -2);
     if (lua_rawget(L, 3) == LUA_TNIL)
-      return blame(L, n, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -3, NULL)));
+      return module_blame(L, n, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -3, NULL)));
     lua_pop(L, 1);
   }
   lua_settop(L, 2);
@@ -270,6 +277,7 @@ static int l_runtime_gc(lua_State *L) {
 static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"argument_error", l_argument_error},
                                      {"check_function", l_check_function},
+                                     {"is_callable", l_is_callable},
                                      {"check_class", l_check_class},
                                      {"check_options", l_check_options},
                                      {NULL, NULL}};

@@ -187,6 +187,7 @@ static struct scope *scope_open(lua_State *L, struct runtime *rt, int kind) {
   s->outer = outer;
   outer->refs++;
   s->base = outer->base;
+  s->groups = outer->groups + (kind == SCOPE_GROUP);
   enter(s, kind == SCOPE_SHIELD ? rt->root : outer, me, L);
   return s;
 }
@@ -481,8 +482,15 @@ static struct scope *open_block(lua_State *L, const char *what, int kind, double
   return s;
 }
 
+/* [-0, +0, v] argument 1 of a public function in Lua: seconds, or nil: for ever */
 static double opt_seconds(lua_State *L, int i) {
-  return lua_isnoneornil(L, i) ? HUGE_VAL : (double)lua_tonumber(L, i);
+  if (lua_isnoneornil(L, i)) return HUGE_VAL;
+  int is_number;
+  double s = (double)lua_tonumberx(L, i, &is_number);
+  if (!is_number) module_blame_type(L, 1, "number", i);
+  if (!(s >= 0))
+    module_blame(L, 1, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
+  return s;
 }
 
 static int throw_timeout(lua_State *L, double seconds) {
@@ -490,9 +498,18 @@ static int throw_timeout(lua_State *L, double seconds) {
                      (LUAI_UACNUMBER)seconds);
 }
 
-/* open_timeout(seconds or nil) -> scope */
+/* [-0, +0, v] the callable at i, argument n of a public function in Lua */
+static void check_function(lua_State *L, int n, int i) {
+  if (lua_isfunction(L, i)) return;
+  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) module_blame_type(L, n, "function", i);
+  lua_pop(L, 1);
+}
+
+/* open_timeout(seconds or nil, fn) -> scope; checks the arguments of with_timeout */
 static int l_open_timeout(lua_State *L) {
+  lua_settop(L, 2);
   double seconds = opt_seconds(L, 1);
+  check_function(L, 2, 2);
   if (seconds == 0) {
     check_inside(L, "with_timeout");
     struct scope *outer = ((struct fiber *)runtime(L)->me)->member.scope;
@@ -508,9 +525,10 @@ static int l_open_shield(lua_State *L) {
   return 1;
 }
 
-/* open_linked(token) -> scope, which is canceled with the token */
+/* open_linked(token, fn) -> scope, which is canceled with the token; checks for with_cancellation */
 static int l_open_linked(lua_State *L) {
-  object_check(L, 1, TAG_TOKEN);
+  if (object_test(L, 1, TAG_TOKEN) == NULL) module_blame_type(L, 1, "coflow.CancellationToken", 1);
+  check_function(L, 2, 2);
   struct token *k = token_opt(L, 1);
   lua_settop(L, 1);
   if (k != NULL && token_canceled(k)) {
@@ -526,10 +544,11 @@ static int l_open_linked(lua_State *L) {
   return 1;
 }
 
-/* open_group() -> scope */
+/* open_group() -> scope, the number of groups that the task is in */
 static int l_open_group(lua_State *L) {
-  open_block(L, "task_group", SCOPE_GROUP, HUGE_VAL);
-  return 1;
+  struct scope *s = open_block(L, "task_group", SCOPE_GROUP, HUGE_VAL);
+  lua_pushinteger(L, s->groups);
+  return 2;
 }
 
 /* close_scope(scope, error): as __close. A scope that its own deadline has ended raises Timeout in place of
@@ -549,6 +568,62 @@ static int l_close(lua_State *L) {
   scope_close(L, rt, s);
   if (late && seconds != HUGE_VAL && error_is(L, 2, ERROR_CANCELED))
     return throw_timeout(L, seconds);
+  return 0;
+}
+
+/* arm_scope(scope, seconds): it is canceled after that time, unless it ends, or has a deadline */
+static int l_arm_scope(lua_State *L) {
+  struct scope *s = check_scope(L, 1);
+  double seconds = module_seconds(L, 2);
+  if (s->owner == NULL || s->due != HUGE_VAL || seconds == HUGE_VAL) return 0;
+  timer_reserve(L);
+  s->due = timer_add(runtime(L), &s->deadline, seconds);
+  scope_set_armed(L, s, true);
+  return 0;
+}
+
+/* throw_if_canceled(): the error of the ambient token */
+static int l_throw_if_canceled(lua_State *L) {
+  struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
+  return s->canceled ? scope_throw(L, s) : 0;
+}
+
+/* spawn_in(scope, named, start, fn, ...): fn(...) as a task in the scope, named after the function `named`,
+** queued, or to be started by start_queued */
+static int l_spawn_in(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct scope *s = check_scope(L, 1);
+  bool start = lua_toboolean(L, 3);
+  if (s->owner == NULL) return luaL_error(L, "the scope has ended");
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 4, s);
+  if (lua_isfunction(L, 2)) {
+    lua_pushvalue(L, 2);
+    fiber_name(L, f);
+  }
+  f->task.state = TASK_QUEUED;
+  if (start)
+    loop_ready(rt, &f->task);
+  else {
+    fiber_hold(L, -1, f);
+    task_release(L, &f->task);
+  }
+  return 1;
+}
+
+/* start_queued(task): one that spawn_in has not started */
+static int l_start_queued(lua_State *L) {
+  struct task *t = task_check(L, 1);
+  task_hold(L, 1, t);
+  loop_ready(runtime(L), t);
+  return 0;
+}
+
+/* discard_queued(task): it ends canceled, with its scope, and never starts */
+static int l_discard_queued(lua_State *L) {
+  struct fiber *f = (struct fiber *)task_check(L, 1);
+  lua_settop(L, 1);
+  scope_push_error(L, f->member.scope);
+  if (!task_done(&f->task)) fiber_discard(L, runtime(L), 1);
   return 0;
 }
 
@@ -621,6 +696,11 @@ static const luaL_Reg functions[] = {{"open_timeout", l_open_timeout},
                                      {"close_scope", l_close},
                                      {"scope_token", l_scope_token},
                                      {"scope_canceled", l_scope_canceled},
+                                     {"arm_scope", l_arm_scope},
+                                     {"throw_if_canceled", l_throw_if_canceled},
+                                     {"spawn_in", l_spawn_in},
+                                     {"start_queued", l_start_queued},
+                                     {"discard_queued", l_discard_queued},
                                      {"cancel_scope", l_cancel_scope},
                                      {"cancellation_token", l_cancellation_token},
                                      {"deadline", l_deadline},

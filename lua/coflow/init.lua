@@ -171,6 +171,8 @@ function task_methods:continue_with(fn, options)
   end, options.token, fn))
 end
 
+task_methods.cancel = core.cancel
+
 -- Cancellation ------------------------------------------------------------------------------------
 
 flow.CancellationToken = { none = core.none, canceled = core.canceled }
@@ -179,10 +181,63 @@ flow.CancellationTokenSource = setmetatable({ linked = core.linked_source }, {
   __call = core.call_source,
 })
 
+flow.cancellation_token = core.cancellation_token
+flow.deadline = core.deadline
+
+---Calls `fn` with the ambient token linked to `token`, so that both cancel it; `none` adds nothing. What `fn`
+---starts and leaves running stays under the outer token only. May suspend.
+---Cancellation: a token already canceled raises without calling `fn`.
+---Raises: InvalidOperation outside every task.
+---@param token coflow.CancellationToken
+---@param fn function
+---@return any ... what `fn` returns
+function flow.with_cancellation(token, fn, ...)
+  local _ <close> = core.open_linked(token, fn)
+  return fn(...)
+end
+
+---Calls `fn` and cancels the ambient token after `seconds`: every wait inside ends then, and each new one. The
+---nearest deadline wins. Where `fn` computes without a wait nothing interrupts it. May suspend.
+---Raises: Timeout if the deadline passed before any outer cancellation, and `fn` ended with an OperationCanceled;
+---any other error comes out as it is. 0 never calls `fn`. InvalidOperation outside every task.
+---Source: trio.fail_after.
+---@param seconds number? nil or math.huge: no limit
+---@param fn function
+---@return any ... what `fn` returns
+function flow.with_timeout(seconds, fn, ...)
+  local _ <close> = core.open_timeout(seconds, fn)
+  return fn(...)
+end
+
+local shield_options = { grace = true }
+
+---Calls `fn` with the ambient token and deadline hidden: for clean-up that must await. May suspend.
+---Raises: InvalidOperation outside every task.
+---Source: trio's shielded scopes.
+---@overload fun(fn: function, ...): ...
+---@param options { grace?: number } seconds after which waits in it are canceled after all
+---@param fn function
+---@return any ... what `fn` returns
+function flow.shield(options, fn, ...)
+  if type(options) ~= "table" or core.is_callable(options) then
+    core.check_function(1, options)
+    local _ <close> = core.open_shield()
+    return options(fn, ...)
+  end
+  local grace = core.check_options(1, options, shield_options).grace
+  core.check_function(2, fn)
+  if grace ~= nil and not (type(grace) == "number" and grace >= 0) then
+    core.argument_error(1, "grace must be a number of seconds")
+  end
+  local _ <close> = core.open_shield(grace)
+  return fn(...)
+end
+
 -- Scripts -----------------------------------------------------------------------------------------
 
----Runs `fn` as a program: SIGINT and SIGTERM end it, an error is written to standard error with its
----async traceback. Use: `os.exit(flow.main(main), true)`.
+---Runs `fn` as a program. SIGINT and SIGTERM cancel its ambient token, so that it can clean up; a second one
+---ends the process. An error is written to standard error with its async traceback.
+---Use: `os.exit(flow.main(main), true)`.
 ---@param fn function
 ---@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned
 function flow.main(fn, ...)
@@ -194,11 +249,29 @@ function flow.main(fn, ...)
   core.watch_signals(true)
   local ok, result = pcall(core.await, task)
   core.watch_signals(false)
+  local signal = not ok and not task.is_completed and flow.errors.is(result, "OperationCanceled") and result.signal
+  if signal then
+    local canceled, problems = pcall(core.cancel, task, result.message)
+    if not canceled then core.report(problems) end
+    ok, result = pcall(core.await, task)
+  end
   if ok then return math.type(result) == "integer" and result or 0 end
-  if flow.errors.is(result, "OperationCanceled") and result.signal then return 128 + result.signal end
+  if signal and flow.errors.is(result, "OperationCanceled") then return 128 + signal end
   io.stderr:write(tostring(result), "\n")
   if task.is_faulted then io.stderr:write(task:traceback(), "\n") end
   return 1
 end
 
-return flow
+-- What is loaded at first use: flow.x is the module coflow.x, its classes and functions are flow's as well.
+local lazy = { task_group = "group", race = "group" }
+
+return setmetatable(flow, {
+  __index = function(_, key)
+    local name = lazy[key]
+    if not name then return nil end
+    local module = require("coflow." .. name)
+    local value = key == name and module or module[key]
+    rawset(flow, key, value)
+    return value
+  end,
+})

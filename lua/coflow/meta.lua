@@ -87,6 +87,16 @@ function flow.delay(seconds, token) end
 ---@return coflow.Task?
 function flow.current_task() end
 
+---The ambient token: that of the innermost `with_timeout`, `with_cancellation` or task group that the task is in,
+---else the task's own. It is linked to the one that the task was started under. `CancellationToken.none` outside
+---every task and under `shield`.
+---@return coflow.CancellationToken
+function flow.cancellation_token() end
+
+---Seconds left to the nearest deadline that the task is under; nil when there is none.
+---@return number?
+function flow.deadline() end
+
 ---Whether a task runs here and could be suspended at this point.
 ---@return boolean
 function flow.is_awaitable_here() end
@@ -179,6 +189,17 @@ function Task:results() end
 ---@param token? coflow.CancellationToken
 ---@return boolean complete true however it ended; false after the timeout
 function Task:wait(timeout, token) end
+
+---Cancels the ambient token that the task's own code sees: its waits, those of what it has started, and the
+---callbacks registered there. Cooperative: the task ends when its code lets the error through. A task that has
+---not started yet starts, and meets the cancellation at its first suspension.
+---
+---On the task of an operation (`delay`, any `x_async`) it cancels the operation; on those of `when_all`,
+---`when_any` and `wait_async` that task, whose inputs go on; on a completion source's nothing.
+---Raises: an Aggregate of the errors of callbacks, when all have run.
+---@param reason? any becomes `.reason` of the error
+---@return boolean whether it was not canceled, or complete, before
+function Task:cancel(reason) end
 
 ---A task that ends as this one does, but no later than `timeout`: then it is faulted with Timeout.
 ---This one goes on. A complete task wins over a canceled token, and that over a timeout of 0.
