@@ -184,4 +184,31 @@ function W.w10_cancel(n)
   return (measure.now() - start) / n
 end
 
+-- ---- W14: scopes
+
+function W.w14_timeout(n) -- a deadline that does not fire, around one hop
+  local with_timeout = flow.with_timeout
+  return time(function(k) for _ = 1, k do with_timeout(30, yield) end end, n)
+end
+
+function W.w14_group(n) -- a group of ten children
+  local task_group = flow.task_group
+  local function ten(group) for i = 1, 10 do group:spawn(identity, i) end end
+  return time(function(k) for _ = 1, k do task_group(ten) end end, n // 10)
+end
+
+-- ---- W15: how cost grows: the same with n tasks parked beside, each under a deadline
+
+for _, beside in ipairs { 1000, 100000, 1000000 } do
+  for _, name in ipairs { "w1_switch", "w2_spawn_await", "w6_get_8", "w6_set_8" } do
+    W[("w15_%s_%d"):format(name:sub(1, 2) == "w6" and name:sub(1, 6) or name:sub(1, 2), beside)] = function(n)
+      local source = flow.TaskCompletionSource()
+      local function park() flow.with_timeout(3600, await, source.task) end
+      for _ = 1, beside do spawn(park) end
+      yield()
+      return W[name](n)
+    end
+  end
+end
+
 measure.main("coflow", W, flow.run)

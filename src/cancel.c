@@ -138,6 +138,8 @@ bool token_none(lua_State *L, int i) {
   return k != NULL && k->never;
 }
 
+void token_detach(struct token *k) { k->scope = NULL; }
+
 void token_inherit(lua_State *L, int k, int from) {
   k = lua_absindex(L, k);
   from = lua_absindex(L, from);
@@ -400,8 +402,7 @@ void token_mark(lua_State *L, int k, int reason, int cause, int run) {
 static void token_mark_below(lua_State *L, int k, int reason, int cause, int run) {
   struct token *token = (struct token *)lua_touserdata(L, k);
   struct runtime *rt = runtime(L);
-  if (token->scope != NULL)
-    scope_mark(L, rt, token->scope, reason, cause, run);
+  if (token->scope != NULL) scope_mark(L, rt, token->scope, reason, cause, run);
   if (!token->canceled) token_mark(L, k, reason, cause, run);
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
@@ -631,6 +632,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   }
   fiber_resumed(L, rt);
   if (!task_done(on)) return lua_yieldk(L, 0, ctx, wait_k);
+  me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }
 
@@ -641,6 +643,7 @@ static int l_token_wait(lua_State *L) {
   struct token *other = token_opt(L, 2);
   lua_settop(L, 2);
   if (k->canceled && (other == NULL || !token_canceled(other))) return 0;
+  bool deaf = token_none(L, 2);
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, l_token_wait);
   if (other == NULL)
@@ -655,6 +658,7 @@ static int l_token_wait(lua_State *L) {
   lua_insert(L, 1); /* task token */
   struct task *on = (struct task *)lua_touserdata(L, 1);
   if (task_done(on)) return task_push_outcome(L, 1, on);
+  if (deaf) me->task.flags |= TASK_DEAF;
   return fiber_await(L, rt, me, on, wait_k);
 }
 

@@ -63,12 +63,13 @@ enum tag {
   TAG_REGISTRATION = 0xC0F10B00,
   TAG_FAULT = 0xC0F10C00,
   TAG_WATCH = 0xC0F10D00,
-  TAG_SCOPE = 0xC0F10E00,  /* a struct task as well, but not for scripts */
-  TAG_AMBIENT = 0xC0F10F00 /* only names the metatable of the tokens of scopes */
+  TAG_SCOPE = 0xC0F10E00,   /* a struct task as well, but not for scripts */
+  TAG_AMBIENT = 0xC0F10F00, /* only names the metatable of the tokens of scopes */
+  TAG_GROUP = 0xC0F11000    /* of the scopes that are task groups */
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_AMBIENT)
+#define TAG_LAST TAG_CLASS(TAG_GROUP)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -158,9 +159,14 @@ struct deadline {
   uint32_t kind; /* what it is part of: a fiber, a struct timed, a scope */
 };
 
+enum task_traits {
+  TRAIT_QUEUED = 1 << 6, /* waits for its start in the queue of its task group */
+  TRAIT_CHILD = 1 << 7   /* of a task group, which wants to know its end */
+};
+
 struct task {
   uint32_t tag; /* TAG_TASK | kind */
-  uint8_t state;
+  uint8_t state, traits;
   uint16_t flags;
   struct task *next;    /* on the ready or the landing list */
   struct wait *waiters; /* the last one of a circular list */
@@ -208,20 +214,22 @@ struct scope {
   struct link members;  /* fibers, operations and scopes */
   struct fiber *owner;  /* who opened it; NULL: it has ended */
   struct scope *base;   /* the one of its owner as a task */
-  struct scope *outer;  /* in which its owner was before; of a base: NULL */
+  struct scope *outer;  /* in which its owner was before, which it holds; of a base: NULL */
   struct scope *origin; /* canceled: the one whose cancellation it is */
   struct token *token;  /* that of the scope, if somebody has asked for it */
   struct guard *guards; /* of a base: the innermost open guard of its owner (context.c) */
   lua_State *co;        /* the coroutine in which it was opened */
   double due, seconds;  /* HUGE_VAL: no deadline of its own */
   struct deadline deadline;
-  uint32_t refs;        /* scopes that have it as outer or origin */
-  uint32_t groups;      /* task groups that its owner is in */
-  uint8_t kind;         /* scope.c */
+  uint32_t refs;          /* scopes that have it as outer or origin */
+  uint8_t kind;           /* scope.c */
   bool canceled, expired; /* expired: its own deadline came first */
   bool armed;             /* a deadline here or above may wake what is below: hold it */
+  bool closed;            /* by its block, which does not know it any more */
 };
 enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with callbacks to run */
+enum { GROUP_FAILED = SCOPE_RUN + 1, GROUP_WINNER, GROUP_IDLE, GROUP_STOPPING, GROUP_QUEUE };
+enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 
 static inline bool fiber_naps(const struct fiber *f) { /* or has not suspended */
   return f->u.wait.on == NULL;
@@ -267,8 +275,8 @@ enum runtime_uservalue {
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
-  RUNTIME_WEAK,        /* address -> operation that may die while parked, or token of a scope; weak */
-  RUNTIME_TOKENS,      /* task -> { address of a scope of its = token }, weak keys */
+  RUNTIME_WEAK,   /* address -> operation that may die while parked, or token of a scope; weak */
+  RUNTIME_TOKENS, /* task -> { address of a scope of its = token }, weak keys */
   RUNTIME_UV_COUNT = RUNTIME_TOKENS
 };
 
@@ -306,8 +314,8 @@ struct runtime {
 
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
   size_t idle_count, idle_size;
-  int free_slot;          /* of the anchors */
-  struct token *rearm;    /* tokens that have just been armed or disarmed (cancel.c) */
+  int free_slot;       /* of the anchors */
+  struct token *rearm; /* tokens that have just been armed or disarmed (cancel.c) */
   bool rearm_busy;
   size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
 
@@ -339,8 +347,8 @@ static inline struct runtime *runtime(lua_State *L) {
 
 /* the userdata at i if it is such an object, or NULL; TAG_TASK stands for every kind of task */
 static inline void *object_test(lua_State *L, int i, uint32_t tag) {
-  if (lua_type(L, i) != LUA_TUSERDATA || lua_rawlen(L, i) < sizeof(uint32_t)) return NULL;
   uint32_t *o = (uint32_t *)lua_touserdata(L, i);
+  if (o == NULL || lua_rawlen(L, i) < sizeof *o) return NULL; /* a light one has no length */
   return (*o & (tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF)) == tag ? (void *)o : NULL;
 }
 void *object_refuse(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises the type error */
@@ -361,8 +369,9 @@ void module_check_call(lua_State *L, int i);      /* [-0, +0, v] it has __call *
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }
-int module_blame(lua_State *L, int n,
-                 const char *message); /* for a public function in Lua, which calls us: its argument */
+int module_blame(
+    lua_State *L, int n,
+    const char *message); /* for a public function in Lua, which calls us: its argument */
 int module_blame_type(lua_State *L, int n, const char *expected, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
 int slots_add(lua_State *L, int i,
@@ -379,7 +388,8 @@ void error_attach(lua_State *L, int i,
 void error_remember(lua_State *L,
                     int i); /* [-0, +0, -] the task at i is where an error comes from */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_push_root(lua_State *L, int i); /* [-0, +1, -] what tells the failures of one origin: of the
+void error_push_root(lua_State *L,
+                     int i);           /* [-0, +1, -] what tells the failures of one origin: of the
                                            ** failed task at i; 0: of the error that unwinds here */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
 int error_handler(lua_State *L);       /* the message handler of fibers */
@@ -400,8 +410,10 @@ void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor h
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
-void task_weaken(lua_State *L, int i); /* [-0, +0, m] the operation at i may die while it is parked */
-void task_forget_weak(lua_State *L, const void *p); /* [-0, +0, -] the address p means nothing now */
+void task_weaken(lua_State *L,
+                 int i); /* [-0, +0, m] the operation at i may die while it is parked */
+void task_forget_weak(lua_State *L,
+                      const void *p); /* [-0, +0, -] the address p means nothing now */
 bool wait_add(lua_State *L, int on, struct wait *w, int owner,
               uint32_t role); /* [-0, +0, m] false: it is complete */
 void wait_remove(lua_State *L, int on,
@@ -474,13 +486,15 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
 /* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 void fiber_wake(lua_State *L, struct runtime *rt, int i,
-                struct fiber *f);      /* [-0, +0, -] the fiber at i becomes ready */
-void fiber_name(lua_State *L, struct fiber *f); /* [-1, +0, m] after the function on top */
-void fiber_discard(lua_State *L, struct runtime *rt,
-                   int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
+                struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_name(
+    lua_State *L,
+    struct fiber *f); /* [-1, +0, -] f, not started, is named after the function on top */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
 bool fiber_push_awaited(lua_State *L,
-                        struct fiber *f);       /* [-0, +1, -] the task it waits for, or nil */
+                        struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
+void fiber_discard(lua_State *L, struct runtime *rt,
+                   int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
 void fiber_push(lua_State *L, struct fiber *f); /* [-0, +1, -] one that has a coroutine */
 void fiber_hold(lua_State *L, int i,
                 struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
@@ -515,22 +529,24 @@ void context_open(lua_State *L);
 struct token;
 struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, nothing and `none` */
 bool token_canceled(const struct token *k);
-bool token_none(lua_State *L, int i);        /* at i is `none`, which opts out of the scope as well */
-bool token_armed(const struct token *k);     /* a deadline on it or above it will cancel it */
-bool token_armed_itself(const struct token *k); /* … other than one of its scope */
+bool token_none(lua_State *L, int i);    /* at i is `none`, which opts out of the scope as well */
+bool token_armed(const struct token *k); /* a deadline on it or above it will cancel it */
+bool token_armed_itself(const struct token *k);         /* … other than one of its scope */
 struct token *token_new(lua_State *L, struct scope *s); /* [-0, +1, m] that of s, or of a source */
-void token_push_canceled(lua_State *L, int reason); /* [-0, +1, m] a new one */
+void token_push_canceled(lua_State *L, int reason);     /* [-0, +1, m] a new one */
 void token_link(struct token *k, struct link *l); /* l will be interrupted, while it is alive */
 void token_push_error(lua_State *L,
                       int i); /* [-0, +1, m] the OperationCanceled of the token at i */
 void token_mark(lua_State *L, int k, int reason, int cause,
                 int run); /* [-0, +0, -] canceled; its callbacks are put on the list at run */
 void token_run(lua_State *L, bool first); /* [-1, +0, e] the callbacks of the list on top */
+void token_detach(struct token *k);       /* its scope is gone, and can cancel it no more */
 void token_inherit(lua_State *L, int k,
                    int from); /* [-0, +0, -] canceled at birth, as the one at `from` is */
 void token_set_armed(lua_State *L, struct token *k, bool armed); /* [-0, +0, -] by its scope */
-void token_follow(lua_State *L, int k, int up); /* [-0, +0, m] it is canceled with the one at `up` */
-void token_unfollow(lua_State *L, int k);       /* [-0, +0, -] … no longer */
+void token_follow(lua_State *L, int k,
+                  int up);                /* [-0, +0, m] it is canceled with the one at `up` */
+void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
 void expiry_land(lua_State *L, int i);
 void cancel_open(lua_State *L);
 
@@ -558,27 +574,48 @@ static inline void scope_leave(lua_State *L, struct runtime *rt, struct member *
   m->scope = NULL;
   if (s->owner == NULL) scope_left(L, rt, s);
 }
-void scope_end_task(lua_State *L, struct runtime *rt,
-                    struct fiber *f); /* [-0, +0, -] the task is complete, or was never started */
+void scope_end_owner(lua_State *L, struct runtime *rt, struct fiber *f, struct scope *s);
+/* [-0, +0, -] the task is complete, or was never started */
+static inline void scope_end_task(lua_State *L, struct runtime *rt, struct fiber *f) {
+  struct scope *s = f->member.scope;
+  link_drop(&f->member.link);
+  f->member.scope = rt->root; /* for finalizers that run on it from now on */
+  if (s->owner == f || s->owner == NULL) scope_end_owner(L, rt, f, s);
+}
 void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
-                 struct scope *s);         /* [-0, +0, -] f, not started, becomes a member of s */
+                 struct scope *s); /* [-0, +0, -] f, not started, becomes a member of s */
 void scope_expire(lua_State *L, struct scope *s); /* [-0, +0, m] its deadline has passed */
 void scope_land(lua_State *L, int i);
 void scope_set_armed(lua_State *L, struct scope *s, bool armed); /* [-0, +0, -] and what is below */
-int scope_throw(lua_State *L, struct scope *s);   /* raises the OperationCanceled of s */
+int scope_throw(lua_State *L, struct scope *s);       /* raises the OperationCanceled of s */
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
 bool scope_cancel(lua_State *L, struct scope *s,
                   int reason); /* [-0, +0, e] false: it was canceled before */
 void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, int cause,
                 int run); /* [-0, +0, -] as token_mark */
+struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
+                          double seconds); /* [-0, +1, e] opened by the running task for `what` */
+void scope_finish(lua_State *L, struct scope *s); /* [-0, +0, -] its block has been left */
+void scope_arm(lua_State *L, struct scope *s,
+               double seconds);                       /* [-0, +0, m] unless it has a deadline */
+void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
+void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
 void scope_open_all(lua_State *L);
+
+/* ---- group.c: task groups ---- */
+
+void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
+                       bool well); /* [-0, +0, m] before it settles; else its error is on top */
+void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
+void group_open(lua_State *L);
 
 /* ---- timer.c: deadlines, delay, sleep, wait_async ---- */
 
 void timer_reserve(lua_State *L); /* [-0, +0, m] room for one more */
 double timer_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
 void timer_drop(struct runtime *rt, struct deadline *d);
-void timer_fire_due(lua_State *L, struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
+void timer_fire_due(lua_State *L,
+                    struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
 void delay_land(lua_State *L, int i);
 void wait_op_fire(lua_State *L, struct runtime *rt,
                   int i); /* [-0, +0, -] what the operation at i awaited is complete */
@@ -586,11 +623,12 @@ void wait_op_land(lua_State *L, int i);
 void timer_push_wait(
     lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
                                     ** or of false after the timeout; it observes nothing */
-int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
+int timer_wait_async(lua_State *L);                      /* wait_async(task, timeout, token) */
 void pending_interrupt(lua_State *L, struct pending *p); /* [-0, +0, -] by its token or its scope */
 void pending_hold(lua_State *L, struct pending *p,
                   bool hold); /* [-0, +0, -] if parked: whether the anchors hold it */
-bool operation_cancel(lua_State *L, int i, int reason); /* [-0, +0, m] the operation at i, by hand */
+bool operation_cancel(lua_State *L, int i,
+                      int reason); /* [-0, +0, m] the operation at i, by hand */
 void timer_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */

@@ -193,7 +193,10 @@ static void label(lua_State *L, struct task *t) {
   t->label = c->label;
 }
 
-void fiber_name(lua_State *L, struct fiber *f) { label(L, &f->task); }
+void fiber_name(lua_State *L, struct fiber *f) {
+  lua_xmove(L, f->co, 1);
+  lua_replace(f->co, BOTTOM + 1 + BODY_LABEL);
+}
 
 void fiber_label(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
@@ -223,6 +226,7 @@ static void keep_name(lua_State *L, struct task *t) {
 /* ---- the body ---- */
 
 static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status) {
+  if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, status <= LUA_YIELD);
   if (status <= LUA_YIELD)
     task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_TRACE);
   else
@@ -313,6 +317,7 @@ static void fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->me = &f->task;
   f->task.state = TASK_RUNNING;
   close_coroutine(f->co, L);
+  if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, false);
   scope_end_task(L, rt, f);
   rt->me = me;
   if (!task_done(&f->task))
@@ -777,11 +782,10 @@ static int l_continuation(lua_State *L) {
   lua_pushvalue(L, -1);
   lua_insert(L, 5);
   struct fiber *f = fiber_new(L, rt, 3, scope_flowing(L, rt)); /* task fn token named on new */
-  lua_pushvalue(L, lua_isfunction(L, 4) ? 4 : 2);
-  if (lua_isfunction(L, -1))
-    label(L, &f->task);
-  else
-    lua_pop(L, 1);
+  if (lua_isfunction(L, 4)) {
+    lua_pushvalue(L, 4);
+    fiber_name(L, f);
+  }
   if (wait_add(L, 5, &f->u.wait, 6, WAIT_FIBER)) {
     f->task.state = TASK_WAITING;
     fiber_hold(L, 6, f);

@@ -65,6 +65,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_WAIT: wait_op_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_SCOPE: scope_land(L, i); break;
+    case KIND_FIBER: group_discard(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);

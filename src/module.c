@@ -261,7 +261,8 @@ static int l_check_options(lua_State *L) {
   for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
     lua_pushvalue(L, -2);
     if (lua_rawget(L, 3) == LUA_TNIL)
-      return module_blame(L, n, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -3, NULL)));
+      return module_blame(L, n,
+                          lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -3, NULL)));
     lua_pop(L, 1);
   }
   lua_settop(L, 2);
@@ -292,6 +293,7 @@ static int open_all(lua_State *L) {
   scope_open_all(L);
   fiber_open(L);
   combine_open(L);
+  group_open(L);
   cancel_open(L);
   timer_open(L);
   loop_open(L);

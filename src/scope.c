@@ -34,7 +34,6 @@
 
 #include <math.h>
 
-enum { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 enum { IDLE_SCOPES = 64 };
 
 /* ---- walking over what is below a scope ---- */
@@ -74,14 +73,17 @@ static struct scope *as_scope(struct pending *p) {
 /* ---- life ---- */
 
 /* [-0, +0, m] a scope that is anchored, and not yet in the tree */
-static struct scope *scope_new(lua_State *L, struct runtime *rt, int kind) {
+static struct scope *scope_new(lua_State *L, struct runtime *rt, enum scope_kind kind,
+                               size_t size) {
   struct scope *s = kind == SCOPE_GROUP ? NULL : rt->idle_scopes;
   if (s != NULL) {
     rt->idle_scopes = s->outer;
     rt->idle_scope_count--;
   } else {
-    s = (struct scope *)object_new(L, TAG_SCOPE, sizeof *s, SCOPE_RUN);
-    s->task.tag = TAG_SCOPE | KIND_SCOPE;
+    bool group = kind == SCOPE_GROUP;
+    s = (struct scope *)object_new(L, group ? TAG_GROUP : TAG_SCOPE, size,
+                                   group ? GROUP_QUEUE : SCOPE_RUN);
+    s->task.tag |= KIND_SCOPE;
     task_hold(L, -1, &s->task);
     lua_pop(L, 1);
   }
@@ -93,12 +95,12 @@ static struct scope *scope_new(lua_State *L, struct runtime *rt, int kind) {
   return s;
 }
 
-static void scope_push(lua_State *L, const struct scope *s) {
-  lua_rawgeti(L, UP_ANCHORS, s->task.slot);
-}
+void scope_push(lua_State *L, const struct scope *s) { lua_rawgeti(L, UP_ANCHORS, s->task.slot); }
 
+/* nothing can come through it any more, but for its members */
 static bool is_done(const struct scope *s) {
-  return s->owner == NULL && s->refs == 0 && s->token == NULL && !(s->task.flags & TASK_LINKED);
+  return s->owner == NULL && s->refs == 0 && !(s->task.flags & TASK_LINKED) &&
+         (s->token == NULL || s->canceled);
 }
 
 static void scope_free(lua_State *L, struct runtime *rt, struct scope *s) {
@@ -109,7 +111,9 @@ static void scope_free(lua_State *L, struct runtime *rt, struct scope *s) {
     lua_setiuservalue(L, -2, SCOPE_TOKEN);
     lua_pop(L, 1);
   }
-  bool reuse = s->kind != SCOPE_GROUP && rt->idle_scope_count < IDLE_SCOPES;
+  /* one that its block did not close may still be known there: it must not be another one's */
+  bool reuse = s->kind != SCOPE_GROUP && rt->idle_scope_count < IDLE_SCOPES &&
+               (s->closed || s->kind == SCOPE_BASE);
   if (!reuse) {
     task_forget(L, &s->task);
     slot = 0;
@@ -131,20 +135,26 @@ static void dissolve(struct scope *s) {
   m->link.prev->next = m->link.next->prev = &m->link;
 }
 
+static void let_go(lua_State *L, struct runtime *rt, struct scope *s) {
+  if (--s->refs == 0 && s->owner == NULL) scope_left(L, rt, s);
+}
+
 void scope_left(lua_State *L, struct runtime *rt, struct scope *s) {
   while (s != NULL && is_done(s)) {
-    struct scope *up = s->member.scope, *origin = s->origin;
+    struct scope *up = s->member.scope, *origin = s->origin, *outer = s->outer;
     struct link *head = &s->members;
     if (head->next != head) {
       if (head->next->next != head || (s->canceled && !up->canceled)) return;
       dissolve(s);
     }
+    if (s->token != NULL) token_detach(s->token);
     link_drop(&s->member.link);
-    if (origin != NULL && origin != s) {
-      origin->refs--;
-      scope_left(L, rt, origin); /* it has no origin but itself */
-    }
+    if (origin == s) origin = NULL;
     scope_free(L, rt, s);
+    up->refs++; /* it is next: those that we let go of must not take it along */
+    if (origin != NULL) let_go(L, rt, origin);
+    if (outer != NULL) let_go(L, rt, outer);
+    up->refs--;
     s = up;
   }
 }
@@ -169,7 +179,7 @@ static void enter(struct scope *s, struct scope *up, struct fiber *f, lua_State 
 struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->member.scope->owner == f) return f->member.scope->base;
   if (task_done(&f->task)) return rt->root;
-  struct scope *s = scope_new(L, rt, SCOPE_BASE);
+  struct scope *s = scope_new(L, rt, SCOPE_BASE, sizeof *s);
   if (f->member.scope->owner == f) { /* a finalizer was here before us */
     scope_free(L, rt, s);
     return f->member.scope->base;
@@ -180,36 +190,31 @@ struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f) {
 }
 
 /* [-0, +0, m] a scope of the running task, within the one that it is in */
-static struct scope *scope_open(lua_State *L, struct runtime *rt, int kind) {
+static struct scope *scope_open(lua_State *L, struct runtime *rt, enum scope_kind kind,
+                                size_t size) {
   struct fiber *me = (struct fiber *)rt->me;
   if (scope_own(L, rt, me) == rt->root) luaL_error(L, "the task has ended");
-  struct scope *s = scope_new(L, rt, kind), *outer = me->member.scope;
+  struct scope *s = scope_new(L, rt, kind, size), *outer = me->member.scope;
   s->outer = outer;
   outer->refs++;
   s->base = outer->base;
-  s->groups = outer->groups + (kind == SCOPE_GROUP);
   enter(s, kind == SCOPE_SHIELD ? rt->root : outer, me, L);
   return s;
 }
 
 /* [-0, +0, -] what goes on in s is under the scope above it only */
 static void end(lua_State *L, struct runtime *rt, struct scope *s) {
-  struct scope *outer = s->outer;
   s->owner = NULL;
   timer_drop(rt, &s->deadline);
   s->due = HUGE_VAL;
   if (s->armed && !s->member.scope->armed) scope_set_armed(L, s, false);
-  if (outer != NULL) {
-    s->outer = NULL;
-    outer->refs--;
-    if (outer->owner == NULL) scope_left(L, rt, outer);
-  }
   scope_left(L, rt, s);
 }
 
-/* [-0, +0, -] the running task leaves a scope that it has opened */
+/* the owner leaves a scope, with the block that it was opened for */
 static void scope_close(lua_State *L, struct runtime *rt, struct scope *s) {
   struct fiber *f = s->owner;
+  s->closed = true;
   if (f->member.scope == s) {
     struct scope *back = s->outer;
     while (back->owner == NULL) back = back->outer; /* closed before this one */
@@ -219,12 +224,9 @@ static void scope_close(lua_State *L, struct runtime *rt, struct scope *s) {
   end(L, rt, s);
 }
 
-void scope_end_task(lua_State *L, struct runtime *rt, struct fiber *f) {
-  struct scope *s = f->member.scope;
-  link_drop(&f->member.link);
-  f->member.scope = rt->root; /* for finalizers that run on it from now on */
-  if (s->owner != f) {
-    if (s->owner == NULL) scope_left(L, rt, s);
+void scope_end_owner(lua_State *L, struct runtime *rt, struct fiber *f, struct scope *s) {
+  if (s->owner == NULL) {
+    scope_left(L, rt, s);
     return;
   }
   if (s->base->guards) context_drop_guards(s->base);
@@ -262,6 +264,10 @@ static bool push_known_token(lua_State *L, const struct scope *s) {
   lua_rawgetp(L, -1, s->token);
   lua_remove(L, -2);
   return !lua_isnil(L, -1);
+}
+
+static bool armed_without_token(const struct scope *s) {
+  return s->due != HUGE_VAL || s->member.scope->armed;
 }
 
 /* [-0, +0, m] the task that has opened s holds the token on top */
@@ -303,7 +309,7 @@ static void keep_token(lua_State *L, struct scope *s) {
 }
 
 /* [-0, +1, m] */
-static void push_token(lua_State *L, struct scope *s) {
+void scope_push_token(lua_State *L, struct scope *s) {
   luaL_checkstack(L, 10, NULL);
   if (push_known_token(L, s)) return;
   lua_pop(L, 1);
@@ -314,18 +320,18 @@ static void push_token(lua_State *L, struct scope *s) {
   }
   lua_pop(L, 1);
   task_weaken(L, -1); /* into the table of what may die */
-  if (!s->canceled) hold_token(L, s);
+  if (!s->canceled && s->owner != NULL) hold_token(L, s);
   s->token = k;
-  token_set_armed(L, k, s->armed);
+  token_set_armed(L, k, armed_without_token(s));
   if (!s->canceled) return;
-  push_token(L, s->origin); /* which has one: it had one when it was canceled */
+  scope_push_token(L, s->origin); /* which has one: it had one when it was canceled */
   token_inherit(L, -2, -1);
   lua_pop(L, 1);
   keep_token(L, s);
 }
 
 void scope_push_error(lua_State *L, struct scope *s) {
-  push_token(L, s);
+  scope_push_token(L, s);
   token_push_error(L, -1);
   lua_remove(L, -2);
 }
@@ -377,8 +383,8 @@ static void mark_all(lua_State *L, struct scope *s, int reason, bool expired) {
   int top = lua_gettop(L);
   luaL_checkstack(L, 20, NULL);
   lua_pushvalue(L, reason);
-  push_token(L, s); /* nothing is created from here on */
-  lua_pushnil(L);   /* reason token list */
+  scope_push_token(L, s); /* nothing is created from here on */
+  lua_pushnil(L);         /* reason token list */
   s->expired = expired && !s->canceled;
   scope_mark(L, rt, s, top + 1, top + 2, top + 3);
   lua_replace(L, top + 1);
@@ -432,7 +438,7 @@ static bool arms_itself(struct scope *s) {
 
 static void set_armed(lua_State *L, struct scope *s, bool armed) {
   s->armed = armed;
-  if (s->token != NULL) token_set_armed(L, s->token, armed);
+  if (s->token != NULL) token_set_armed(L, s->token, armed_without_token(s));
 }
 
 void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
@@ -453,10 +459,8 @@ void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
 /* ---- Lua face: functions of the library, not of scripts ---- */
 
 static struct scope *check_scope(lua_State *L, int i) {
-  struct scope *s = (struct scope *)lua_touserdata(L, i);
-  if (s == NULL || lua_rawlen(L, i) < sizeof *s || s->task.tag != (TAG_SCOPE | KIND_SCOPE))
-    luaL_typeerror(L, i, "scope");
-  return s;
+  struct scope *s = (struct scope *)object_test(L, i, TAG_SCOPE | KIND_SCOPE);
+  return s ? s : (struct scope *)object_refuse(L, i, TAG_SCOPE);
 }
 
 /* [-0, +0, e] raises outside every task, in the name of what the library was asked for */
@@ -464,15 +468,16 @@ static void check_inside(lua_State *L, const char *what) {
   struct runtime *rt = runtime(L);
   if (rt->me == rt->outside)
     error_throw(L, ERROR_OPERATION,
-                "%s outside every task: run the program with flow.run(fn), and use it in there", what);
+                "%s outside every task: run the program with flow.run(fn), and use it in there",
+                what);
 }
 
-/* [-0, +1, m] opens a scope for the library; with a deadline, unless seconds is HUGE_VAL */
-static struct scope *open_block(lua_State *L, const char *what, int kind, double seconds) {
+struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
+                          double seconds) {
   struct runtime *rt = runtime(L);
   check_inside(L, what);
   if (seconds != HUGE_VAL) timer_reserve(L);
-  struct scope *s = scope_open(L, rt, kind);
+  struct scope *s = scope_open(L, rt, kind, size);
   if (seconds != HUGE_VAL) {
     s->seconds = seconds;
     s->due = timer_add(rt, &s->deadline, seconds);
@@ -515,13 +520,13 @@ static int l_open_timeout(lua_State *L) {
     struct scope *outer = ((struct fiber *)runtime(L)->me)->member.scope;
     return outer->canceled ? scope_throw(L, outer) : throw_timeout(L, 0);
   }
-  open_block(L, "with_timeout", SCOPE_BLOCK, seconds);
+  scope_block(L, "with_timeout", SCOPE_BLOCK, sizeof(struct scope), seconds);
   return 1;
 }
 
 /* open_shield(grace or nil) -> scope */
 static int l_open_shield(lua_State *L) {
-  open_block(L, "shield", SCOPE_SHIELD, opt_seconds(L, 1));
+  scope_block(L, "shield", SCOPE_SHIELD, sizeof(struct scope), opt_seconds(L, 1));
   return 1;
 }
 
@@ -536,22 +541,31 @@ static int l_open_linked(lua_State *L) {
     token_push_error(L, 1);
     return lua_error(L);
   }
-  struct scope *s = open_block(L, "with_cancellation", SCOPE_BLOCK, HUGE_VAL);
+  struct scope *s = scope_block(L, "with_cancellation", SCOPE_BLOCK, sizeof *s, HUGE_VAL);
   if (k == NULL) return 1;
-  push_token(L, s);
+  scope_push_token(L, s);
   token_follow(L, 3, 1);
   lua_settop(L, 2);
   return 1;
 }
 
-/* open_group() -> scope, the number of groups that the task is in */
-static int l_open_group(lua_State *L) {
-  struct scope *s = open_block(L, "task_group", SCOPE_GROUP, HUGE_VAL);
-  lua_pushinteger(L, s->groups);
-  return 2;
+void scope_arm(lua_State *L, struct scope *s, double seconds) {
+  if (s->owner == NULL || s->due != HUGE_VAL || seconds == HUGE_VAL) return;
+  timer_reserve(L);
+  s->due = timer_add(runtime(L), &s->deadline, seconds);
+  scope_set_armed(L, s, true);
 }
 
-/* close_scope(scope, error): as __close. A scope that its own deadline has ended raises Timeout in place of
+void scope_finish(lua_State *L, struct scope *s) {
+  if (s->token != NULL) {
+    if (push_known_token(L, s)) token_unfollow(L, lua_gettop(L));
+    lua_pop(L, 1);
+    drop_token(L, s);
+  }
+  scope_close(L, runtime(L), s);
+}
+
+/* __close(scope, error): a scope that its own deadline has ended raises Timeout in place of
 ** the cancellation that comes out of it. */
 static int l_close(lua_State *L) {
   struct runtime *rt = runtime(L);
@@ -560,25 +574,9 @@ static int l_close(lua_State *L) {
   if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
   bool late = s->expired || (!s->canceled && s->due <= loop_now(rt));
   double seconds = s->kind == SCOPE_BLOCK ? s->seconds : HUGE_VAL;
-  if (s->token != NULL) {
-    if (push_known_token(L, s)) token_unfollow(L, 3);
-    lua_settop(L, 2);
-    drop_token(L, s);
-  }
-  scope_close(L, rt, s);
+  scope_finish(L, s);
   if (late && seconds != HUGE_VAL && error_is(L, 2, ERROR_CANCELED))
     return throw_timeout(L, seconds);
-  return 0;
-}
-
-/* arm_scope(scope, seconds): it is canceled after that time, unless it ends, or has a deadline */
-static int l_arm_scope(lua_State *L) {
-  struct scope *s = check_scope(L, 1);
-  double seconds = module_seconds(L, 2);
-  if (s->owner == NULL || s->due != HUGE_VAL || seconds == HUGE_VAL) return 0;
-  timer_reserve(L);
-  s->due = timer_add(runtime(L), &s->deadline, seconds);
-  scope_set_armed(L, s, true);
   return 0;
 }
 
@@ -586,65 +584,6 @@ static int l_arm_scope(lua_State *L) {
 static int l_throw_if_canceled(lua_State *L) {
   struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
   return s->canceled ? scope_throw(L, s) : 0;
-}
-
-/* spawn_in(scope, named, start, fn, ...): fn(...) as a task in the scope, named after the function `named`,
-** queued, or to be started by start_queued */
-static int l_spawn_in(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  struct scope *s = check_scope(L, 1);
-  bool start = lua_toboolean(L, 3);
-  if (s->owner == NULL) return luaL_error(L, "the scope has ended");
-  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 4, s);
-  if (lua_isfunction(L, 2)) {
-    lua_pushvalue(L, 2);
-    fiber_name(L, f);
-  }
-  f->task.state = TASK_QUEUED;
-  if (start)
-    loop_ready(rt, &f->task);
-  else {
-    fiber_hold(L, -1, f);
-    task_release(L, &f->task);
-  }
-  return 1;
-}
-
-/* start_queued(task): one that spawn_in has not started */
-static int l_start_queued(lua_State *L) {
-  struct task *t = task_check(L, 1);
-  task_hold(L, 1, t);
-  loop_ready(runtime(L), t);
-  return 0;
-}
-
-/* discard_queued(task): it ends canceled, with its scope, and never starts */
-static int l_discard_queued(lua_State *L) {
-  struct fiber *f = (struct fiber *)task_check(L, 1);
-  lua_settop(L, 1);
-  scope_push_error(L, f->member.scope);
-  if (!task_done(&f->task)) fiber_discard(L, runtime(L), 1);
-  return 0;
-}
-
-/* scope_token(scope) */
-static int l_scope_token(lua_State *L) {
-  push_token(L, check_scope(L, 1));
-  return 1;
-}
-
-/* scope_canceled(scope) */
-static int l_scope_canceled(lua_State *L) {
-  lua_pushboolean(L, check_scope(L, 1)->canceled);
-  return 1;
-}
-
-/* cancel_scope(scope, reason) -> true if it was not canceled before */
-static int l_cancel_scope(lua_State *L) {
-  struct scope *s = check_scope(L, 1);
-  lua_settop(L, 2);
-  lua_pushboolean(L, scope_cancel(L, s, 2));
-  return 1;
 }
 
 /* ---- Lua face ---- */
@@ -656,7 +595,7 @@ static int l_cancellation_token(lua_State *L) {
   if (s == rt->root || (s->kind == SCOPE_SHIELD && s->due == HUGE_VAL))
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NONE);
   else
-    push_token(L, s);
+    scope_push_token(L, s);
   return 1;
 }
 
@@ -692,16 +631,7 @@ static int l_cancel(lua_State *L) {
 static const luaL_Reg functions[] = {{"open_timeout", l_open_timeout},
                                      {"open_shield", l_open_shield},
                                      {"open_linked", l_open_linked},
-                                     {"open_group", l_open_group},
-                                     {"close_scope", l_close},
-                                     {"scope_token", l_scope_token},
-                                     {"scope_canceled", l_scope_canceled},
-                                     {"arm_scope", l_arm_scope},
                                      {"throw_if_canceled", l_throw_if_canceled},
-                                     {"spawn_in", l_spawn_in},
-                                     {"start_queued", l_start_queued},
-                                     {"discard_queued", l_discard_queued},
-                                     {"cancel_scope", l_cancel_scope},
                                      {"cancellation_token", l_cancellation_token},
                                      {"deadline", l_deadline},
                                      {"cancel", l_cancel},
@@ -713,6 +643,6 @@ void scope_open_all(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_functions(L, functions);
   module_class(L, TAG_SCOPE, "coflow.CancellationScope", scope_methods, NULL);
-  rt->root = scope_new(L, rt, SCOPE_BASE);
+  rt->root = scope_new(L, rt, SCOPE_BASE, sizeof *rt->root);
   rt->root->base = rt->root;
 }

@@ -345,8 +345,8 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 }
 
 void task_push_name(lua_State *L, int i) {
-  static const char *const kinds[KIND_COUNT] = {"task",       "promise",     "delay",
-                                                "wait_async", "when_all",    "when_any",
+  static const char *const kinds[KIND_COUNT] = {"task",       "promise",      "delay",
+                                                "wait_async", "when_all",     "when_any",
                                                 "when_each",  "cancel_after", "scope"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);

@@ -133,8 +133,16 @@ void pending_interrupt(lua_State *L, struct pending *p) {
     return;
   }
   struct fiber *f = (struct fiber *)t;
-  if (t->state != TASK_WAITING || t->flags & (TASK_LINKED | TASK_DEAF) || !(t->flags & TASK_STARTED))
+  if (t->flags & (TASK_LINKED | TASK_DEAF)) return;
+  if (!(t->flags & TASK_STARTED)) {
+    if (t->traits & TRAIT_QUEUED) { /* it never starts */
+      task_push(L, t);
+      loop_land(L, rt, -1, t);
+      lua_pop(L, 1);
+    }
     return;
+  }
+  if (t->state != TASK_WAITING) return;
   task_push(L, t);
   withdraw(L, rt, f);
   t->flags |= TASK_INTERRUPTED;
@@ -229,8 +237,7 @@ static void stop(lua_State *L, int i, struct timed *op) {
 
 /* [-0, +1, m] */
 static struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
-  struct timed *op =
-      (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
+  struct timed *op = (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
   op->deadline = (struct deadline){-1, DEADLINE_TIMED};
   op->seconds = seconds;
   return op;
@@ -240,7 +247,7 @@ bool operation_cancel(lua_State *L, int i, int reason) {
   struct runtime *rt = runtime(L);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool combinator = task_is(t, KIND_ALL) || task_is(t, KIND_ANY);
-  token_push_canceled(L, reason); /* … token */
+  token_push_canceled(L, reason);               /* … token */
   if (task_done(t) || t->flags & TASK_LINKED) { /* it is about to land */
     lua_pop(L, 1);
     return false;

@@ -1,9 +1,5 @@
--- coflow.group: structured concurrency: task_group and race.
---
--- A group is a scope of the task that calls task_group (src/scope.c) in which the children start. When a child
--- ends, a to-be-closed variable at the bottom of its body tells the group, while the child is still running:
--- so the first failure cancels the others at once, on the failing child's stack. What the group must know of
--- a child beyond that it reads from the task when all have ended.
+-- coflow.group: structured concurrency: task_group and race. The group itself is C (src/group.c); here is its
+-- call, and what comes out of it when not all went well.
 --
 -- The body runs under xpcall, so that a group whose cancellation interrupts its own body can still return the
 -- winner's values. That costs one of Lua's nested C calls, so past DEPTH groups in one task the body is called
@@ -15,181 +11,28 @@
 local core = require "coflow.core"
 
 local errors = core.errors
-local is_error = errors.is
 
 local DEPTH = 32
 
----@class coflow.TaskGroup
----@field token coflow.CancellationToken canceled with the group
----@field is_stopping boolean `stop` has been called
-local Group = {}
-
-local properties = {
-  token = function(group) return core.scope_token(group._scope) end,
-  is_stopping = function(group) return group._stopping or false end,
-}
-
-local class = { __name = "coflow.TaskGroup", __metatable = false }
-
-function class.__index(group, key)
-  local method = Group[key]
-  if method ~= nil then return method end
-  local property = properties[key]
-  return property and property(group)
-end
-
-local function check(group)
-  if getmetatable(group) ~= false or not rawget(group, "_scope") then
-    core.argument_error(1, "coflow.TaskGroup expected, got " .. type(group))
-  end
-end
-
--- Cancels the group's token. Errors of callbacks have no caller here.
-local function cancel(group, reason)
-  local ok, err = pcall(core.cancel_scope, group._scope, reason)
-  if not ok then core.report(err) end
-end
-
--- Children -----------------------------------------------------------------------------------------
-
-local function start_next(group)
-  local queue = group._queue
-  if not queue or group._first > #queue then return end
-  local task = queue[group._first]
-  queue[group._first] = false
-  group._first = group._first + 1
-  if group._first > #queue then group._queue, group._first = nil, nil end
-  group._running = group._running + 1
-  core.start_queued(task)
-end
-
--- A slot is free. With nothing left to run, whoever waits for the end goes on.
-local function leave(group)
-  group._running = group._running - 1
-  if group._queue then start_next(group) end
-  if group._running == 0 and group._idle then group._idle:try_set_result() end
-end
-
--- Runs on the child's stack when its body has been left, by whatever way; nothing can suspend in between
--- `returned` and this.
-local function child_ended(ending, err)
-  local group = ending.group
-  local returned = group._returned
-  group._returned = false
-  if not returned and not is_error(err, "OperationCanceled") then
-    table.insert(group._failed, core.current_task())
-    if group._policy == "fail_fast" then cancel(group, "a task of the group failed") end
-  elseif returned and group._policy == "first_success" and not group._winner then
-    group._winner = core.current_task()
-    cancel(group, "another task of the group succeeded")
-  end
-  leave(group)
-end
-
-local ending_class = { __close = child_ended }
-
-local function returned(group, ...)
-  group._returned = true
-  return ...
-end
-
-local function child(group, fn, ...)
-  local _ <close> = group._ending
-  return returned(group, fn(...))
-end
-
--- Queued children of a canceled group never start.
-local function discard_queue(group)
-  local queue, first = group._queue, group._first
-  group._queue, group._first = nil, nil
-  if not queue then return end
-  for i = first, #queue do core.discard_queued(queue[i]) end
-end
-
----Starts `fn(...)` as a child of the group, in the current execution context; over `limit` it waits its turn.
----Never suspends.
----Raises: InvalidOperation once the group has ended.
----@param fn function
----@return coflow.Task
-function Group:spawn(fn, ...)
-  check(self)
-  core.check_function(2, fn)
-  if self._ended then
-    error(errors.InvalidOperation("the task group has ended: no task can be started in it"), 2)
-  end
-  if self._running < self._limit then
-    local task = core.spawn_in(self._scope, fn, true, child, self, fn, ...)
-    self._children = true
-    self._running = self._running + 1
-    return task
-  end
-  local task = core.spawn_in(self._scope, fn, false, child, self, fn, ...)
-  if not self._queue then
-    self._queue, self._first = {}, 1
-    if not self._registration then
-      self._registration = core.scope_token(self._scope):unsafe_register(discard_queue, self)
-    end
-  end
-  if core.scope_canceled(self._scope) then
-    core.discard_queued(task)
-  else
-    table.insert(self._queue, task)
-  end
-  return task
-end
-
----Cancels the group's token: its children, and its body.
----@param reason? any
----@return boolean whether it was not canceled before
-function Group:cancel(reason)
-  check(self)
-  if self._ended then return false end
-  return core.cancel_scope(self._scope, reason)
-end
-
----Asks the group to end: `is_stopping` becomes true, `wait_stopping` returns, and after the group's `grace`
----(without one, at once) it is canceled. Returns at once.
-function Group:stop()
-  check(self)
-  if self._stopping or self._ended then return end
-  self._stopping = true
-  if self._stop_source then self._stop_source:try_set_result() end
-  if self._grace then
-    core.arm_scope(self._scope, self._grace)
-  else
-    core.cancel_scope(self._scope, "the task group was stopped")
-  end
-end
-
----Suspends until `stop` is called.
----Cancellation: ends the wait only.
-function Group:wait_stopping()
-  check(self)
-  if self._stopping then return end
-  if not self._stop_source then self._stop_source = core.TaskCompletionSource() end
-  core.await(self._stop_source.task)
-end
-
--- The end ------------------------------------------------------------------------------------------
-
 -- The errors that were raised independently of each other: of those that tasks have from one another, the first.
-local function own_failures(group)
-  local list, roots = {}, {}
+-- A body that failed stands as false among the failed tasks.
+local function own_failures(failed, policy, body_error, body_root)
+  local list, roots = { n = 0 }, {}
   local function add(err, root, task)
     if root and roots[root] then return end
     if root then roots[root] = true end
-    list.n = (list.n or 0) + 1
+    list.n = list.n + 1
     list[list.n] = err
     list.task = task
   end
-  for _, failure in ipairs(group._failed) do
-    if failure == group then
-      add(group._body_error, group._body_root)
-    elseif failure.is_faulted then
-      local root = core.failure_root(failure)
-      local observed = core.is_observed(failure)
-      if group._policy ~= "supervise" or not observed then
-        add(failure.exception, root, failure)
+  for _, task in ipairs(failed or {}) do
+    if not task then
+      add(body_error, body_root)
+    elseif task.is_faulted then
+      local root, observed = core.failure_root(task), core.is_observed(task)
+      local err = task.exception -- which observes it
+      if policy ~= "supervise" or not observed then
+        add(err, root, task)
       elseif root then
         roots[root] = true -- somebody has dealt with it
       end
@@ -198,69 +41,52 @@ local function own_failures(group)
   return list
 end
 
--- The error that the group ends with, as { error } or { task = the child that failed }, or nil. `canceled`: by
--- code of its own.
-local function outcome(group, canceled, body_canceled)
-  local failures = own_failures(group) -- which have been observed by that
-  if group._winner then return nil end
-  if failures.n and group._policy == "first_success" or (failures.n or 0) > 1 then
-    local message = failures.n == 1 and "a task of the group failed" or failures.n .. " tasks of the group failed"
-    return { errors.Aggregate(message, { inner_exceptions = failures }) }
-  elseif failures.n then
-    return { failures[1], task = failures.task }
+-- Raises what the ended group ends with, or returns its winner, if it has one.
+local function conclude(group, ok, body_error, body_root)
+  local policy, failed, winner, canceled, had_children = core.group_state(group)
+  local failures = own_failures(failed, policy, body_error, body_root)
+  if winner then return winner end
+  local n = failures.n
+  if n > 1 or (n == 1 and policy == "first_success") then
+    local message = n == 1 and "a task of the group failed" or n .. " tasks of the group failed"
+    error(errors.Aggregate(message, { inner_exceptions = failures }), 0)
+  elseif n == 1 then
+    if failures.task then core.await(failures.task) end -- raises its error, and goes on with its traceback
+    error(failures[1], 0)
   end
-  local ok, outer = pcall(core.throw_if_canceled)
-  if not ok then return { outer } end
-  if canceled then return nil end
-  if body_canceled then return { group._body_error } end
-  if group._policy == "first_success" and group._children then
-    return { errors.OperationCanceled("no task of the group succeeded: all were canceled") }
+  core.throw_if_canceled() -- from outside
+  if canceled then return end
+  if not ok then error(body_error, 0) end
+  if policy == "first_success" and had_children then
+    error(errors.OperationCanceled("no task of the group succeeded: all were canceled"), 0)
   end
-end
-
--- The body has been left, by the error `err` if `failed`. Waits for all children, whatever comes; raises what
--- the group ends with, if it ends with an error.
-local function join(group, failed, err)
-  local canceled = core.scope_canceled(group._scope)
-  local body_canceled = failed and is_error(err, "OperationCanceled")
-  if failed then
-    group._body_error, group._body_root = err, core.failure_root()
-    if not body_canceled then table.insert(group._failed, group) end
-    cancel(group, "the body of the task group was left by an error")
-  end
-  if group._running > 0 and core.is_awaitable_here() then
-    group._idle = core.TaskCompletionSource()
-    local _ <close> = core.open_shield()
-    core.await(group._idle.task)
-  end
-  canceled = canceled or (not failed and core.scope_canceled(group._scope))
-  group._ended = true
-  core.close_scope(group._scope)
-  local raise = outcome(group, canceled, body_canceled)
-  if not raise then return end
-  if raise.task then core.await(raise.task) end -- raises its error, and its traceback goes on here
-  error(raise[1], 0)
 end
 
 local function finish(group, ok, ...)
-  join(group, not ok, (...))
-  if group._winner then return group._winner:results() end
-  if ok then return ... end
+  if ok then
+    if core.join_group(group, true) then return ... end
+    local winner = conclude(group, true)
+    if winner then return winner:results() end
+    return ...
+  end
+  local err, root = ..., core.failure_root()
+  core.join_group(group, false, err)
+  local winner = conclude(group, false, err, root)
+  if winner then return winner:results() end
 end
 
-function class.__close(group, err)
-  if not group._ended then join(group, not group._returned_plainly, err) end
-end
-
-local function returned_plainly(group, ...)
-  group._returned_plainly = true
-  return ...
-end
+-- Where the body is called plainly, an error comes here.
+core.on_group_close(function(group, err)
+  if core.group_ended(group) then return end
+  local root = core.failure_root()
+  core.join_group(group, false, err)
+  conclude(group, false, err, root)
+end)
 
 -- Opening ------------------------------------------------------------------------------------------
 
 local known_options = { limit = true, policy = true, grace = true }
-local policies = { fail_fast = true, supervise = true, first_success = true }
+local policies = { fail_fast = 0, supervise = 1, first_success = 2 }
 
 ---Calls `fn(group)`, and returns its values once every task that was started with `group:spawn` has ended: none
 ---outlives the call, whatever happens. The first failure, of a child or of `fn`, cancels `group.token`, under
@@ -286,18 +112,10 @@ local function task_group(fn, options)
   elseif grace ~= nil and not (type(grace) == "number" and grace >= 0) then
     core.argument_error(2, "grace must be a number of seconds")
   end
-  local scope, depth = core.open_group()
-  local group <close> = setmetatable({
-    _scope = scope,
-    _limit = limit or math.huge,
-    _policy = policy,
-    _grace = grace ~= 0 and grace or nil,
-    _running = 0,
-    _failed = {},
-  }, class)
-  group._ending = setmetatable({ group = group }, ending_class)
+  local group, depth = core.open_group(limit, policies[policy], grace)
+  local _ <close> = group
   if depth <= DEPTH then return finish(group, xpcall(fn, core.trace_handler, group)) end
-  return finish(group, true, returned_plainly(group, fn(group)))
+  return finish(group, true, fn(group))
 end
 
 local race_options = { limit = true, token = true }
@@ -319,14 +137,17 @@ local function race(fns, options)
     end
   end
   if n == 0 then error(errors.Argument("race needs at least one function"), 2) end
-  local token = options.token
+  local limit, token = options.limit, options.token
+  if limit ~= nil and not (math.type(limit) == "integer" and limit >= 1) then
+    core.argument_error(2, "limit must be a positive integer")
+  end
   if token ~= nil and not core.is_token(token) then
     core.argument_error(2, "token must be a CancellationToken")
   end
   local _ <close> = token and core.open_linked(token, race) or nil
   return task_group(function(group)
     for i = 1, n do group:spawn(fns[i]) end
-  end, { policy = "first_success", limit = options.limit })
+  end, { policy = "first_success", limit = limit })
 end
 
 return { task_group = task_group, race = race }
