@@ -3,9 +3,9 @@
 **
 ** The token is the thing; a source is the right to cancel it. A token knows
 **
-** - its registrations, newest first, each a userdata that holds the next older one, so that a callback
+** - its registrations, oldest first in a list (TOKEN_LIST), each a userdata of its own, so that a callback
 **   runs though nobody kept its registration. Unregistering only marks it and lets its callback go: the
-**   dead leave the chain when they are at its head, or when they might outnumber the living (sweep).
+**   dead leave the list when they are its last, or when they might outnumber the living (sweep).
 **   A linked source is a registration of another sort: it holds the token to be canceled next.
 ** - what it interrupts besides (struct pending): operations that were given it, and fibers that nap with
 **   it, both by address. They leave when they complete. A token keeps none of them alive, unless a
@@ -17,7 +17,8 @@
 ** each under a protected call, and a link among them marks the next token, which goes on top. The errors
 ** are collected in that order and raised as one Aggregate.
 **
-** Invariant: token->newest is the C face of TOKEN_NEWEST, r->older that of REGISTRATION_OLDER.
+** Invariants: token->last is the registration at token->count of TOKEN_LIST, if there is one; a link that may
+**             still cancel its child is in the links of its token.
 **
 ** Source:    .NET CancellationTokenSource. One thread cancels here, so dispose never waits.
 ** SPDX-License-Identifier: MIT
@@ -31,15 +32,16 @@ struct token {
   uint32_t tag;
   bool canceled, disposed, never;
   bool scope_armed; /* by a deadline of or above its scope */
-  int count, limit; /* registrations in the chain; when to sweep it */
+  int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
-  struct registration *newest;
+  struct registration *last;
+  struct link links;      /* those among them that are links; head of a circular list */
   struct link pendings;   /* head of a circular list */
   struct scope *scope;    /* whose token it is, or NULL */
   struct token *rearming; /* the next one of those that have just been armed, or disarmed */
 };
 enum {
-  TOKEN_NEWEST = 1,
+  TOKEN_LIST = 1,
   TOKEN_REASON,
   TOKEN_CAUSE,
   TOKEN_UP,
@@ -58,12 +60,12 @@ struct registration {
   uint32_t tag;
   bool pending; /* its callback may still run */
   bool link, captured, packed;
-  bool in_context; /* the captured context is not the empty one */
-  struct registration *older;
-  struct token *child; /* of a link: the token to be canceled next */
+  bool in_context;     /* the captured context is not the empty one */
+  struct link sibling; /* of a link: among those of the same token */
+  struct token *child; /* … the token to be canceled next */
 };
 /* of a link, REGISTRATION_TARGET is the token to cancel; else a function or { function, arguments, n } */
-enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT, REGISTRATION_OLDER };
+enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT };
 
 /* ---- what a token interrupts ---- */
 
@@ -74,6 +76,8 @@ bool token_armed(const struct token *k) { return k->arms > 0 || k->scope_armed; 
 bool token_armed_itself(const struct token *k) { return k->arms > 0; }
 
 void token_link(struct token *k, struct link *l) { link_append(&k->pendings, l); }
+
+static void count_arm(lua_State *L, struct token *k, int n);
 
 /* [-0, +0, -] k was armed and is not, or the reverse: so are those linked to it, and what waits for any
 ** of them is held, or not. Nothing is created, nobody's code runs. */
@@ -89,12 +93,8 @@ static void rearm(lua_State *L, struct token *k) {
     for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
       pending_hold(L, container_of(l, struct pending, link), armed);
     if (k->scope != NULL && !k->scope_armed) scope_set_armed(L, k->scope, armed);
-    for (struct registration *r = k->newest; r != NULL; r = r->older)
-      if (r->pending && r->child != NULL) {
-        bool before = token_armed(r->child);
-        r->child->arms += armed ? 1 : -1;
-        if (token_armed(r->child) != before) rearm(L, r->child);
-      }
+    for (struct link *l = k->links.next; l != &k->links; l = l->next)
+      count_arm(L, container_of(l, struct registration, sibling)->child, armed ? 1 : -1);
   }
   rt->rearm_busy = false;
 }
@@ -130,6 +130,7 @@ struct token *token_new(lua_State *L, struct scope *s) {
   k->tag = TAG_TOKEN;
   k->scope = s;
   link_init(&k->pendings);
+  link_init(&k->links);
   return k;
 }
 
@@ -200,7 +201,7 @@ static void disarm(lua_State *L, int k) {
 static void clear(lua_State *L, int i, struct registration *r) {
   if (i < 0) i = lua_absindex(L, i);
   r->pending = false;
-  r->child = NULL;
+  if (r->link) link_drop(&r->sibling);
   lua_pushnil(L);
   lua_setiuservalue(L, i, REGISTRATION_TARGET);
   if (!r->in_context) return;
@@ -208,98 +209,78 @@ static void clear(lua_State *L, int i, struct registration *r) {
   lua_setiuservalue(L, i, REGISTRATION_CONTEXT);
 }
 
-/* [-0, +1, -] takes the newest registration off the chain of the token at k */
-static struct registration *take_newest(lua_State *L, int k) {
-  struct token *token = (struct token *)lua_touserdata(L, k);
-  struct registration *r = token->newest;
-  k = lua_absindex(L, k);
-  lua_getiuservalue(L, k, TOKEN_NEWEST);
-  lua_getiuservalue(L, -1, REGISTRATION_OLDER);
-  lua_setiuservalue(L, k, TOKEN_NEWEST);
-  lua_pushnil(L);
-  lua_setiuservalue(L, -2, REGISTRATION_OLDER);
-  token->newest = r->older;
-  token->count--;
-  r->older = NULL;
-  return r;
-}
-
-/* [-0, +0, -] takes the dead out of the chain of the token at k */
-static void sweep(lua_State *L, int k) {
-  struct token *token = (struct token *)lua_touserdata(L, k);
-  while (token->newest && !token->newest->pending) {
-    take_newest(L, k);
-    lua_pop(L, 1);
-  }
-  if (token->newest == NULL) return;
-  lua_getiuservalue(L, k, TOKEN_NEWEST); /* one that stays */
-  for (struct registration *r = token->newest; r->older != NULL;) {
-    lua_getiuservalue(L, -1, REGISTRATION_OLDER); /* stays next */
-    struct registration *next = r->older;
-    if (next->pending) {
-      lua_replace(L, -2);
-      r = next;
-      continue;
-    }
-    lua_getiuservalue(L, -1, REGISTRATION_OLDER);
-    lua_setiuservalue(L, -3, REGISTRATION_OLDER);
-    lua_pushnil(L);
-    lua_setiuservalue(L, -2, REGISTRATION_OLDER);
-    lua_pop(L, 1);
-    r->older = next->older;
-    next->older = NULL;
-    token->count--;
-  }
+/* [-0, +1, m] the list of registrations of the token at k, made if it is not there */
+static void push_list(lua_State *L, int k) {
+  if (lua_getiuservalue(L, k, TOKEN_LIST) != LUA_TNIL) return;
   lua_pop(L, 1);
+  lua_createtable(L, 1, 0);
+  if (lua_getiuservalue(L, k, TOKEN_LIST) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_pushvalue(L, -1);
+    lua_setiuservalue(L, k, TOKEN_LIST);
+  } else
+    lua_remove(L, -2); /* a finalizer has been here */
 }
 
-/* [-0, +0, -] puts the registration at i on top of the chain of the token at k */
-static void attach(lua_State *L, int k, int i) {
-  struct token *token = (struct token *)lua_touserdata(L, k);
-  struct registration *r = (struct registration *)lua_touserdata(L, i);
+/* [-0, +0, -] takes the dead out of the list on top, of that token */
+static void sweep(lua_State *L, struct token *token) {
+  int kept = 0;
+  for (int i = 1; i <= token->count; i++) {
+    lua_rawgeti(L, -1, i);
+    struct registration *r = (struct registration *)lua_touserdata(L, -1);
+    if (r->pending) {
+      token->last = r;
+      if (++kept != i) {
+        lua_rawseti(L, -2, kept);
+        continue;
+      }
+    }
+    lua_pop(L, 1);
+  }
+  for (int i = kept + 1; i <= token->count; i++) {
+    lua_pushnil(L);
+    lua_rawseti(L, -2, i);
+  }
+  token->count = kept;
+}
+
+/* [-1, +0, m] appends the registration on top to the list below it, of that token */
+static void attach(lua_State *L, struct token *token) {
+  struct registration *r = (struct registration *)lua_touserdata(L, -1);
   if (token->count > token->limit) {
-    sweep(L, k);
+    lua_insert(L, -2);
+    sweep(L, token);
+    lua_insert(L, -2);
     token->limit = 2 * token->count + 16;
   }
-  struct registration *head = token->newest;
-  r->older = head;
-  if (head != NULL) {
-    lua_getiuservalue(L, k, TOKEN_NEWEST);
-    if (!head->pending) { /* registered and unregistered again and again: it gives up its place */
-      if (head->older != NULL) {
-        lua_getiuservalue(L, -1, REGISTRATION_OLDER);
-        lua_pushnil(L);
-        lua_setiuservalue(L, -3, REGISTRATION_OLDER);
-        lua_setiuservalue(L, i, REGISTRATION_OLDER);
-      }
-      lua_pop(L, 1);
-      r->older = head->older;
-      head->older = NULL;
-      token->count--;
-    } else
-      lua_setiuservalue(L, i, REGISTRATION_OLDER);
-  }
-  lua_pushvalue(L, i);
-  lua_setiuservalue(L, k, TOKEN_NEWEST);
-  token->newest = r;
-  token->count++;
+  /* registered and unregistered again and again: the last one gives up its place */
+  int at = token->count > 0 && !token->last->pending ? token->count : token->count + 1;
+  lua_rawseti(L, -2, at);
+  token->count = at;
+  token->last = r;
   r->pending = true;
 }
 
 /* [-0, +0, -] the token above, whose link r is, will not cancel r->child any more */
-static void drop_link(lua_State *L, const struct token *up, struct registration *r) {
-  if (r->pending && r->child != NULL && token_armed(up)) count_arm(L, r->child, -1);
+static void drop_link(lua_State *L, const struct token *up, const struct registration *r) {
+  if (r->pending && r->link && token_armed(up)) count_arm(L, r->child, -1);
 }
 
 /* [-0, +0, -] drops all registrations of the token at k */
 static void drop_registrations(lua_State *L, int k) {
   struct token *token = (struct token *)lua_touserdata(L, k);
-  while (token->newest) {
-    struct registration *r = take_newest(L, k);
+  k = lua_absindex(L, k);
+  lua_getiuservalue(L, k, TOKEN_LIST);
+  lua_pushnil(L);
+  lua_setiuservalue(L, k, TOKEN_LIST);
+  for (; token->count > 0; token->count--) {
+    lua_rawgeti(L, -1, token->count);
+    struct registration *r = (struct registration *)lua_touserdata(L, -1);
     drop_link(L, token, r);
     clear(L, -1, r);
     lua_pop(L, 1);
   }
+  lua_pop(L, 1);
 }
 
 /* The links of a token: { registration, token above, registration, token above … }. */
@@ -327,9 +308,10 @@ void token_unfollow(lua_State *L, int k) {
 
 void token_follow(lua_State *L, int k, int up) {
   struct token *token = (struct token *)lua_touserdata(L, k);
-  const struct token *above = (const struct token *)lua_touserdata(L, up);
+  struct token *above = (struct token *)lua_touserdata(L, up);
   if (above->never) return;
   luaL_checkstack(L, 10, NULL);
+  push_list(L, up);
   struct registration *r = registration_new(L);
   r->link = true;
   lua_pushvalue(L, k);
@@ -339,7 +321,7 @@ void token_follow(lua_State *L, int k, int up) {
     lua_createtable(L, 2, 0);
     lua_pushvalue(L, -1);
     lua_setiuservalue(L, k, TOKEN_LINKS);
-  } /* registration links */
+  } /* list registration links */
   lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
   lua_pushvalue(L, up);
   lua_rawseti(L, -2, n + 2); /* the one that may want memory first: until n + 1 is there, none is */
@@ -348,22 +330,26 @@ void token_follow(lua_State *L, int k, int up) {
   lua_pop(L, 1);
   if (!above->canceled && !above->disposed) {
     r->child = token;
-    attach(L, up, lua_gettop(L));
+    attach(L, above);
+    link_append(&above->links, &r->sibling);
     if (token_armed(above)) count_arm(L, token, 1);
-  } else if (above->canceled && !token->canceled) { /* a finalizer has canceled it */
+    lua_pop(L, 1);
+    return;
+  }
+  if (above->canceled && !token->canceled) { /* a finalizer has canceled it */
     lua_getiuservalue(L, up, TOKEN_REASON);
     lua_getiuservalue(L, up, TOKEN_CAUSE);
     if (lua_isnil(L, -1)) {
       lua_pop(L, 1);
       lua_pushvalue(L, up);
     }
-    lua_pushnil(L); /* registration reason cause list */
+    lua_pushnil(L); /* … reason cause list */
     int list = lua_gettop(L);
     token_mark_below(L, k, list - 2, list - 1, list);
     token_run(L, false);
     lua_pop(L, 2);
   }
-  lua_pop(L, 1);
+  lua_pop(L, 2);
 }
 
 /* ---- canceling ---- */
@@ -389,7 +375,7 @@ void token_mark(lua_State *L, int k, int reason, int cause, int run) {
   token_unfollow(L, k);
   if (lua_getiuservalue(L, k, TOKEN_PROMISE) == LUA_TUSERDATA) task_settle(L, rt, lua_gettop(L), 0);
   lua_pop(L, 1);
-  if (token->newest != NULL) {
+  if (token->count > 0) {
     lua_pushvalue(L, run);
     lua_setiuservalue(L, k, TOKEN_UP);
     lua_pushvalue(L, k);
@@ -407,25 +393,14 @@ static void token_mark_below(lua_State *L, int k, int reason, int cause, int run
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
-/* [-0, +n, -] calls the callback of the registration at i in its context; the status, error on top */
-static int call(lua_State *L, int i) {
-  struct registration *r = (struct registration *)lua_touserdata(L, i);
-  struct runtime *rt = runtime(L);
-  i = lua_absindex(L, i);
-  uint16_t suppressed = rt->me->flags & TASK_SUPPRESSED;
-  bool swap = r->captured && (r->in_context || rt->me->flags & TASK_HAS_CONTEXT);
-  struct task *me = rt->me;
-  if (r->captured) rt->me->flags &= (uint16_t)~TASK_SUPPRESSED;
-  if (swap) {
-    lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
-    context_swap(L); /* old */
-  } else
-    context_push_current(L); /* the canceler's, whom the callback's writes do not reach */
-  int old = lua_gettop(L), arguments = 0;
+/* [-0, +n, -] pushes the callback and its arguments, and lets go of them; the number of arguments */
+static int take_callback(lua_State *L, int i, struct registration *r) {
+  int arguments = 0;
   lua_getiuservalue(L, i, REGISTRATION_TARGET);
   if (r->packed) {
-    lua_getfield(L, -1, "n");
-    int n = (int)lua_tointeger(L, -1), packed = lua_gettop(L) - 1;
+    int packed = lua_gettop(L);
+    lua_getfield(L, packed, "n");
+    int n = (int)lua_tointeger(L, -1);
     lua_pop(L, 1);
     luaL_checkstack(L, n, NULL);
     for (int a = 1; a <= n; a++) lua_rawgeti(L, packed, a);
@@ -433,21 +408,45 @@ static int call(lua_State *L, int i) {
     arguments = n - 1;
   }
   clear(L, i, r);
+  return arguments;
+}
+
+/* [-0, +n, -] calls the callback of the registration at i in its context; the status, error on top */
+static int call(lua_State *L, struct runtime *rt, int i, struct registration *r) {
+  struct task *me = rt->me;
+  uint16_t suppressed = me->flags & TASK_SUPPRESSED;
+  bool plain = !r->in_context && !(me->flags & TASK_HAS_CONTEXT);
+  if (r->captured) me->flags &= (uint16_t)~TASK_SUPPRESSED;
+  int old = 0;
+  if (!plain) {
+    old = lua_gettop(L) + 1;
+    if (r->captured) {
+      lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
+      context_swap(L);
+    } else
+      context_push_current(L); /* the canceler's, whom the callback's writes do not reach */
+  }
+  int arguments = take_callback(L, i, r);
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
   me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | suppressed);
-  if (me->flags & TASK_HAS_CONTEXT || !lua_isnil(L, old)) {
+  if (plain && !(me->flags & TASK_HAS_CONTEXT)) return status;
+  if (plain) /* it has set a local */
+    lua_pushnil(L);
+  else {
     lua_pushvalue(L, old);
-    context_swap(L);
-    lua_pop(L, 1);
+    lua_remove(L, old);
   }
-  lua_remove(L, old);
+  context_swap(L);
+  lua_pop(L, 1);
   return status;
 }
 
 /* [-0, +0, -] takes the token on top of the list at `run` off */
 static void next_token(lua_State *L, int run) {
+  lua_pushnil(L);
+  lua_setiuservalue(L, run, TOKEN_LIST);
   lua_getiuservalue(L, run, TOKEN_UP);
   lua_pushnil(L);
   lua_setiuservalue(L, run, TOKEN_UP);
@@ -495,25 +494,36 @@ static void run_callbacks(lua_State *L, bool first) {
   lua_pushnil(L);
   lua_insert(L, -2); /* errors run */
   int run = lua_gettop(L), errors = run - 1;
-  while (!lua_isnil(L, run)) {
-    struct token *token = (struct token *)lua_touserdata(L, run);
-    if (token->newest == NULL) {
+  struct runtime *rt = runtime(L);
+  struct token *token = (struct token *)lua_touserdata(L, run);
+  lua_getiuservalue(L, run, TOKEN_LIST); /* errors run list */
+  while (token != NULL) {
+    bool other = token->count == 0; /* token from here on */
+    if (other)
       next_token(L, run);
+    else {
+      lua_rawgeti(L, run + 1, token->count--); /* errors run list registration */
+      struct registration *r = (struct registration *)lua_touserdata(L, run + 2);
+      other = r->pending && r->link;
+      if (other)
+        follow_link(L, run + 2, run);
+      else if (r->pending && call(L, rt, run + 2, r) != LUA_OK) { /* … registration error */
+        if (first) {
+          for (; !lua_isnil(L, run); next_token(L, run)) drop_registrations(L, run);
+          lua_error(L);
+        }
+        add_error(L, errors);
+      }
+    }
+    if (!other) {
+      lua_settop(L, run + 1);
       continue;
     }
-    struct registration *r = take_newest(L, run); /* errors run registration */
-    if (r->pending && r->link)
-      follow_link(L, run + 1, run);
-    else if (r->pending && call(L, -1) != LUA_OK) { /* … registration error */
-      if (first) {
-        for (; !lua_isnil(L, run); next_token(L, run)) drop_registrations(L, run);
-        lua_error(L);
-      }
-      add_error(L, errors);
-    }
     lua_settop(L, run);
+    token = (struct token *)lua_touserdata(L, run);
+    if (token == NULL || lua_getiuservalue(L, run, TOKEN_LIST) == LUA_TNIL) lua_settop(L, run + 1);
   }
-  lua_pop(L, 1);
+  lua_settop(L, errors);
 }
 
 /* [-1, +0, v] raises an Aggregate of the list of errors on top, unless it is nil */
@@ -670,7 +680,7 @@ static int l_is_token(lua_State *L) {
 /* [-0, +1, m] a registration, not yet in a chain; its user values are nil */
 static struct registration *registration_new(lua_State *L) {
   return (struct registration *)object_new(L, TAG_REGISTRATION, sizeof(struct registration),
-                                           REGISTRATION_OLDER);
+                                           REGISTRATION_CONTEXT);
 }
 
 /* [-0, +1, m] the one registration of the token at k whose callback will not run, or has run */
@@ -697,6 +707,7 @@ static int register_callback(lua_State *L, bool capture) {
     lua_setfield(L, 2, "n");
   }
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
+  lua_settop(L, 2);
   struct registration *r = registration_new(L);
   r->captured = capture;
   r->packed = n > 1;
@@ -707,11 +718,14 @@ static int register_callback(lua_State *L, bool capture) {
     r->in_context = !lua_isnil(L, -1);
     lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
   }
+  push_list(L, 1);
   if (!token->canceled) {
-    attach(L, 1, 3);
+    lua_pushvalue(L, 3);
+    attach(L, token);
+    lua_settop(L, 3);
     return 1;
   }
-  if (call(L, 3) != LUA_OK) return lua_error(L); /* late: at once, its error to the caller */
+  if (call(L, rt, 3, r) != LUA_OK) return lua_error(L); /* late: at once, its error to the caller */
   return push_inert(L, 1);
 }
 
@@ -848,7 +862,9 @@ static int l_source_cancel_async(lua_State *L) {
   }
   lua_pushnil(L); /* … list */
   if (!token->canceled) {
-    sweep(L, 3);
+    lua_getiuservalue(L, 3, TOKEN_LIST);
+    sweep(L, token);
+    lua_pop(L, 1);
     token_mark_below(L, 3, 2, 3, 4);
   }
   if (lua_isnil(L, 4)) {
