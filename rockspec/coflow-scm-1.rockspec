@@ -28,6 +28,7 @@ build = {
         "src/group.c",
         "src/loop.c",
         "src/module.c",
+        "src/schedule.c",
         "src/scope.c",
         "src/task.c",
         "src/timer.c",
@@ -40,6 +41,7 @@ build = {
     ["coflow.group"] = "lua/coflow/group.lua",
     ["coflow"] = "lua/coflow/init.lua",
     ["coflow.meta"] = "lua/coflow/meta.lua",
+    ["coflow.scheduler"] = "lua/coflow/scheduler.lua",
     ["coflow.testing"] = "lua/coflow/testing.lua",
   },
 }

@@ -75,6 +75,8 @@ struct guard {
   struct guard *below, *above; /* in that stack */
 };
 enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
+/* of GUARD_CONTEXT: the synchronization context before, which is the task's and no part of a context */
+enum { GUARD_SYNCHRONIZATION = GUARD_LOCAL };
 
 /* ---- the map ---- */
 
@@ -672,6 +674,13 @@ void context_drop_guards(struct scope *base) {
   base->guards = NULL;
 }
 
+/* [-0, +0, -] the guard at i remembers the synchronization context of the running task */
+static void guard_save_synchronization(lua_State *L, int i, struct task *me) {
+  if (!(me->traits & TRAIT_PLAN)) return;
+  schedule_push_context(L, me);
+  lua_setiuservalue(L, i, GUARD_SYNCHRONIZATION);
+}
+
 /* [-0, +0, me] puts back what the guard at i, whose owner is running, remembers */
 static void guard_restore(lua_State *L, int i, struct guard *g) {
   struct task *me = &g->owner->task;
@@ -684,6 +693,10 @@ static void guard_restore(lua_State *L, int i, struct guard *g) {
   } else {
     me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | g->suppressed);
     context_swap(L);
+    if (me->traits & TRAIT_PLAN) {
+      lua_getiuservalue(L, i, GUARD_SYNCHRONIZATION);
+      schedule_set_context(L, me);
+    }
   }
   lua_pop(L, 1);
 }
@@ -786,6 +799,7 @@ static int l_enter(lua_State *L) {
   lua_settop(L, 1);
   struct guard *g = guard_new(L, GUARD_CONTEXT);
   g->owner->task.flags &= (uint16_t)~TASK_SUPPRESSED;
+  guard_save_synchronization(L, 2, &g->owner->task);
   lua_pushvalue(L, 1);
   context_swap(L); /* ctx guard old */
   lua_setiuservalue(L, 2, GUARD_SAVED);
@@ -801,6 +815,7 @@ static int l_context_enter(lua_State *L) {
 static int l_isolate(lua_State *L) {
   lua_settop(L, 0);
   struct guard *g = guard_new(L, GUARD_CONTEXT);
+  guard_save_synchronization(L, 1, &g->owner->task);
   push_of(L, &g->owner->task);
   lua_setiuservalue(L, 1, GUARD_SAVED);
   return 1;

@@ -65,11 +65,12 @@ enum tag {
   TAG_WATCH = 0xC0F10D00,
   TAG_SCOPE = 0xC0F10E00,   /* a struct task as well, but not for scripts */
   TAG_AMBIENT = 0xC0F10F00, /* only names the metatable of the tokens of scopes */
-  TAG_GROUP = 0xC0F11000    /* of the scopes that are task groups */
+  TAG_GROUP = 0xC0F11000,   /* of the scopes that are task groups */
+  TAG_CONFIGURED = 0xC0F11100
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_GROUP)
+#define TAG_LAST TAG_CLASS(TAG_CONFIGURED)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -159,10 +160,19 @@ struct deadline {
   uint32_t kind; /* what it is part of: a fiber, a struct timed, a scope */
 };
 
+/* What is special about a fiber. Of nearly all no bit is set. */
 enum task_traits {
-  TRAIT_QUEUED = 1 << 6, /* waits for its start in the queue of its task group */
-  TRAIT_CHILD = 1 << 7   /* of a task group, which wants to know its end */
+  TRAIT_PLAN = 1 << 0,    /* there is a plan for it (schedule.c) */
+  TRAIT_QUEUES = 1 << 1,  /* it runs on a scheduler of the user */
+  TRAIT_POSTS = 1 << 2,   /* its continuations go to a synchronization context */
+  TRAIT_HANDED = 1 << 3,  /* in the hands of one of these (and TASK_LINKED: no wake counts) */
+  TRAIT_DIRECT = 1 << 4,  /* its next run is the loop's */
+  TRAIT_RESUMED = 1 << 5, /* the loop has run it since somebody looked */
+  TRAIT_QUEUED = 1 << 6,  /* waits for its start in the queue of its task group */
+  TRAIT_CHILD = 1 << 7    /* of a task group, which wants to know its end */
 };
+#define TRAIT_ELSEWHERE (TRAIT_QUEUES | TRAIT_POSTS)
+#define TRAIT_SCHEDULED 0x3f /* those of schedule.c: somebody else may have a say */
 
 struct task {
   uint32_t tag; /* TAG_TASK | kind */
@@ -277,7 +287,10 @@ enum runtime_uservalue {
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
   RUNTIME_WEAK,   /* address -> operation that may die while parked, or token of a scope; weak */
   RUNTIME_TOKENS, /* task -> { address of a scope of its = token }, weak keys */
-  RUNTIME_UV_COUNT = RUNTIME_TOKENS
+  RUNTIME_PLANS,  /* task -> its plan (schedule.c), weak keys */
+  RUNTIME_HANDED, /* slot -> task in the hands of a scheduler or context, weak values */
+  RUNTIME_HAND,   /* the function that hands a task over */
+  RUNTIME_UV_COUNT = RUNTIME_HAND
 };
 
 struct timer_entry {
@@ -448,7 +461,11 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
                         struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
 void fiber_close(lua_State *L, struct runtime *rt,
-                 struct fiber *f);                 /* [-0, +0, -] an abandoned one */
+                 struct fiber *f); /* [-0, +0, -] an abandoned one */
+void fiber_fail(lua_State *L, struct runtime *rt,
+                struct fiber *f); /* [-1, +0, -] stops it where it stands, with the error on top */
+int fiber_run_hot(lua_State *L, struct fiber *f,
+                  lua_KFunction k); /* at once, up to its first suspension; k ends the caller */
 void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
 void fiber_trim(lua_State *L);                     /* [-0, +0, -] drops coroutines long unused */
 struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
@@ -608,6 +625,28 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
                        bool well); /* [-0, +0, m] before it settles; else its error is on top */
 void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
 void group_open(lua_State *L);
+
+/* ---- schedule.c: schedulers and synchronization contexts ---- */
+
+void schedule_check(lua_State *L, int i); /* [-0, +0, v] it is a TaskScheduler */
+bool schedule_give(
+    lua_State *L, int i,
+    int s); /* [-0, +0, m] the task at i gets the scheduler at s; false: the default */
+void schedule_inherit(lua_State *L, struct runtime *rt,
+                      int i); /* [-0, +0, m] the hot task at i goes on where its caller does */
+void schedule_join(lua_State *L, struct runtime *rt,
+                   int i); /* [-0, +0, m] it starts there unqueued */
+void schedule_start(lua_State *L, struct runtime *rt,
+                    int i); /* [-0, +0, e] queues the task at i, or fails it and raises */
+void schedule_run(lua_State *L, struct runtime *rt,
+                  struct fiber *f); /* [-0, +0, -] a ready one with traits */
+void schedule_end(lua_State *L,
+                  struct runtime *rt); /* [-1, +0, -] the task on top is over: forgets its plan */
+void schedule_push_context(lua_State *L, struct task *t); /* [-0, +1, -] its current one, or nil */
+void schedule_set_context(lua_State *L, struct task *t);  /* [-1, +0, m] the one on top, or nil */
+int schedule_await(lua_State *L,
+                   lua_CFunction f); /* the operation f on the configured task at index 1 */
+void schedule_open(lua_State *L);
 
 /* ---- timer.c: deadlines, delay, sleep, wait_async ---- */
 

@@ -288,9 +288,12 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct 
 
 /* [-0, +0, -] gives up the coroutine of a fiber that did not end well */
 static void drop_coroutine(lua_State *L, struct runtime *rt, struct fiber *f) {
+  bool planned = f->task.traits & TRAIT_SCHEDULED;
+  if (planned) task_push(L, &f->task);
   rt->busy--;
   task_forget(L, &f->task);
   f->co = NULL;
+  if (planned) schedule_end(L, rt);
 }
 
 void fiber_discard(lua_State *L, struct runtime *rt, int i) {
@@ -310,7 +313,7 @@ static void clear_trace(lua_State *L, struct fiber *f) {
 
 /* The coroutine has yielded past us, or an error has left it: its `<close>` variables run now, without
 ** suspending; the task fails with the error on top, unless it is complete. [-1, +0, -] */
-static void fail(lua_State *L, struct runtime *rt, struct fiber *f) {
+void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct task *me = rt->me;
   task_push(L, &f->task);
   lua_insert(L, -2); /* task error */
@@ -385,19 +388,22 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
         if (!(f->task.flags & TASK_PARKED)) {
           lua_pop(f->co, results);
           push_stray_yield(L, f);
-          fail(L, rt, f);
+          fiber_fail(L, rt, f);
         }
         break;
       case LUA_OK: {
+        if (f->task.traits & TRAIT_SCHEDULED) task_push(L, &f->task);
         lua_State *co = f->co;
         int slot = f->task.slot;
         clear_trace(L, f);
         f->co = NULL;
         f->task.slot = 0;
         recycle(L, rt, co, slot, f->task.flags & TASK_HELD);
+        if (f->task.traits & TRAIT_SCHEDULED)
+          schedule_end(L, rt); /* only now: nothing held its coroutine before */
         break;
       }
-      default: lua_xmove(f->co, L, 1); fail(L, rt, f);
+      default: lua_xmove(f->co, L, 1); fiber_fail(L, rt, f);
     }
   stopped:
     if (callers == NULL) break;
@@ -489,10 +495,10 @@ static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
   error_throw(L, ERROR_OPERATION, "a task cannot await itself: %s", lua_tostring(L, -1));
 }
 
-static bool can_run_in_place(struct runtime *rt, struct task *on) {
+static bool can_run_in_place(struct runtime *rt, const struct task *me, const struct task *on) {
   return rt->ready == on && on->next == NULL && task_is(on, KIND_FIBER) &&
          !(on->flags & (TASK_STARTED | TASK_ABANDONED)) && rt->hot == 0 && rt->depth < MAX_DEPTH &&
-         rt->inlined > 0;
+         rt->inlined > 0 && !((me->traits | on->traits) & TRAIT_SCHEDULED);
 }
 
 /* Returns a value >= 0 when the await is over without a suspension: call k then. */
@@ -530,7 +536,7 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
   bool deaf = me->flags & TASK_DEAF;
   if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);
   refuse_circle(L, me, on);
-  if (can_run_in_place(rt, on)) {
+  if (can_run_in_place(rt, me, on)) {
     if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
     if (me->flags & TASK_LINKED) /* interrupted by the other one */
       return fiber_suspend(L, f, (lua_KContext)on, k);
@@ -570,11 +576,21 @@ static void push_abandoned(lua_State *L, int i) {
   i = lua_absindex(L, i);
   task_push_name(L, i);
   push_where(L, f->co);
-  error_push(
-      L, ERROR_ABANDONED,
-      "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
-      "awaits",
-      lua_tostring(L, -2), lua_tostring(L, -1));
+  if (!(f->task.traits & TRAIT_HANDED))
+    error_push(
+        L, ERROR_ABANDONED,
+        "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
+        "awaits",
+        lua_tostring(L, -2), lua_tostring(L, -1));
+  else if (f->task.flags & TASK_STARTED)
+    error_push(L, ERROR_ABANDONED,
+               "task '%s' was collected while it waited at %s, ready to go on: its scheduler or "
+               "synchronization context has dropped it",
+               lua_tostring(L, -2), lua_tostring(L, -1));
+  else
+    error_push(L, ERROR_ABANDONED,
+               "task '%s' was collected before it started: its scheduler has dropped it",
+               lua_tostring(L, -2));
   lua_replace(L, -3);
   lua_pop(L, 1);
 }
@@ -589,7 +605,7 @@ void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
   }
   f->task.flags |= TASK_OBSERVED;
   push_abandoned(L, i);
-  fail(L, rt, f);
+  fiber_fail(L, rt, f);
   lua_settop(L, i - 1);
 }
 
@@ -615,8 +631,9 @@ static int l_watch_gc(lua_State *L) {
   push_argument(L, co, BODY_TASK); /* watch coroutine task */
   struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
   if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
-  if (!(f->task.flags &
-        TASK_STARTED)) { /* cold, or a continuation that will never start: no loss */
+  bool handed = f->task.traits & TRAIT_HANDED; /* a scheduler, or a context, has dropped it */
+  if (!(f->task.flags & TASK_STARTED) &&
+      !handed) { /* cold, or a continuation that will never start: no loss */
     if (f->u.wait.on) {
       fiber_push_awaited(L, f);
       wait_remove(L, -1, &f->u.wait);
@@ -629,7 +646,8 @@ static int l_watch_gc(lua_State *L) {
     fiber_dispose(L, f);
     return 0;
   }
-  if (f->task.flags & TASK_LINKED) { /* a token woke it in the meantime: watch it again */
+  if (f->task.flags & TASK_LINKED &&
+      !handed) { /* a token woke it in the meantime: watch it again */
     luaL_getmetafield(L, 1, "__gc");
     lua_pop(L, 1);
     lua_getmetatable(L, 1);
@@ -637,7 +655,7 @@ static int l_watch_gc(lua_State *L) {
     return 0;
   }
   if (fiber_naps(f)) link_drop(&f->u.nap.link);
-  f->task.flags |= TASK_ABANDONED;
+  f->task.flags = (uint16_t)((f->task.flags & ~TASK_LINKED) | TASK_ABANDONED);
   lua_pushvalue(L, 3);
   lua_rawseti(L, UP_ANCHORS, f->task.slot);
   loop_ready(rt, &f->task);
@@ -678,14 +696,13 @@ static int hot_k(lua_State *L, int status, lua_KContext ctx) {
   return 1;
 }
 
-/* runs the fiber at index 1, the only value, up to its first suspension; returns it */
-static int run_hot(lua_State *L, struct fiber *f) {
+int fiber_run_hot(lua_State *L, struct fiber *f, lua_KFunction k) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
   bool handoff = rt->depth >= MAX_DEPTH && me->co == L && lua_isyieldable(L);
   if (handoff) {
     rt->handoff = f;
-    return fiber_suspend(L, me, 0, hot_k);
+    return fiber_suspend(L, me, 0, k);
   }
   if (rt->depth < HARD_DEPTH) {
     rt->hot++;
@@ -693,9 +710,10 @@ static int run_hot(lua_State *L, struct fiber *f) {
     rt->hot--;
   } else { /* a recursion through C: it starts on a later turn */
     f->task.state = TASK_QUEUED;
+    if (f->task.traits & TRAIT_SCHEDULED) f->task.traits |= TRAIT_DIRECT;
     loop_ready(rt, &f->task);
   }
-  return 1;
+  return k == hot_k ? 1 : k(L, LUA_OK, 0);
 }
 
 /* upvalues: runtime, anchors, fn */
@@ -703,7 +721,9 @@ static int async_call(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_pushvalue(L, lua_upvalueindex(3));
   lua_insert(L, 1);
-  return run_hot(L, fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt)));
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
+  if (rt->me->traits & TRAIT_PLAN) schedule_inherit(L, rt, 1);
+  return fiber_run_hot(L, f, hot_k);
 }
 
 static int l_async(lua_State *L) {
@@ -725,9 +745,11 @@ static int l_new(lua_State *L) {
   return 1;
 }
 
+/* the cold task at index 1, with a scheduler or nil at 2 */
 static struct fiber *check_cold(lua_State *L) {
   struct fiber *f = (struct fiber *)task_check(L, 1);
-  lua_settop(L, 1);
+  lua_settop(L, 2);
+  if (!lua_isnil(L, 2)) schedule_check(L, 2);
   if (!task_is(&f->task, KIND_FIBER) || f->task.state != TASK_CREATED) {
     task_push_name(L, 1);
     error_throw(L, ERROR_OPERATION,
@@ -739,17 +761,30 @@ static struct fiber *check_cold(lua_State *L) {
 }
 
 static int l_start(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct fiber *f = check_cold(L);
+  if (!lua_isnil(L, 2) && schedule_give(L, 1, 2)) {
+    lua_settop(L, 1);
+    schedule_start(L, rt, 1);
+    return 1;
+  }
+  lua_settop(L, 1);
   task_hold(L, 1, &f->task);
   f->task.state = TASK_QUEUED;
-  loop_ready(runtime(L), &f->task);
+  loop_ready(rt, &f->task);
   return 1;
 }
 
 static int l_run_synchronously(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct fiber *f = check_cold(L);
+  if (!lua_isnil(L, 2)) {
+    if (schedule_give(L, 1, 2)) schedule_join(L, rt, 1);
+  } else if (rt->me->traits & TRAIT_PLAN)
+    schedule_inherit(L, rt, 1);
+  lua_settop(L, 1);
   task_hold(L, 1, &f->task);
-  return run_hot(L, f);
+  return fiber_run_hot(L, f, hot_k);
 }
 
 /* first(task, timeout, token): true once the task is complete … (timer.c) */
@@ -758,14 +793,14 @@ static int l_first(lua_State *L) {
   return 1;
 }
 
-/* continuation(task, fn, token, named): fn(task, token) as a task, named after the function `named`, once
-** `task` is complete, or the token is canceled */
+/* continuation(task, fn, token, named, scheduler): fn(task, token) as a task, named after the function
+** `named`, once `task` is complete, or the token is canceled */
 static int l_continuation(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *on = task_check(L, 1);
   struct token *k = token_opt(L, 3);
   module_check_callable(L, 2);
-  lua_settop(L, 4);
+  lua_settop(L, 5);
   on->flags |= TASK_OBSERVED;
   lua_pushvalue(L, 2);
   lua_pushvalue(L, 1);
@@ -780,15 +815,16 @@ static int l_continuation(lua_State *L) {
     lua_call(L, 3, 1);
   } /* … fn task token on */
   lua_pushvalue(L, -1);
-  lua_insert(L, 5);
-  struct fiber *f = fiber_new(L, rt, 3, scope_flowing(L, rt)); /* task fn token named on new */
+  lua_insert(L, 6);
+  struct fiber *f = fiber_new(L, rt, 3, scope_flowing(L, rt)); /* … scheduler on new */
   if (lua_isfunction(L, 4)) {
     lua_pushvalue(L, 4);
     fiber_name(L, f);
   }
-  if (wait_add(L, 5, &f->u.wait, 6, WAIT_FIBER)) {
+  if (!lua_isnil(L, 5)) schedule_give(L, 7, 5);
+  if (wait_add(L, 6, &f->u.wait, 7, WAIT_FIBER)) {
     f->task.state = TASK_WAITING;
-    fiber_hold(L, 6, f);
+    fiber_hold(L, 7, f);
     fiber_let_go(L, f, NULL);
   } else {
     f->task.state = TASK_QUEUED;
@@ -821,6 +857,8 @@ static int converted_k(lua_State *L, int status, lua_KContext ctx) {
 
 /* [-0, +0, e] the operation on an awaitable at index 1 that is no task; __await may suspend */
 static int await_other(lua_State *L, bool try) {
+  if (object_test(L, 1, TAG_CONFIGURED))
+    return schedule_await(L, try ? l_try_await : fiber_await_value);
   if (luaL_getmetafield(L, 1, "__await") != LUA_TNIL) {
     luaL_argcheck(L, lua_isfunction(L, -1), 1, "its __await metamethod is not a function");
     lua_pushvalue(L, 1);

@@ -100,6 +100,8 @@ static void run_one(lua_State *L, struct runtime *rt) {
     land(L, t);
   else if (t->flags & TASK_ABANDONED)
     fiber_close(L, rt, (struct fiber *)t);
+  else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
+    schedule_run(L, rt, (struct fiber *)t);
   else
     fiber_run(L, rt, (struct fiber *)t);
 }
@@ -255,7 +257,8 @@ static void push_report(lua_State *L) {
     lua_rawgeti(L, UP_ANCHORS, slot);
     if (!lua_islightuserdata(L, -1)) continue;
     struct task *t = (struct task *)lua_touserdata(L, -1);
-    if (!task_is(t, KIND_FIBER) || !(t->flags & TASK_STARTED)) continue;
+    bool handed = t->traits & TRAIT_HANDED;
+    if (!task_is(t, KIND_FIBER) || !(t->flags & TASK_STARTED || handed)) continue;
     if (++lines > LINES) {
       more++;
       continue;
@@ -263,20 +266,21 @@ static void push_report(lua_State *L) {
     struct fiber *f = (struct fiber *)t;
     task_push(L, t);
     task_push_name(L, -1); /* … task name */
-    const char *what = "for ever";
-    if (f->u.wait.on && fiber_push_awaited(L, f)) {
+    const char *what =
+        handed ? "to be run by its scheduler or synchronization context," : "for ever";
+    if (!handed && f->u.wait.on && fiber_push_awaited(L, f)) {
       task_push_name(L, -1);
       what = lua_pushfstring(L, "for '%s'", lua_tostring(L, -1));
     }
-    const char *place = "?";
+    const char *place = t->flags & TASK_STARTED ? "at ?" : "not started";
     lua_Debug ar;
     for (int level = 0; lua_getstack(f->co, level, &ar); level++) {
       lua_getinfo(f->co, "Sl", &ar);
       if (ar.currentline <= 0) continue;
-      place = lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+      place = lua_pushfstring(L, "at %s:%d", ar.short_src, ar.currentline);
       break;
     }
-    lua_pushfstring(L, "\n\ttask '%s' waits %s at %s", lua_tostring(L, list + 3), what, place);
+    lua_pushfstring(L, "\n\ttask '%s' waits %s %s", lua_tostring(L, list + 3), what, place);
     lua_rawseti(L, list, lines);
   }
   luaL_Buffer b;

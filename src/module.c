@@ -296,6 +296,7 @@ static int open_all(lua_State *L) {
   group_open(L);
   cancel_open(L);
   timer_open(L);
+  schedule_open(L);
   loop_open(L);
   return 1;
 }
@@ -327,6 +328,8 @@ static void runtime_new(lua_State *L) {
   runtime_table(L, RUNTIME_WATCHED, "v");
   runtime_table(L, RUNTIME_WEAK, "v");
   runtime_table(L, RUNTIME_TOKENS, "k");
+  runtime_table(L, RUNTIME_PLANS, "k");
+  runtime_table(L, RUNTIME_HANDED, "v");
   lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
   for (lua_Integer class = 1; class <= TAG_LAST;
        class ++) { /* no free slot; room for the metatables */

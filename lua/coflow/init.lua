@@ -137,8 +137,23 @@ task_methods.start = core.start
 task_methods.run_synchronously = core.run_synchronously
 task_methods.wait = core.wait
 task_methods.wait_async = core.wait_async
+core.methods("coflow.ConfiguredTask").await = core.await
+core.methods("coflow.ConfiguredTask").try_await = core.try_await
 
-local continuation_options = { on = true, token = true }
+---An awaitable for this task. With `false`, whoever awaits it leaves its synchronization context and its scheduler
+---for good, should it have to wait: it goes on in the loop's own turn. With `true` it awaits as the task itself does.
+---Source: .NET Task.ConfigureAwait.
+---@param continue_on_captured_context boolean
+---@return coflow.ConfiguredTask
+function task_methods:configure_await(continue_on_captured_context)
+  core.check_class(1, self, "coflow.Task")
+  if type(continue_on_captured_context) ~= "boolean" then
+    core.argument_error(2, "boolean expected, got " .. type(continue_on_captured_context))
+  end
+  return core.configure_await(self, continue_on_captured_context)
+end
+
+local continuation_options = { on = true, token = true, scheduler = true }
 local met = {
   any = function() return true end,
   success = function(task) return task.is_completed_successfully end,
@@ -147,9 +162,11 @@ local met = {
 }
 
 ---A task that calls `fn(task)` once this one is complete, in the context captured now.
----Cancellation: `token` cancels it before it starts, never this task.
+---With a `scheduler` it is queued there then; without one it runs on the default scheduler, wherever it was made.
+---Cancellation: `token` cancels it before it starts (without asking the scheduler), never this task.
 ---@param fn fun(task: coflow.Task): ...
----@param options? { on?: "any"|"success"|"fault"|"cancel", token?: coflow.CancellationToken }
+---@param options? { on?: "any"|"success"|"fault"|"cancel", token?: coflow.CancellationToken,
+---  scheduler?: coflow.TaskScheduler }
 ---@return coflow.Task
 function task_methods:continue_with(fn, options)
   core.check_class(1, self, "coflow.Task")
@@ -162,13 +179,25 @@ function task_methods:continue_with(fn, options)
   if options.token ~= nil and not core.is_token(options.token) then
     core.argument_error(3, "token must be a CancellationToken")
   end
-  return (core.continuation(self, function(task, token)
+  local scheduler, registration = options.scheduler, nil
+  if scheduler ~= nil and not core.is_scheduler(scheduler) then
+    core.argument_error(3, "scheduler must be a TaskScheduler")
+  end
+  local continuation = core.continuation(self, function(task, token)
+    if registration then registration:unregister() end
     if token then token:throw_if_cancellation_requested() end
     if not condition(task) then
       error(flow.errors.OperationCanceled("the task did not end as the continuation asks"), 0)
     end
     return fn(task)
-  end, options.token, fn))
+  end, options.token, fn, scheduler)
+  if scheduler and options.token then -- while it is queued there, the token reaches it through us
+    local weak = setmetatable({ continuation }, { __mode = "v" })
+    registration = options.token:unsafe_register(function()
+      if weak[1] then core.recall(weak[1]) end
+    end)
+  end
+  return continuation
 end
 
 task_methods.cancel = core.cancel
@@ -263,7 +292,10 @@ function flow.main(fn, ...)
 end
 
 -- What is loaded at first use: flow.x is the module coflow.x, its classes and functions are flow's as well.
-local lazy = { task_group = "group", race = "group" }
+local lazy = {
+  task_group = "group", race = "group",
+  TaskScheduler = "scheduler", SynchronizationContext = "scheduler", spawn_on = "scheduler",
+}
 
 return setmetatable(flow, {
   __index = function(_, key)

@@ -3,7 +3,8 @@
 -- coflow.meta: declarations of what is written in C, for editors and readers. Never loaded.
 --
 -- The functions written in Lua have theirs beside them, in init.lua: flow.call, flow.when_each, flow.main,
--- ExecutionContext.run and wrap, AsyncLocal:run, Task:continue_with.
+-- ExecutionContext.run and wrap, AsyncLocal:run, Task:continue_with, Task:configure_await; those of schedulers and
+-- synchronization contexts in scheduler.lua.
 --
 -- What holds everywhere: time is in seconds. A wrong type or range, a negative time or NaN, raises Lua's usual
 -- "bad argument" string; everything else raises an error object (coflow.Error). A `token` is always optional.
@@ -165,6 +166,7 @@ function flow.await_any(...) end
 ---@field id integer unique among the tasks of this state
 ---@field name string may be set; by default where its function is defined ("file:line"), or its kind ("delay" …)
 ---@field continue_with fun(self: coflow.Task, fn: function, options?: table): coflow.Task see init.lua
+---@field configure_await fun(self: coflow.Task, captures: boolean): coflow.ConfiguredTask see init.lua
 local Task = {}
 
 ---Waits for it: `flow.await(task)`.
@@ -215,15 +217,33 @@ function Task:wait_async(timeout, token) end
 ---@return string
 function Task:traceback() end
 
----Queues a task made by `Task.new`.
----Raises: InvalidOperation if it was started before.
+---Queues a task made by `Task.new`, on that scheduler.
+---Raises: InvalidOperation if it was started before; what the scheduler's `queue_task` raises.
+---@param scheduler? coflow.TaskScheduler nil: the default one
 ---@return coflow.Task self
-function Task:start() end
+function Task:start(scheduler) end
 
----Starts a task made by `Task.new` at once, up to its first wait.
+---Starts a task made by `Task.new` at once, up to its first wait. It goes on on that scheduler.
 ---Raises: InvalidOperation if it was started before; never what the task fails with.
+---@param scheduler? coflow.TaskScheduler nil: that of the caller, as for an async function
 ---@return coflow.Task self
-function Task:run_synchronously() end
+function Task:run_synchronously(scheduler) end
+
+---What `task:configure_await` returns: to be awaited, alone or among others (`when_all` …).
+---@class coflow.ConfiguredTask
+
+---The static side of TaskScheduler; its functions are in scheduler.lua.
+---@class coflow.TaskSchedulerStatics
+---@field default coflow.TaskScheduler the loop, first in first out; `try_execute_task` of it gives false
+
+---As `spawn`, on that scheduler: `fn` starts when it says so. What `fn` spawns runs on the default scheduler.
+---Raises: what the scheduler's `queue_task` raises; the task is faulted with it.
+---Source: .NET TaskFactory.StartNew with a scheduler.
+---@param scheduler coflow.TaskScheduler
+---@param fn function
+---@param ... any arguments of `fn`
+---@return coflow.Task
+function flow.spawn_on(scheduler, fn, ...) end
 
 ---The static side of Task. `run`, `yield`, `delay`, `when_all`, `when_any` and `when_each` are those of `flow`.
 ---@class coflow.TaskStatics
