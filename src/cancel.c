@@ -426,10 +426,25 @@ static int call(lua_State *L, struct runtime *rt, int i, struct registration *r)
     } else
       context_push_current(L); /* the canceler's, whom the callback's writes do not reach */
   }
+  bool scheduled = me->traits & TRAIT_SCHEDULED;
+  if (scheduled) { /* what the callback does to the synchronization context stays inside, too */
+    schedule_push_context(L, me);
+    lua_insert(L, i + 1);
+    old += old != 0;
+  }
   int arguments = take_callback(L, i, r);
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
+  if (scheduled || me->traits & TRAIT_SCHEDULED) {
+    if (scheduled)
+      lua_pushvalue(L, i + 1);
+    else
+      lua_pushnil(L);
+    schedule_set_context(L, me);
+    if (scheduled) lua_remove(L, i + 1);
+    old -= scheduled && old != 0;
+  }
   me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | suppressed);
   if (plain && !(me->flags & TASK_HAS_CONTEXT)) return status;
   if (plain) /* it has set a local */

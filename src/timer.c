@@ -423,7 +423,41 @@ void timer_push_wait(lua_State *L) {
   new_wait(L, runtime(L)->root, true);
 }
 
-static const luaL_Reg functions[] = {
-    {"delay", l_delay}, {"sleep", l_sleep}, {"wait_async", timer_wait_async}, {NULL, NULL}};
+static int await_with_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  struct task *on = (struct task *)ctx;
+  (void)status;
+  fiber_resumed(L, rt);
+  if (!task_done(on)) return lua_yieldk(L, 0, ctx, await_with_k); /* not resumed by us: wait on */
+  rt->me->flags &= (uint16_t)~TASK_DEAF;
+  return task_push_outcome(L, 1, on);
+}
+
+/* await_with(task, token): await that ends with the token, too; `none` opts out of the ambient one */
+static int l_await_with(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  task_check(L, 1);
+  bool given = token_opt(L, 2) != NULL, deaf = token_none(L, 2);
+  if (given) {
+    lua_settop(L, 2);
+    lua_pushnil(L);
+    lua_insert(L, 2);
+    timer_wait_async(L);
+    lua_replace(L, 1);
+  }
+  lua_settop(L, 1);
+  struct task *on = (struct task *)lua_touserdata(L, 1);
+  if (task_done(on)) return task_push_outcome(L, 1, on);
+  struct fiber *me = fiber_here(L, rt);
+  if (me == NULL) return fiber_outside(L, fiber_await_value);
+  if (deaf) me->task.flags |= TASK_DEAF;
+  return fiber_await(L, rt, me, on, await_with_k);
+}
+
+static const luaL_Reg functions[] = {{"delay", l_delay},
+                                     {"sleep", l_sleep},
+                                     {"wait_async", timer_wait_async},
+                                     {"await_with", l_await_with},
+                                     {NULL, NULL}};
 
 void timer_open(lua_State *L) { module_functions(L, functions); }

@@ -295,6 +295,8 @@ end
 local lazy = {
   task_group = "group", race = "group",
   TaskScheduler = "scheduler", SynchronizationContext = "scheduler", spawn_on = "scheduler",
+  AsyncLazy = "lazy", AsyncCache = "cache", AsyncState = "async_state",
+  lazy = "lazy", cache = "cache", async_state = "async_state", pipeline = "pipeline",
 }
 
 return setmetatable(flow, {

@@ -1,0 +1,61 @@
+-- coflow.lazy: a value that is made when it is first asked for, once, however many ask.
+--
+-- Source: AsyncLazy of Nito.AsyncEx.
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+local flight = require "coflow.flight"
+
+---@class coflow.AsyncLazy
+---@field is_value_created boolean
+local AsyncLazy = {}
+
+local class = { __name = "coflow.AsyncLazy" }
+
+function class.__index(lazy, key)
+  if key == "is_value_created" then
+    local current = rawget(lazy, "_flight")
+    return current ~= nil and current.task.is_completed_successfully
+  end
+  return AsyncLazy[key]
+end
+
+local known_options = { retry_on_failure = true }
+
+---The value: of the factory's one call. Callers that come while it runs wait for the same one.
+---Cancellation: ends this caller's wait; the factory is canceled when no caller is left, and then called again
+---at the next `get`.
+---Raises: what the factory raised: the same value at every call, unless `retry_on_failure` is set.
+---@param token? coflow.CancellationToken
+---@return any ...
+function AsyncLazy:get(token)
+  if getmetatable(self) ~= class then
+    error("calling 'get' on bad self (coflow.AsyncLazy expected, got " .. type(self) .. ")", 2)
+  end
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(2, "CancellationToken expected, got " .. type(token))
+  end
+  local current = self._flight
+  local failed = current and current.task.is_completed and not current.task.is_completed_successfully
+  if current and (current.given_up or failed and (self._retry or current.task.is_canceled)) then current = nil end
+  if not current then
+    core.throw_if_canceled(token)
+    current = flight.start(self._factory)
+    self._flight = current
+  end
+  return current:join(token)
+end
+
+AsyncLazy.get_async = core.async(AsyncLazy.get)
+
+---A lazy value. The factory runs in the empty execution context, and under no caller's token.
+---@param factory fun(): ...
+---@param options? { retry_on_failure?: boolean } whether the next `get` after a failure calls the factory again
+---@return coflow.AsyncLazy
+local function new(factory, options)
+  core.check_function(1, factory)
+  options = core.check_options(2, options, known_options)
+  return setmetatable({ _factory = factory, _retry = options.retry_on_failure and true or false }, class)
+end
+
+return { AsyncLazy = new }
