@@ -36,14 +36,14 @@
 
 #include <string.h>
 
-enum { LEAF_MAX = 16, FANOUT = 16, BITS = 4, PATH_MAX_DEPTH = 6 };
+enum { LEAF_MAX = 16, FANOUT = 8, BITS = 3, WAY_MAX = 9 };
 
 struct context {
   uint32_t tag;
   bool branch, watched;
   uint16_t count;  /* leaf: entries; branch: children */
-  uint64_t serial; /* of this very map; two maps never share one */
-  uint64_t keys[];
+  uint64_t serial; /* of this very map, two of which never share one; 0: of a node inside a map */
+  uint64_t keys[]; /* of a leaf */
 };
 
 struct pair {
@@ -57,8 +57,8 @@ struct local {
   uint32_t tag;
   uint8_t flow;
   bool watched;
-  uint8_t depth; /* of the cached way; 0: none */
-  uint8_t path[PATH_MAX_DEPTH];
+  uint8_t depth; /* of the remembered way, in the map with that serial */
+  uint8_t way[WAY_MAX];
   uint64_t id, serial;
 };
 enum { LOCAL_NAME = 1, LOCAL_DEFAULT, LOCAL_HANDLER };
@@ -78,15 +78,24 @@ enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
 
 /* ---- the map ---- */
 
+/* [-0, +1, m] */
 static struct context *node_new(lua_State *L, bool branch, int count, bool watched) {
   size_t keys = branch ? 0 : sizeof(uint64_t) * (size_t)count;
-  struct context *c = (struct context *)object_new(L, TAG_CONTEXT, sizeof(struct context) + keys,
-                                                   branch ? FANOUT : count);
+  struct context *c = (struct context *)lua_newuserdatauv(L, sizeof(struct context) + keys,
+                                                          branch ? FANOUT : count);
+  c->tag = TAG_CONTEXT;
   c->branch = branch;
   c->watched = watched;
   c->count = (uint16_t)count;
-  c->serial = ++runtime(L)->next_serial;
+  c->serial = 0;
   return c;
+}
+
+/* [-0, +0, -] the new node at i is a whole map, which scripts may see */
+static void map_made(lua_State *L, int i, struct runtime *rt, struct context *c) {
+  c->serial = ++rt->next_serial;
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONTEXT));
+  lua_setmetatable(L, i);
 }
 
 static int leaf_find(const struct context *c, uint64_t id) {
@@ -101,6 +110,29 @@ static int child_of(uint64_t id, int shift) { return (int)(id >> shift & (FANOUT
 static void copy_value(lua_State *L, int source, int from, int target, int to) {
   lua_getiuservalue(L, source, from);
   lua_setiuservalue(L, target, to);
+}
+
+/* [-0, +0, -] copies user values 1 … n of the node at i, but for `at`, to the node on top */
+static void copy_others(lua_State *L, int i, int n, int at) {
+  for (int k = 1; k < at; k++) {
+    lua_getiuservalue(L, i, k);
+    lua_setiuservalue(L, -2, k);
+  }
+  for (int k = at + 1; k <= n; k++) {
+    lua_getiuservalue(L, i, k);
+    lua_setiuservalue(L, -2, k);
+  }
+}
+
+/* [-0, +1, m] a copy of the node at i in which user value `at`, one that is there, is that at v */
+static struct context *node_with(lua_State *L, int i, int at, int v) {
+  const struct context *old = (const struct context *)lua_touserdata(L, i);
+  struct context *c = node_new(L, old->branch, old->count, old->watched);
+  if (!old->branch) memcpy(c->keys, old->keys, sizeof(uint64_t) * old->count);
+  copy_others(L, i, old->branch ? FANOUT : old->count, at);
+  lua_pushvalue(L, v);
+  lua_setiuservalue(L, -2, at);
+  return c;
 }
 
 /* [-0, +1, m] a branch with the entries of the full leaf at i, dealt out by the bits at shift */
@@ -130,14 +162,11 @@ static void leaf_put(lua_State *L, int i, uint64_t id, int v, bool watched) {
   int n = old ? old->count : 0, at = old ? leaf_find(old, id) : 0;
   if (at == 0) at = n + 1;
   struct context *c = node_new(L, false, at > n ? at : n, watched || (old && old->watched));
-  int fresh = lua_gettop(L);
-  for (int k = 1; k <= n; k++) {
-    c->keys[k - 1] = old->keys[k - 1];
-    if (k != at) copy_value(L, i, k, fresh, k);
-  }
+  if (n > 0) memcpy(c->keys, old->keys, sizeof(uint64_t) * (size_t)n);
   c->keys[at - 1] = id;
+  copy_others(L, i, n, at);
   lua_pushvalue(L, v);
-  lua_setiuservalue(L, fresh, at);
+  lua_setiuservalue(L, -2, at);
 }
 
 /* [-0, +1, m] the leaf at i without id (which it has), or nil when nothing is left */
@@ -156,10 +185,10 @@ static void leaf_remove(lua_State *L, int i, int at) {
     }
 }
 
-/* [-0, +1, m] the map at i (0 or nil: empty) with id = the value at v, nil meaning without id */
-static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int shift) {
+/* [-0, +1, m] the map at i (nil: empty) with id = the value at v, nil meaning without id */
+static void node_put(lua_State *L, int i, uint64_t id, int v, bool watched, int shift) {
   luaL_checkstack(L, 8, NULL);
-  if (i == 0 || lua_isnil(L, i)) {
+  if (lua_isnil(L, i)) {
     if (lua_isnil(L, v))
       lua_pushnil(L);
     else
@@ -178,7 +207,7 @@ static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int s
       leaf_put(L, i, id, v, watched);
     else {
       split(L, i, shift);
-      map_put(L, lua_gettop(L), id, v, watched, shift);
+      node_put(L, lua_gettop(L), id, v, watched, shift);
       lua_remove(L, -2);
     }
     return;
@@ -186,58 +215,66 @@ static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int s
   int child = child_of(id, shift), count = old->count;
   lua_getiuservalue(L, i, child);
   count -= !lua_isnil(L, -1);
-  map_put(L, lua_gettop(L), id, v, watched, shift + BITS); /* … child new_child */
+  node_put(L, lua_gettop(L), id, v, watched, shift + BITS); /* … child new_child */
   lua_remove(L, -2);
   count += !lua_isnil(L, -1);
   if (count == 0) return; /* the nil on top is the whole map */
   node_new(L, true, count, watched || old->watched);
-  int fresh = lua_gettop(L);
-  for (int k = 1; k <= FANOUT; k++)
-    if (k != child) copy_value(L, i, k, fresh, k);
+  copy_others(L, i, FANOUT, child);
   lua_pushvalue(L, -2);
-  lua_setiuservalue(L, fresh, child);
+  lua_setiuservalue(L, -2, child);
   lua_remove(L, -2);
+}
+
+/* [-0, +1, m] the same, for a whole map */
+static void map_put(lua_State *L, int i, const struct local *l, int v) {
+  node_put(L, i, l->id, v, l->watched, 0);
+  struct context *c = (struct context *)lua_touserdata(L, -1);
+  if (c != NULL && c->serial == 0) map_made(L, lua_gettop(L), runtime(L), c);
+}
+
+/* [-0, +n, -] from the map on top, c, the nodes below it that lead to the entry of l, and its value;
+** false, and some nodes, if it has none. The local remembers the way, but for one too long: then
+** what is left on the stack is of no use but for the value. */
+static bool map_push_way(lua_State *L, const struct context *c, struct local *l) {
+  if (l->serial == c->serial) {
+    for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->way[d]);
+    return true;
+  }
+  uint64_t serial = c->serial;
+  int depth = 0;
+  l->serial = 0; /* until the way is complete */
+  for (int shift = 0; c->branch; shift += BITS) {
+    int child = child_of(l->id, shift);
+    lua_getiuservalue(L, -1, child);
+    if (depth < WAY_MAX - 1)
+      l->way[depth++] = (uint8_t)child;
+    else {
+      lua_replace(L, -2);
+      serial = 0;
+    }
+    c = (const struct context *)lua_touserdata(L, -1);
+    if (c == NULL) return false;
+  }
+  int at = leaf_find(c, l->id);
+  if (at == 0) return false;
+  l->way[depth++] = (uint8_t)at;
+  l->depth = (uint8_t)depth;
+  l->serial = serial;
+  lua_getiuservalue(L, -1, at);
+  return true;
 }
 
 /* [-1, +1, -] the value of l in the map on top (nil: empty); false, and nil, if it has none */
 static bool map_get(lua_State *L, struct local *l) {
-  struct context *c = (struct context *)lua_touserdata(L, -1);
+  const struct context *c = (const struct context *)lua_touserdata(L, -1);
   if (c == NULL) return false; /* the nil stays */
   int map = lua_gettop(L);
-  if (l->serial == c->serial) {
-    for (int d = 0; d < l->depth; d++) {
-      lua_getiuservalue(L, -1, l->path[d]);
-      lua_replace(L, map);
-    }
-    return true;
-  }
-  uint64_t serial = c->serial;
-  uint8_t path[PATH_MAX_DEPTH];
-  int depth = 0;
-  for (int shift = 0; c->branch; shift += BITS) {
-    int child = child_of(l->id, shift);
-    if (depth < PATH_MAX_DEPTH) path[depth] = (uint8_t)child;
-    depth++;
-    lua_getiuservalue(L, map, child);
-    lua_replace(L, map);
-    c = (struct context *)lua_touserdata(L, map);
-    if (c == NULL) return false;
-  }
-  int at = leaf_find(c, l->id);
-  if (at == 0) {
-    lua_pushnil(L);
-    lua_replace(L, map);
-    return false;
-  }
-  if (depth < PATH_MAX_DEPTH) {
-    path[depth++] = (uint8_t)at;
-    memcpy(l->path, path, sizeof path);
-    l->depth = (uint8_t)depth;
-    l->serial = serial;
-  }
-  lua_getiuservalue(L, map, at);
+  bool found = map_push_way(L, c, l);
+  if (!found) lua_pushnil(L);
   lua_replace(L, map);
-  return true;
+  lua_settop(L, map);
+  return found;
 }
 
 /* [-0, +0, m] copies the entries of the map at i into the table at t, as local = value */
@@ -302,7 +339,7 @@ static bool local_get(lua_State *L, struct local *l) {
   const struct context *c = (const struct context *)lua_touserdata(L, -1);
   if (c->tag == TAG_CONTEXT && l->flow != FLOW_NONE) {
     if (l->serial == c->serial) { /* the way is known: the values pass by on the stack */
-      for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->path[d]);
+      for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->way[d]);
       return true;
     }
   } else {
@@ -477,7 +514,7 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
     return;
   }
   push_half(L, context, o); /* context previous map */
-  map_put(L, lua_gettop(L), o->id, v, o->watched, 0);
+  map_put(L, lua_gettop(L), o, v);
   lua_remove(L, -2); /* context previous map' */
   bool pair = lua_touserdata(L, context) && *(uint32_t *)lua_touserdata(L, context) == TAG_PAIR;
   if (o->flow == FLOW_NONE) {
@@ -509,36 +546,56 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   lua_settop(L, top);
 }
 
-/* [-0, +0, me] local at l = value at v for the running task; nil removes it. Calls the handler. */
-static void local_set(lua_State *L, int l, int v) {
-  struct local *o = (struct local *)lua_touserdata(L, l);
+/* [-0, +n, me] local at l, o, = value at v for the running task; nil removes it. Calls the handler. */
+static void local_assign(lua_State *L, int l, struct local *o, int v) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
-  int top = lua_gettop(L);
+  int task = lua_gettop(L) + 1, map = task + 1;
+  const struct context *old = NULL;
   task_push(L, me);
-  bool plain =
-      o->flow != FLOW_NONE && !o->watched && !rt->shown_watched && !(me->flags & TASK_WATCHED);
-  if (!(me->flags & TASK_HAS_CONTEXT))
+  if (me->flags & TASK_HAS_CONTEXT) {
+    lua_getiuservalue(L, -1, TASK_CONTEXT); /* task map */
+    old = (const struct context *)lua_touserdata(L, -1);
+  } else
     lua_pushnil(L);
-  else {
-    lua_getiuservalue(L, -1, TASK_CONTEXT);
-    plain = plain && *(uint32_t *)lua_touserdata(L, -1) == TAG_CONTEXT;
-  }
-  if (!plain) {
-    lua_settop(L, top);
+  if (o->flow == FLOW_NONE || o->watched || rt->shown_watched || me->flags & TASK_WATCHED ||
+      (old != NULL && old->tag != TAG_CONTEXT)) {
     local_set_anyhow(L, l, v);
     return;
   }
-  lua_pushvalue(L, -1); /* task map value */
-  if (!map_get(L, o)) lua_getiuservalue(L, l, LOCAL_DEFAULT);
-  if (!lua_rawequal(L, -1, v)) {
-    map_put(L, top + 2, o->id, v, false, 0);
-    if (lua_isnil(L, -1))
-      me->flags &= (uint16_t)~TASK_HAS_CONTEXT;
-    else
-      me->flags |= TASK_HAS_CONTEXT;
-    lua_setiuservalue(L, top + 1, TASK_CONTEXT);
+  bool found = old != NULL && map_push_way(L, old, o);
+  if (!found) lua_getiuservalue(L, l, LOCAL_DEFAULT);
+  if (lua_rawequal(L, -1, v)) return;
+  if (found && o->serial == old->serial && !lua_isnil(L, v)) {
+    /* the usual case, task map … leaf value: each node again, with another value */
+    struct context *c = NULL;
+    uint8_t way[WAY_MAX]; /* finalizers of users may use the local */
+    int depth = o->depth;
+    memcpy(way, o->way, sizeof way);
+    for (int d = depth - 1; d >= 0; d--) {
+      c = node_with(L, map + d, way[d], v);
+      lua_replace(L, v = map + d); /* task map … leaf' value */
+    }
+    map_made(L, map, rt, c);
+    o->serial = c->serial;
+    o->depth = (uint8_t)depth;
+    memcpy(o->way, way, sizeof way);
+    lua_pushvalue(L, map);
+  } else {
+    lua_settop(L, map);
+    map_put(L, map, o, v);
   }
+  if (lua_isnil(L, -1))
+    me->flags &= (uint16_t)~TASK_HAS_CONTEXT;
+  else
+    me->flags |= TASK_HAS_CONTEXT;
+  lua_setiuservalue(L, task, TASK_CONTEXT);
+}
+
+/* [-0, +0, me] the same */
+static void local_set(lua_State *L, int l, int v) {
+  int top = lua_gettop(L);
+  local_assign(L, l, (struct local *)lua_touserdata(L, l), v);
   lua_settop(L, top);
 }
 
@@ -549,19 +606,22 @@ static int l_local_get(lua_State *L) {
 }
 
 static int l_local_set(lua_State *L) {
-  check_local(L, 1);
-  luaL_checkany(L, 2);
-  lua_settop(L, 2);
-  local_set(L, 1, 2);
+  struct local *o = check_local(L, 1);
+  if (lua_gettop(L) != 2) {
+    luaL_checkany(L, 2);
+    lua_settop(L, 2);
+  }
+  local_assign(L, 1, o, 2);
   return 0;
 }
 
 static int l_local_newindex(lua_State *L) {
-  check_local(L, 1);
-  const char *key = luaL_tolstring(L, 2, NULL);
-  if (strcmp(key, "value") != 0)
-    return luaL_error(L, "field '%s' of an AsyncLocal cannot be assigned, only 'value'", key);
-  local_set(L, 1, 3);
+  struct local *o = check_local(L, 1);
+  lua_settop(L, 3);
+  if (lua_type(L, 2) != LUA_TSTRING || strcmp(lua_tostring(L, 2), "value") != 0)
+    return luaL_error(L, "field '%s' of an AsyncLocal cannot be assigned, only 'value'",
+                      luaL_tolstring(L, 2, NULL));
+  local_assign(L, 1, o, 3);
   return 0;
 }
 
@@ -894,7 +954,8 @@ void context_open(lua_State *L) {
   module_class(L, TAG_PAIR, "coflow.ContextPair", pair_methods, NULL);
   module_class(L, TAG_GUARD, "coflow.Scope", guard_methods, NULL);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */
-    node_new(L, false, 0, false);
+    struct context *c = node_new(L, false, 0, false);
+    map_made(L, lua_gettop(L), runtime(L), c);
     lua_setiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
     lua_pop(L, 1);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
