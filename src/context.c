@@ -381,6 +381,31 @@ void context_push_flowing(lua_State *L, struct task *t) {
   }
 }
 
+void context_inherit(lua_State *L, int i, struct task *t) {
+  const struct task *me = runtime(L)->me;
+  if (me->flags & TASK_SUPPRESSED) return;
+  task_push(L, runtime(L)->me);
+  lua_getiuservalue(L, -1, TASK_CONTEXT);
+  const struct context *c = (const struct context *)lua_touserdata(L, -1);
+  if (c->tag == TAG_PAIR) {
+    lua_getiuservalue(L, -1, PAIR_FLOWING);
+    lua_replace(L, -2);
+    c = (const struct context *)lua_touserdata(L, -1);
+  }
+  if (c != NULL) {
+    t->flags |= c->watched ? TASK_HAS_CONTEXT | TASK_WATCHED : TASK_HAS_CONTEXT;
+    lua_setiuservalue(L, i - 2, TASK_CONTEXT);
+    lua_pop(L, 1);
+  } else
+    lua_pop(L, 2);
+}
+
+void context_drop(lua_State *L, int i, struct task *t) {
+  t->flags &= (uint16_t) ~(TASK_HAS_CONTEXT | TASK_WATCHED);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, TASK_CONTEXT);
+}
+
 void context_push_current(lua_State *L) { push_of(L, runtime(L)->me); }
 
 void context_push_captured(lua_State *L) {

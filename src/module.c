@@ -5,8 +5,8 @@
 ** are no C globals, so any number of Lua states may each open the module. Every function is a
 ** closure over the runtime and the anchors (core.h), which makes both one instruction away.
 **
-** A class is a metatable whose __index function looks first among the methods, then among the
-** properties: C functions called with the object, kept as light userdata so that reading
+** A class is a metatable whose __index function looks into the table of its methods and properties.
+** The latter are C functions called with the object, kept as light userdata so that reading
 ** `task.status` costs one call.
 **
 ** SPDX-License-Identifier: MIT
@@ -59,13 +59,10 @@ static int l_newindex(lua_State *L) {
                     lua_tostring(L, 4));
 }
 
-/* upvalues: runtime, anchors, methods, properties */
+/* upvalues: runtime, anchors, methods and properties */
 static int l_index(lua_State *L) {
   lua_settop(L, 2);
-  lua_pushvalue(L, 2);
-  if (lua_rawget(L, lua_upvalueindex(3)) != LUA_TNIL) return 1;
-  lua_pushvalue(L, 2);
-  if (lua_rawget(L, lua_upvalueindex(4)) != LUA_TLIGHTUSERDATA) return 1;
+  if (lua_rawget(L, lua_upvalueindex(3)) != LUA_TLIGHTUSERDATA) return 1;
   lua_CFunction get;
   void *p = lua_touserdata(L, -1);
   memcpy(&get, &p, sizeof p);
@@ -94,17 +91,15 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   }
   lua_pushvalue(L, -1);
   lua_setfield(L, -5, "methods"); /* the library adds to them; not visible to scripts */
-  lua_newtable(L);
-  for (; properties && properties->name; properties++) {
-    void *p;
-    memcpy(&p, &properties->func, sizeof p);
-    lua_pushlightuserdata(L, p);
-    lua_setfield(L, -2, properties->name);
-  }
-  if (properties != NULL)
-    lua_pushcclosure(L, l_index, 4);
-  else { /* the methods themselves */
-    lua_pop(L, 1);
+  if (properties != NULL) {
+    for (; properties->name; properties++) {
+      void *p;
+      memcpy(&p, &properties->func, sizeof p);
+      lua_pushlightuserdata(L, p);
+      lua_setfield(L, -2, properties->name);
+    }
+    lua_pushcclosure(L, l_index, 3);
+  } else { /* the methods themselves */
     lua_replace(L, -3);
     lua_pop(L, 1);
   }
