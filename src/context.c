@@ -381,10 +381,9 @@ void context_push_flowing(lua_State *L, struct task *t) {
   }
 }
 
-void context_inherit(lua_State *L, int i, struct task *t) {
-  const struct task *me = runtime(L)->me;
+void context_inherit(lua_State *L, int i, struct task *t, struct task *me) {
   if (me->flags & TASK_SUPPRESSED) return;
-  task_push(L, runtime(L)->me);
+  task_push(L, me);
   lua_getiuservalue(L, -1, TASK_CONTEXT);
   const struct context *c = (const struct context *)lua_touserdata(L, -1);
   if (c->tag == TAG_PAIR) {
