@@ -60,6 +60,7 @@ struct local {
   uint8_t depth; /* of the remembered way, in the map with that serial */
   uint8_t way[WAY_MAX];
   uint64_t id, serial;
+  struct runtime *rt; /* at hand sooner than by the upvalue */
 };
 enum { LOCAL_NAME = 1, LOCAL_DEFAULT, LOCAL_HANDLER };
 
@@ -91,11 +92,11 @@ static struct context *node_new(lua_State *L, bool branch, int count, bool watch
   return c;
 }
 
-/* [-0, +0, -] the new node at i is a whole map, which scripts may see */
-static void map_made(lua_State *L, int i, struct runtime *rt, struct context *c) {
+/* [-0, +0, -] the new node on top, c, is a whole map, which scripts may see */
+static void map_made(lua_State *L, struct runtime *rt, struct context *c) {
   c->serial = ++rt->next_serial;
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONTEXT));
-  lua_setmetatable(L, i);
+  lua_setmetatable(L, -2);
 }
 
 static int leaf_find(const struct context *c, uint64_t id) {
@@ -230,7 +231,7 @@ static void node_put(lua_State *L, int i, uint64_t id, int v, bool watched, int 
 static void map_put(lua_State *L, int i, const struct local *l, int v) {
   node_put(L, i, l->id, v, l->watched, 0);
   struct context *c = (struct context *)lua_touserdata(L, -1);
-  if (c != NULL && c->serial == 0) map_made(L, lua_gettop(L), runtime(L), c);
+  if (c != NULL && c->serial == 0) map_made(L, l->rt, c);
 }
 
 /* [-0, +n, -] from the map on top, c, the nodes below it that lead to the entry of l, and its value;
@@ -325,8 +326,8 @@ static void push_of(lua_State *L, struct task *t) {
 }
 
 /* [-0, +n, -] on top the value of l for the running task; false, and nil, when it has none */
-static bool local_get(lua_State *L, struct local *l) {
-  struct task *me = runtime(L)->me;
+static inline bool local_get(lua_State *L, struct local *l) {
+  struct task *me = l->rt->me;
   if (!(me->flags & TASK_HAS_CONTEXT)) {
     lua_pushnil(L);
     return false;
@@ -572,7 +573,7 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
 
 /* [-0, +n, me] local at l, o, = value at v for the running task; nil removes it. Calls the handler. */
 static void local_assign(lua_State *L, int l, struct local *o, int v) {
-  struct runtime *rt = runtime(L);
+  struct runtime *rt = o->rt;
   struct task *me = rt->me;
   int task = lua_gettop(L) + 1, map = task + 1;
   const struct context *old = NULL;
@@ -592,19 +593,18 @@ static void local_assign(lua_State *L, int l, struct local *o, int v) {
   if (lua_rawequal(L, -1, v)) return;
   if (found && o->serial == old->serial && !lua_isnil(L, v)) {
     /* the usual case, task map … leaf value: each node again, with another value */
-    struct context *c = NULL;
     uint8_t way[WAY_MAX]; /* finalizers of users may use the local */
     int depth = o->depth;
     memcpy(way, o->way, sizeof way);
-    for (int d = depth - 1; d >= 0; d--) {
-      c = node_with(L, map + d, way[d], v);
+    for (int d = depth - 1; d > 0; d--) {
+      node_with(L, map + d, way[d], v);
       lua_replace(L, v = map + d); /* task map … leaf' value */
     }
-    map_made(L, map, rt, c);
+    struct context *c = node_with(L, map, way[0], v);
+    map_made(L, rt, c);
     o->serial = c->serial;
     o->depth = (uint8_t)depth;
     memcpy(o->way, way, sizeof way);
-    lua_pushvalue(L, map);
   } else {
     lua_settop(L, map);
     map_put(L, map, o, v);
@@ -695,6 +695,7 @@ static int l_local_new(lua_State *L) {
   lua_settop(L, 4);
   struct local *o = (struct local *)object_new(L, TAG_LOCAL, sizeof(struct local), 3);
   o->id = ++rt->next_local;
+  o->rt = rt;
   o->flow = (uint8_t)flow;
   o->watched = !lua_isnil(L, 4);
   for (int uv = LOCAL_NAME; uv <= LOCAL_HANDLER; uv++) {
@@ -979,7 +980,7 @@ void context_open(lua_State *L) {
   module_class(L, TAG_GUARD, "coflow.Scope", guard_methods, NULL);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */
     struct context *c = node_new(L, false, 0, false);
-    map_made(L, lua_gettop(L), runtime(L), c);
+    map_made(L, runtime(L), c);
     lua_setiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
     lua_pop(L, 1);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
