@@ -8,7 +8,7 @@
 ** The map is a trie of userdata whose user values are the values:
 **
 **     leaf    up to 16 entries: keys[] beside, value i in user value i
-**     branch  16 children by four bits of the id, lowest first
+**     branch  8 children by three bits of the id, lowest first
 **
 **            root (branch)                 a set copies the nodes on its way:
 **           /   |       \                  for 1000 locals two branches and a leaf
@@ -18,6 +18,12 @@
 ** Ids count up and are never reused, so the trie stays as shallow as it can be, and an entry can
 ** never be mistaken for that of another local. A local remembers the way to its value in the map
 ** that it was last read from (by that map's serial number), never the value itself.
+**
+** Copy on write. Whoever takes a map out of a task's hands, to keep it, to give it to another or to
+** make a new one of its nodes, marks it as *shared*, for good. A map that is not shared is seen by its
+** task alone, and so are those of its nodes that were made for it, which bear its serial number: in
+** these a set changes the value in place. The keys of a node never change. So a map is immutable as
+** soon as somebody could tell, and many sets in a row copy each node once.
 **
 ** Values of locals with flow = "none" live in a second map. A *pair* then stands in TASK_CONTEXT:
 ** { what flows, what stays }; captures and children take the first half.
@@ -41,8 +47,9 @@ enum { LEAF_MAX = 16, FANOUT = 8, BITS = 3, WAY_MAX = 9 };
 struct context {
   uint32_t tag;
   bool branch, watched;
-  uint16_t count;  /* leaf: entries; branch: children */
-  uint64_t serial; /* of this very map, two of which never share one; 0: of a node inside a map */
+  bool shared;     /* of a map: more than one task's TASK_CONTEXT may hold it or nodes of it */
+  uint8_t count;   /* leaf: entries; branch: children */
+  uint64_t serial; /* a map's own, never used again; inside: of the map it was made for, or 0 */
   uint64_t keys[]; /* of a leaf */
 };
 
@@ -87,14 +94,15 @@ static struct context *node_new(lua_State *L, bool branch, int count, bool watch
   c->tag = TAG_CONTEXT;
   c->branch = branch;
   c->watched = watched;
-  c->count = (uint16_t)count;
+  c->shared = false;
+  c->count = (uint8_t)count;
   c->serial = 0;
   return c;
 }
 
 /* [-0, +0, -] the new node on top, c, is a whole map, which scripts may see */
-static void map_made(lua_State *L, struct runtime *rt, struct context *c) {
-  c->serial = ++rt->next_serial;
+static void map_made(lua_State *L, struct context *c, uint64_t serial) {
+  c->serial = serial;
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONTEXT));
   lua_setmetatable(L, -2);
 }
@@ -227,11 +235,18 @@ static void node_put(lua_State *L, int i, uint64_t id, int v, bool watched, int 
   lua_remove(L, -2);
 }
 
+/* [-0, +0, -] the map at i, if it is one, will not change any more */
+static void share(lua_State *L, int i) {
+  struct context *c = (struct context *)lua_touserdata(L, i);
+  if (c != NULL && c->tag == TAG_CONTEXT) c->shared = true;
+}
+
 /* [-0, +1, m] the same, for a whole map */
 static void map_put(lua_State *L, int i, const struct local *l, int v) {
+  share(L, i); /* its nodes, with the new one */
   node_put(L, i, l->id, v, l->watched, 0);
   struct context *c = (struct context *)lua_touserdata(L, -1);
-  if (c != NULL && c->serial == 0) map_made(L, l->rt, c);
+  if (c != NULL && c->serial == 0) map_made(L, c, ++l->rt->next_serial);
 }
 
 /* [-0, +n, -] from the map on top, c, the nodes below it that lead to the entry of l, and its value;
@@ -321,6 +336,7 @@ static void push_of(lua_State *L, struct task *t) {
     task_push(L, t);
     lua_getiuservalue(L, -1, TASK_CONTEXT);
     lua_remove(L, -2);
+    share(L, -1);
   } else
     lua_pushnil(L);
 }
@@ -386,13 +402,14 @@ void context_inherit(lua_State *L, int i, struct task *t, struct task *me) {
   if (me->flags & TASK_SUPPRESSED) return;
   task_push(L, me);
   lua_getiuservalue(L, -1, TASK_CONTEXT);
-  const struct context *c = (const struct context *)lua_touserdata(L, -1);
+  struct context *c = (struct context *)lua_touserdata(L, -1);
   if (c->tag == TAG_PAIR) {
     lua_getiuservalue(L, -1, PAIR_FLOWING);
     lua_replace(L, -2);
-    c = (const struct context *)lua_touserdata(L, -1);
+    c = (struct context *)lua_touserdata(L, -1);
   }
   if (c != NULL) {
+    c->shared = true;
     t->flags |= c->watched ? TASK_HAS_CONTEXT | TASK_WATCHED : TASK_HAS_CONTEXT;
     lua_setiuservalue(L, i - 2, TASK_CONTEXT);
     lua_pop(L, 1);
@@ -518,6 +535,8 @@ static void push_pair(lua_State *L, int flowing, int private) {
     lua_pushvalue(L, flowing);
     return;
   }
+  share(L, flowing); /* with what is made of this pair */
+  share(L, private);
   struct pair *p = (struct pair *)object_new(L, TAG_PAIR, sizeof(struct pair), 2);
   p->watched = is_watched(L, flowing) || is_watched(L, private);
   lua_pushvalue(L, flowing);
@@ -571,6 +590,35 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   lua_settop(L, top);
 }
 
+/* [-0, +n, m] the value at v for the entry of l in the task's map at `map`, old, above which stands the
+** way to it, just pushed. True: done, in place; false: a map that has it is on top. Finalizers, which
+** run when a node is made, may use and replace the task's map: then it is shared before the next look. */
+static bool replace_value(lua_State *L, int map, const struct context *old, struct local *l,
+                          int v) {
+  uint64_t serial = old->shared ? ++l->rt->next_serial : old->serial;
+  uint8_t way[WAY_MAX];
+  int last = l->depth - 1;
+  memcpy(way, l->way, sizeof way);
+  for (int d = last;; d--) {
+    const struct context *node = d == 0 ? old : (const struct context *)lua_touserdata(L, map + d);
+    if (!old->shared && node->serial == old->serial) {
+      lua_pushvalue(L, v);
+      lua_setiuservalue(L, map + d, way[d]);
+      return true;
+    }
+    struct context *c = node_with(L, map + d, way[d], v); /* map … node … node' */
+    if (d == 0) {
+      map_made(L, c, serial == old->serial ? ++l->rt->next_serial : serial);
+      l->serial = c->serial;
+      l->depth = (uint8_t)(last + 1);
+      memcpy(l->way, way, sizeof way);
+      return false;
+    }
+    c->serial = serial;
+    lua_replace(L, v = map + d);
+  }
+}
+
 /* [-0, +n, me] local at l, o, = value at v for the running task; nil removes it. Calls the handler. */
 static void local_assign(lua_State *L, int l, struct local *o, int v) {
   struct runtime *rt = o->rt;
@@ -592,19 +640,7 @@ static void local_assign(lua_State *L, int l, struct local *o, int v) {
   if (!found) lua_getiuservalue(L, l, LOCAL_DEFAULT);
   if (lua_rawequal(L, -1, v)) return;
   if (found && o->serial == old->serial && !lua_isnil(L, v)) {
-    /* the usual case, task map … leaf value: each node again, with another value */
-    uint8_t way[WAY_MAX]; /* finalizers of users may use the local */
-    int depth = o->depth;
-    memcpy(way, o->way, sizeof way);
-    for (int d = depth - 1; d > 0; d--) {
-      node_with(L, map + d, way[d], v);
-      lua_replace(L, v = map + d); /* task map … leaf' value */
-    }
-    struct context *c = node_with(L, map, way[0], v);
-    map_made(L, rt, c);
-    o->serial = c->serial;
-    o->depth = (uint8_t)depth;
-    memcpy(o->way, way, sizeof way);
+    if (replace_value(L, map, old, o, v)) return;
   } else {
     lua_settop(L, map);
     map_put(L, map, o, v);
@@ -980,7 +1016,7 @@ void context_open(lua_State *L) {
   module_class(L, TAG_GUARD, "coflow.Scope", guard_methods, NULL);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */
     struct context *c = node_new(L, false, 0, false);
-    map_made(L, runtime(L), c);
+    map_made(L, c, ++runtime(L)->next_serial);
     lua_setiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
     lua_pop(L, 1);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
