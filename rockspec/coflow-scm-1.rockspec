@@ -37,9 +37,13 @@ build = {
       libdirs = { "$(LIBUV_LIBDIR)" },
       libraries = { "uv" },
     },
+    ["coflow.context"] = "lua/coflow/context.lua",
     ["coflow.group"] = "lua/coflow/group.lua",
     ["coflow"] = "lua/coflow/init.lua",
+    ["coflow.main"] = "lua/coflow/main.lua",
     ["coflow.meta"] = "lua/coflow/meta.lua",
+    ["coflow.scope"] = "lua/coflow/scope.lua",
+    ["coflow.task"] = "lua/coflow/task.lua",
     ["coflow.testing"] = "lua/coflow/testing.lua",
   },
 }

@@ -65,7 +65,7 @@ static int l_newindex(lua_State *L) {
 /* upvalues: runtime, anchors, methods and properties */
 static int l_index(lua_State *L) {
   lua_settop(L, 2);
-  if (lua_rawget(L, lua_upvalueindex(3)) != LUA_TLIGHTUSERDATA) return 1;
+  if (lua_gettable(L, lua_upvalueindex(3)) != LUA_TLIGHTUSERDATA) return 1;
   lua_CFunction get;
   void *p = lua_touserdata(L, -1);
   memcpy(&get, &p, sizeof p);
@@ -218,6 +218,28 @@ static int l_methods(lua_State *L) {
   return luaL_argerror(L, 1, "no such class");
 }
 
+/* take(names, t) -> t, into which the fields of this module with those names have been put (which takes
+** a tenth of the time that compiling as many assignments would) */
+static int l_take(lua_State *L) {
+  const char *names = luaL_checkstring(L, 1);
+  luaL_checktype(L, 2, LUA_TTABLE);
+  lua_settop(L, 2);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_MODULE);
+  for (;;) {
+    names += strspn(names, " \n");
+    size_t length = strcspn(names, " \n");
+    if (length == 0) break;
+    lua_pushlstring(L, names, length);
+    lua_pushvalue(L, -1); /* names t module name name */
+    if (lua_gettable(L, 3) == LUA_TNIL)
+      return luaL_error(L, "coflow.core has no '%s'", lua_tostring(L, 4));
+    lua_rawset(L, 2);
+    names += length;
+  }
+  lua_settop(L, 2);
+  return 1;
+}
+
 /* argument_error(n, message) */
 static int l_argument_error(lua_State *L) {
   return module_blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
@@ -280,6 +302,7 @@ static int l_runtime_gc(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {{"methods", l_methods},
+                                     {"take", l_take},
                                      {"argument_error", l_argument_error},
                                      {"check_function", l_check_function},
                                      {"is_callable", l_is_callable},
