@@ -225,16 +225,17 @@ static int l_take(lua_State *L) {
   luaL_checktype(L, 2, LUA_TTABLE);
   lua_settop(L, 2);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_MODULE);
-  for (;;) {
-    names += strspn(names, " \n");
-    size_t length = strcspn(names, " \n");
-    if (length == 0) break;
-    lua_pushlstring(L, names, length);
+  for (const char *end; *names; names = end) {
+    for (end = names; (unsigned char)*end > ' ';) end++;
+    if (end == names) { /* white space */
+      end++;
+      continue;
+    }
+    lua_pushlstring(L, names, (size_t)(end - names));
     lua_pushvalue(L, -1); /* names t module name name */
     if (lua_gettable(L, 3) == LUA_TNIL)
       return luaL_error(L, "coflow.core has no '%s'", lua_tostring(L, 4));
     lua_rawset(L, 2);
-    names += length;
   }
   lua_settop(L, 2);
   return 1;
