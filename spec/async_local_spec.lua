@@ -5,7 +5,8 @@ local support = require "spec.support.flow_support"
 
 local in_task, raises, bad_argument = support.in_task, support.raises, support.bad_argument
 local recorder, collect, weak, alive = support.recorder, support.collect, support.weak, support.alive
-local capture = flow.ExecutionContext.capture
+local ExecutionContext = flow.ExecutionContext
+local capture = ExecutionContext.capture
 
 describe("AsyncLocal()", function()
   it("reads as nil until it is set", in_task(function()
@@ -927,6 +928,132 @@ describe("the context's copies", function()
     for t = 1, 20 do assert.same({}, tasks[t]:await()) end
     assert.same({}, differences(locals, model))
   end))
+
+  -- A set changes a map that nobody else can see in place. These look for a way to see it.
+
+  local function values_of(locals)
+    local values = {}
+    for i, loc in ipairs(locals) do values[i] = loc.value end
+    return values
+  end
+
+  for _, count in ipairs { 1, 2, 8, 16, 17, 40, 200 } do
+    it("never change once somebody has them, whoever it is, with " .. count .. " locals",
+      in_task(function()
+        local locals, private = {}, flow.AsyncLocal { flow = "none" }
+        for i = 1, count do
+          locals[i] = flow.AsyncLocal()
+          if i % 4 > 0 then locals[i].value = i end
+        end
+        local kept, children, gate = {}, {}, flow.TaskCompletionSource()
+        local change
+
+        local function keep()
+          local context = capture()
+          kept[#kept + 1] = context and { context = context, model = values_of(locals) }
+        end
+
+        local function flowing()
+          return ExecutionContext.is_flow_suppressed() and {} or values_of(locals)
+        end
+
+        local function child(model)
+          local wrong = differences(locals, model)
+          for _ = 1, 3 do change(3) end
+          model = values_of(locals)
+          gate.task:await()
+          return wrong, differences(locals, model)
+        end
+
+        -- Runs `change` by way of fn(...), which is to put back what it finds.
+        local function within(fn, ...)
+          local before = values_of(locals)
+          fn(...)
+          for i = 1, count do
+            if locals[i].value ~= before[i] then error("not put back: " .. i) end
+          end
+        end
+
+        local ways = {
+          keep,
+          function() setmetatable({}, { __gc = keep }) end, -- in the middle of any operation
+          function() private.value = random(2) == 1 and random(9) or nil end,
+          function() if kept[1] then ExecutionContext.restore(kept[random(#kept)].context) end end,
+          function() children[#children + 1] = flow.spawn(child, flowing()) end,
+          function() children[#children + 1] = flow.async(child)(flowing()) end,
+          function(depth) within(flow.call, change, depth) end,
+          function(depth) private:run(random(9), change, depth) end,
+          function(depth)
+            local context = kept[1] and kept[random(#kept)].context
+            if context then within(context.run, context, change, depth) end
+          end,
+          function(depth)
+            local _ <close> = ExecutionContext.suppress_flow()
+            change(depth)
+          end,
+        }
+
+        function change(depth)
+          for _ = 1, 4 do
+            for _ = 1, random(4) do
+              local loc, value = locals[random(count)], random(8) > 1 and random(1000) or nil
+              loc.value = value
+              if loc.value ~= value then error("not set") end
+            end
+            ways[random(depth < 3 and #ways or 4)](depth + 1)
+          end
+        end
+
+        for _ = 1, support.many(20, 2) do change(0) end
+        gate:set_result()
+        for _, task in ipairs(children) do
+          local at_start, at_end = task:await()
+          assert.same({}, at_start)
+          assert.same({}, at_end)
+        end
+        assert.is_true(#kept > 0)
+        for _, one in ipairs(kept) do
+          assert.same({}, differences(locals, one.model, one.context))
+        end
+      end))
+  end
+
+  for what, change in pairs {
+    ["captures them"] = function() end,
+    ["sets a local"] = function(loc) loc.value = {} end,
+    ["removes a local"] = function(loc) loc.value = nil end,
+    ["adds a local"] = function() flow.AsyncLocal().value = 1 end,
+  } do
+    it("never change when a finalizer " .. what .. " in the middle of a set", in_task(function()
+      local locals, kept, finalized = {}, {}, 0
+      for i = 1, 100 do
+        locals[i] = flow.AsyncLocal()
+        locals[i].value = i
+      end
+      local first, second, third = locals[1], locals[2], locals[3]
+      local metatable = { __gc = function()
+        finalized = finalized + 1
+        if #kept == 40 then return end
+        change(third)
+        kept[#kept + 1] = { context = capture(), first = first.value, second = second.value }
+      end }
+      -- Of what these loops make, most is made by the sets.
+      for i = 1, support.many(20000, 60) do
+        capture()
+        first.value = -i
+        setmetatable({}, metatable)
+        second.value = -i
+        if second.value ~= -i then error("the second set is lost") end
+        first.value = i
+        if first.value ~= i or second.value ~= -i then error("a value is wrong") end
+      end
+      assert.is_true(finalized > 0)
+      for _, one in ipairs(kept) do
+        assert.same({ one.first, one.second }, { one.context:get(first), one.context:get(second) })
+      end
+      for i = 4, 100 do assert.equal(i, locals[i].value) end
+    end))
+  end
 end)
 
 describe("a value in a context", function()

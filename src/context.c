@@ -8,7 +8,7 @@
 ** The map is a trie of userdata whose user values are the values:
 **
 **     leaf    up to 16 entries: keys[] beside, value i in user value i
-**     branch  16 children by four bits of the id, lowest first
+**     branch  8 children by three bits of the id, lowest first
 **
 **            root (branch)                 a set copies the nodes on its way:
 **           /   |       \                  for 1000 locals two branches and a leaf
@@ -18,6 +18,12 @@
 ** Ids count up and are never reused, so the trie stays as shallow as it can be, and an entry can
 ** never be mistaken for that of another local. A local remembers the way to its value in the map
 ** that it was last read from (by that map's serial number), never the value itself.
+**
+** Copy on write. Whoever takes a map out of a task's hands, to keep it, to give it to another or to
+** make a new one of its nodes, marks it as *shared*, for good. A map that is not shared is seen by its
+** task alone, and so are those of its nodes that were made for it, which bear its serial number: in
+** these a set changes the value in place. The keys of a node never change. So a map is immutable as
+** soon as somebody could tell, and many sets in a row copy each node once.
 **
 ** Values of locals with flow = "none" live in a second map. A *pair* then stands in TASK_CONTEXT:
 ** { what flows, what stays }; captures and children take the first half.
@@ -36,14 +42,15 @@
 
 #include <string.h>
 
-enum { LEAF_MAX = 16, FANOUT = 16, BITS = 4, PATH_MAX_DEPTH = 6 };
+enum { LEAF_MAX = 16, FANOUT = 8, BITS = 3, WAY_MAX = 9 };
 
 struct context {
   uint32_t tag;
   bool branch, watched;
-  uint16_t count;  /* leaf: entries; branch: children */
-  uint64_t serial; /* of this very map; two maps never share one */
-  uint64_t keys[];
+  bool shared;     /* of a map: more than one task's TASK_CONTEXT may hold it or nodes of it */
+  uint8_t count;   /* leaf: entries; branch: children */
+  uint64_t serial; /* a map's own, never used again; inside: of the map it was made for, or 0 */
+  uint64_t keys[]; /* of a leaf */
 };
 
 struct pair {
@@ -57,9 +64,10 @@ struct local {
   uint32_t tag;
   uint8_t flow;
   bool watched;
-  uint8_t depth; /* of the cached way; 0: none */
-  uint8_t path[PATH_MAX_DEPTH];
+  uint8_t depth; /* of the remembered way, in the map with that serial */
+  uint8_t way[WAY_MAX];
   uint64_t id, serial;
+  struct runtime *rt; /* at hand sooner than by the upvalue */
 };
 enum { LOCAL_NAME = 1, LOCAL_DEFAULT, LOCAL_HANDLER };
 
@@ -80,15 +88,25 @@ enum { GUARD_SYNCHRONIZATION = GUARD_LOCAL };
 
 /* ---- the map ---- */
 
+/* [-0, +1, m] */
 static struct context *node_new(lua_State *L, bool branch, int count, bool watched) {
   size_t keys = branch ? 0 : sizeof(uint64_t) * (size_t)count;
-  struct context *c = (struct context *)object_new(L, TAG_CONTEXT, sizeof(struct context) + keys,
-                                                   branch ? FANOUT : count);
+  struct context *c = (struct context *)lua_newuserdatauv(L, sizeof(struct context) + keys,
+                                                          branch ? FANOUT : count);
+  c->tag = TAG_CONTEXT;
   c->branch = branch;
   c->watched = watched;
-  c->count = (uint16_t)count;
-  c->serial = ++runtime(L)->next_serial;
+  c->shared = false;
+  c->count = (uint8_t)count;
+  c->serial = 0;
   return c;
+}
+
+/* [-0, +0, -] the new node on top, c, is a whole map, which scripts may see */
+static void map_made(lua_State *L, struct context *c, uint64_t serial) {
+  c->serial = serial;
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONTEXT));
+  lua_setmetatable(L, -2);
 }
 
 static int leaf_find(const struct context *c, uint64_t id) {
@@ -103,6 +121,29 @@ static int child_of(uint64_t id, int shift) { return (int)(id >> shift & (FANOUT
 static void copy_value(lua_State *L, int source, int from, int target, int to) {
   lua_getiuservalue(L, source, from);
   lua_setiuservalue(L, target, to);
+}
+
+/* [-0, +0, -] copies user values 1 … n of the node at i, but for `at`, to the node on top */
+static void copy_others(lua_State *L, int i, int n, int at) {
+  for (int k = 1; k < at; k++) {
+    lua_getiuservalue(L, i, k);
+    lua_setiuservalue(L, -2, k);
+  }
+  for (int k = at + 1; k <= n; k++) {
+    lua_getiuservalue(L, i, k);
+    lua_setiuservalue(L, -2, k);
+  }
+}
+
+/* [-0, +1, m] a copy of the node at i in which user value `at`, one that is there, is that at v */
+static struct context *node_with(lua_State *L, int i, int at, int v) {
+  const struct context *old = (const struct context *)lua_touserdata(L, i);
+  struct context *c = node_new(L, old->branch, old->count, old->watched);
+  if (!old->branch) memcpy(c->keys, old->keys, sizeof(uint64_t) * old->count);
+  copy_others(L, i, old->branch ? FANOUT : old->count, at);
+  lua_pushvalue(L, v);
+  lua_setiuservalue(L, -2, at);
+  return c;
 }
 
 /* [-0, +1, m] a branch with the entries of the full leaf at i, dealt out by the bits at shift */
@@ -132,14 +173,11 @@ static void leaf_put(lua_State *L, int i, uint64_t id, int v, bool watched) {
   int n = old ? old->count : 0, at = old ? leaf_find(old, id) : 0;
   if (at == 0) at = n + 1;
   struct context *c = node_new(L, false, at > n ? at : n, watched || (old && old->watched));
-  int fresh = lua_gettop(L);
-  for (int k = 1; k <= n; k++) {
-    c->keys[k - 1] = old->keys[k - 1];
-    if (k != at) copy_value(L, i, k, fresh, k);
-  }
+  if (n > 0) memcpy(c->keys, old->keys, sizeof(uint64_t) * (size_t)n);
   c->keys[at - 1] = id;
+  copy_others(L, i, n, at);
   lua_pushvalue(L, v);
-  lua_setiuservalue(L, fresh, at);
+  lua_setiuservalue(L, -2, at);
 }
 
 /* [-0, +1, m] the leaf at i without id (which it has), or nil when nothing is left */
@@ -158,10 +196,10 @@ static void leaf_remove(lua_State *L, int i, int at) {
     }
 }
 
-/* [-0, +1, m] the map at i (0 or nil: empty) with id = the value at v, nil meaning without id */
-static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int shift) {
+/* [-0, +1, m] the map at i (nil: empty) with id = the value at v, nil meaning without id */
+static void node_put(lua_State *L, int i, uint64_t id, int v, bool watched, int shift) {
   luaL_checkstack(L, 8, NULL);
-  if (i == 0 || lua_isnil(L, i)) {
+  if (lua_isnil(L, i)) {
     if (lua_isnil(L, v))
       lua_pushnil(L);
     else
@@ -180,7 +218,7 @@ static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int s
       leaf_put(L, i, id, v, watched);
     else {
       split(L, i, shift);
-      map_put(L, lua_gettop(L), id, v, watched, shift);
+      node_put(L, lua_gettop(L), id, v, watched, shift);
       lua_remove(L, -2);
     }
     return;
@@ -188,58 +226,73 @@ static void map_put(lua_State *L, int i, uint64_t id, int v, bool watched, int s
   int child = child_of(id, shift), count = old->count;
   lua_getiuservalue(L, i, child);
   count -= !lua_isnil(L, -1);
-  map_put(L, lua_gettop(L), id, v, watched, shift + BITS); /* … child new_child */
+  node_put(L, lua_gettop(L), id, v, watched, shift + BITS); /* … child new_child */
   lua_remove(L, -2);
   count += !lua_isnil(L, -1);
   if (count == 0) return; /* the nil on top is the whole map */
   node_new(L, true, count, watched || old->watched);
-  int fresh = lua_gettop(L);
-  for (int k = 1; k <= FANOUT; k++)
-    if (k != child) copy_value(L, i, k, fresh, k);
+  copy_others(L, i, FANOUT, child);
   lua_pushvalue(L, -2);
-  lua_setiuservalue(L, fresh, child);
+  lua_setiuservalue(L, -2, child);
   lua_remove(L, -2);
+}
+
+/* [-0, +0, -] the map at i, if it is one, will not change any more */
+static void share(lua_State *L, int i) {
+  struct context *c = (struct context *)lua_touserdata(L, i);
+  if (c != NULL && c->tag == TAG_CONTEXT) c->shared = true;
+}
+
+/* [-0, +1, m] the same, for a whole map */
+static void map_put(lua_State *L, int i, const struct local *l, int v) {
+  share(L, i); /* its nodes, with the new one */
+  node_put(L, i, l->id, v, l->watched, 0);
+  struct context *c = (struct context *)lua_touserdata(L, -1);
+  if (c != NULL && c->serial == 0) map_made(L, c, ++l->rt->next_serial);
+}
+
+/* [-0, +n, -] from the map on top, c, the nodes below it that lead to the entry of l, and its value;
+** false, and some nodes, if it has none. The local remembers the way, but for one too long: then
+** what is left on the stack is of no use but for the value. */
+static bool map_push_way(lua_State *L, const struct context *c, struct local *l) {
+  if (l->serial == c->serial) {
+    for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->way[d]);
+    return true;
+  }
+  uint64_t serial = c->serial;
+  int depth = 0;
+  l->serial = 0; /* until the way is complete */
+  for (int shift = 0; c->branch; shift += BITS) {
+    int child = child_of(l->id, shift);
+    lua_getiuservalue(L, -1, child);
+    if (depth < WAY_MAX - 1)
+      l->way[depth++] = (uint8_t)child;
+    else {
+      lua_replace(L, -2);
+      serial = 0;
+    }
+    c = (const struct context *)lua_touserdata(L, -1);
+    if (c == NULL) return false;
+  }
+  int at = leaf_find(c, l->id);
+  if (at == 0) return false;
+  l->way[depth++] = (uint8_t)at;
+  l->depth = (uint8_t)depth;
+  l->serial = serial;
+  lua_getiuservalue(L, -1, at);
+  return true;
 }
 
 /* [-1, +1, -] the value of l in the map on top (nil: empty); false, and nil, if it has none */
 static bool map_get(lua_State *L, struct local *l) {
-  struct context *c = (struct context *)lua_touserdata(L, -1);
+  const struct context *c = (const struct context *)lua_touserdata(L, -1);
   if (c == NULL) return false; /* the nil stays */
   int map = lua_gettop(L);
-  if (l->serial == c->serial) {
-    for (int d = 0; d < l->depth; d++) {
-      lua_getiuservalue(L, -1, l->path[d]);
-      lua_replace(L, map);
-    }
-    return true;
-  }
-  uint64_t serial = c->serial;
-  uint8_t path[PATH_MAX_DEPTH];
-  int depth = 0;
-  for (int shift = 0; c->branch; shift += BITS) {
-    int child = child_of(l->id, shift);
-    if (depth < PATH_MAX_DEPTH) path[depth] = (uint8_t)child;
-    depth++;
-    lua_getiuservalue(L, map, child);
-    lua_replace(L, map);
-    c = (struct context *)lua_touserdata(L, map);
-    if (c == NULL) return false;
-  }
-  int at = leaf_find(c, l->id);
-  if (at == 0) {
-    lua_pushnil(L);
-    lua_replace(L, map);
-    return false;
-  }
-  if (depth < PATH_MAX_DEPTH) {
-    path[depth++] = (uint8_t)at;
-    memcpy(l->path, path, sizeof path);
-    l->depth = (uint8_t)depth;
-    l->serial = serial;
-  }
-  lua_getiuservalue(L, map, at);
+  bool found = map_push_way(L, c, l);
+  if (!found) lua_pushnil(L);
   lua_replace(L, map);
-  return true;
+  lua_settop(L, map);
+  return found;
 }
 
 /* [-0, +0, m] copies the entries of the map at i into the table at t, as local = value */
@@ -285,13 +338,14 @@ static void push_of(lua_State *L, struct task *t) {
     task_push(L, t);
     lua_getiuservalue(L, -1, TASK_CONTEXT);
     lua_remove(L, -2);
+    share(L, -1);
   } else
     lua_pushnil(L);
 }
 
 /* [-0, +n, -] on top the value of l for the running task; false, and nil, when it has none */
-static bool local_get(lua_State *L, struct local *l) {
-  struct task *me = runtime(L)->me;
+static inline bool local_get(lua_State *L, struct local *l) {
+  struct task *me = l->rt->me;
   if (!(me->flags & TASK_HAS_CONTEXT)) {
     lua_pushnil(L);
     return false;
@@ -304,7 +358,7 @@ static bool local_get(lua_State *L, struct local *l) {
   const struct context *c = (const struct context *)lua_touserdata(L, -1);
   if (c->tag == TAG_CONTEXT && l->flow != FLOW_NONE) {
     if (l->serial == c->serial) { /* the way is known: the values pass by on the stack */
-      for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->path[d]);
+      for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->way[d]);
       return true;
     }
   } else {
@@ -344,6 +398,31 @@ void context_push_flowing(lua_State *L, struct task *t) {
     lua_getiuservalue(L, -1, PAIR_FLOWING);
     lua_remove(L, -2);
   }
+}
+
+void context_inherit(lua_State *L, int i, struct task *t, struct task *me) {
+  if (me->flags & TASK_SUPPRESSED) return;
+  task_push(L, me);
+  lua_getiuservalue(L, -1, TASK_CONTEXT);
+  struct context *c = (struct context *)lua_touserdata(L, -1);
+  if (c->tag == TAG_PAIR) {
+    lua_getiuservalue(L, -1, PAIR_FLOWING);
+    lua_replace(L, -2);
+    c = (struct context *)lua_touserdata(L, -1);
+  }
+  if (c != NULL) {
+    c->shared = true;
+    t->flags |= c->watched ? TASK_HAS_CONTEXT | TASK_WATCHED : TASK_HAS_CONTEXT;
+    lua_setiuservalue(L, i - 2, TASK_CONTEXT);
+    lua_pop(L, 1);
+  } else
+    lua_pop(L, 2);
+}
+
+void context_drop(lua_State *L, int i, struct task *t) {
+  t->flags &= (uint16_t) ~(TASK_HAS_CONTEXT | TASK_WATCHED);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, TASK_CONTEXT);
 }
 
 void context_push_current(lua_State *L) { push_of(L, runtime(L)->me); }
@@ -458,6 +537,8 @@ static void push_pair(lua_State *L, int flowing, int private) {
     lua_pushvalue(L, flowing);
     return;
   }
+  share(L, flowing); /* with what is made of this pair */
+  share(L, private);
   struct pair *p = (struct pair *)object_new(L, TAG_PAIR, sizeof(struct pair), 2);
   p->watched = is_watched(L, flowing) || is_watched(L, private);
   lua_pushvalue(L, flowing);
@@ -479,7 +560,7 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
     return;
   }
   push_half(L, context, o); /* context previous map */
-  map_put(L, lua_gettop(L), o->id, v, o->watched, 0);
+  map_put(L, lua_gettop(L), o, v);
   lua_remove(L, -2); /* context previous map' */
   bool pair = lua_touserdata(L, context) && *(uint32_t *)lua_touserdata(L, context) == TAG_PAIR;
   if (o->flow == FLOW_NONE) {
@@ -511,36 +592,72 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   lua_settop(L, top);
 }
 
-/* [-0, +0, me] local at l = value at v for the running task; nil removes it. Calls the handler. */
-static void local_set(lua_State *L, int l, int v) {
-  struct local *o = (struct local *)lua_touserdata(L, l);
-  struct runtime *rt = runtime(L);
-  struct task *me = rt->me;
-  int top = lua_gettop(L);
-  task_push(L, me);
-  bool plain =
-      o->flow != FLOW_NONE && !o->watched && !rt->shown_watched && !(me->flags & TASK_WATCHED);
-  if (!(me->flags & TASK_HAS_CONTEXT))
-    lua_pushnil(L);
-  else {
-    lua_getiuservalue(L, -1, TASK_CONTEXT);
-    plain = plain && *(uint32_t *)lua_touserdata(L, -1) == TAG_CONTEXT;
+/* [-0, +n, m] the value at v for the entry of l in the task's map at `map`, old, above which stands the
+** way to it, just pushed. True: done, in place; false: a map that has it is on top. Finalizers, which
+** run when a node is made, may use and replace the task's map: then it is shared before the next look. */
+static bool replace_value(lua_State *L, int map, const struct context *old, struct local *l,
+                          int v) {
+  uint64_t serial = old->shared ? ++l->rt->next_serial : old->serial;
+  uint8_t way[WAY_MAX];
+  int last = l->depth - 1;
+  memcpy(way, l->way, sizeof way);
+  for (int d = last;; d--) {
+    const struct context *node = d == 0 ? old : (const struct context *)lua_touserdata(L, map + d);
+    if (!old->shared && node->serial == old->serial) {
+      lua_pushvalue(L, v);
+      lua_setiuservalue(L, map + d, way[d]);
+      return true;
+    }
+    struct context *c = node_with(L, map + d, way[d], v); /* map … node … node' */
+    if (d == 0) {
+      map_made(L, c, serial == old->serial ? ++l->rt->next_serial : serial);
+      l->serial = c->serial;
+      l->depth = (uint8_t)(last + 1);
+      memcpy(l->way, way, sizeof way);
+      return false;
+    }
+    c->serial = serial;
+    lua_replace(L, v = map + d);
   }
-  if (!plain) {
-    lua_settop(L, top);
+}
+
+/* [-0, +n, me] local at l, o, = value at v for the running task; nil removes it. Calls the handler. */
+static void local_assign(lua_State *L, int l, struct local *o, int v) {
+  struct runtime *rt = o->rt;
+  struct task *me = rt->me;
+  int task = lua_gettop(L) + 1, map = task + 1;
+  const struct context *old = NULL;
+  task_push(L, me);
+  if (me->flags & TASK_HAS_CONTEXT) {
+    lua_getiuservalue(L, -1, TASK_CONTEXT); /* task map */
+    old = (const struct context *)lua_touserdata(L, -1);
+  } else
+    lua_pushnil(L);
+  if (o->flow == FLOW_NONE || o->watched || rt->shown_watched || me->flags & TASK_WATCHED ||
+      (old != NULL && old->tag != TAG_CONTEXT)) {
     local_set_anyhow(L, l, v);
     return;
   }
-  lua_pushvalue(L, -1); /* task map value */
-  if (!map_get(L, o)) lua_getiuservalue(L, l, LOCAL_DEFAULT);
-  if (!lua_rawequal(L, -1, v)) {
-    map_put(L, top + 2, o->id, v, false, 0);
-    if (lua_isnil(L, -1))
-      me->flags &= (uint16_t)~TASK_HAS_CONTEXT;
-    else
-      me->flags |= TASK_HAS_CONTEXT;
-    lua_setiuservalue(L, top + 1, TASK_CONTEXT);
+  bool found = old != NULL && map_push_way(L, old, o);
+  if (!found) lua_getiuservalue(L, l, LOCAL_DEFAULT);
+  if (lua_rawequal(L, -1, v)) return;
+  if (found && o->serial == old->serial && !lua_isnil(L, v)) {
+    if (replace_value(L, map, old, o, v)) return;
+  } else {
+    lua_settop(L, map);
+    map_put(L, map, o, v);
   }
+  if (lua_isnil(L, -1))
+    me->flags &= (uint16_t)~TASK_HAS_CONTEXT;
+  else
+    me->flags |= TASK_HAS_CONTEXT;
+  lua_setiuservalue(L, task, TASK_CONTEXT);
+}
+
+/* [-0, +0, me] the same */
+static void local_set(lua_State *L, int l, int v) {
+  int top = lua_gettop(L);
+  local_assign(L, l, (struct local *)lua_touserdata(L, l), v);
   lua_settop(L, top);
 }
 
@@ -551,19 +668,22 @@ static int l_local_get(lua_State *L) {
 }
 
 static int l_local_set(lua_State *L) {
-  check_local(L, 1);
-  luaL_checkany(L, 2);
-  lua_settop(L, 2);
-  local_set(L, 1, 2);
+  struct local *o = check_local(L, 1);
+  if (lua_gettop(L) != 2) {
+    luaL_checkany(L, 2);
+    lua_settop(L, 2);
+  }
+  local_assign(L, 1, o, 2);
   return 0;
 }
 
 static int l_local_newindex(lua_State *L) {
-  check_local(L, 1);
-  const char *key = luaL_tolstring(L, 2, NULL);
-  if (strcmp(key, "value") != 0)
-    return luaL_error(L, "field '%s' of an AsyncLocal cannot be assigned, only 'value'", key);
-  local_set(L, 1, 3);
+  struct local *o = check_local(L, 1);
+  lua_settop(L, 3);
+  if (lua_type(L, 2) != LUA_TSTRING || strcmp(lua_tostring(L, 2), "value") != 0)
+    return luaL_error(L, "field '%s' of an AsyncLocal cannot be assigned, only 'value'",
+                      luaL_tolstring(L, 2, NULL));
+  local_assign(L, 1, o, 3);
   return 0;
 }
 
@@ -613,6 +733,7 @@ static int l_local_new(lua_State *L) {
   lua_settop(L, 4);
   struct local *o = (struct local *)object_new(L, TAG_LOCAL, sizeof(struct local), 3);
   o->id = ++rt->next_local;
+  o->rt = rt;
   o->flow = (uint8_t)flow;
   o->watched = !lua_isnil(L, 4);
   for (int uv = LOCAL_NAME; uv <= LOCAL_HANDLER; uv++) {
@@ -909,7 +1030,8 @@ void context_open(lua_State *L) {
   module_class(L, TAG_PAIR, "coflow.ContextPair", pair_methods, NULL);
   module_class(L, TAG_GUARD, "coflow.Scope", guard_methods, NULL);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */
-    node_new(L, false, 0, false);
+    struct context *c = node_new(L, false, 0, false);
+    map_made(L, c, ++runtime(L)->next_serial);
     lua_setiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
     lua_pop(L, 1);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);

@@ -531,6 +531,9 @@ void context_push_flowing(lua_State *L, struct task *t); /* [-0, +1, -] what a c
 void context_push_current(lua_State *L);  /* [-0, +1, -] of the running task, or nil */
 void context_push_captured(lua_State *L); /* [-0, +1, m] of the running task */
 void context_give(lua_State *L, int i, struct task *t); /* [-1, +0, -] the context on top to t */
+void context_inherit(lua_State *L, int i, struct task *t, struct task *me);
+/* [-0, +0, -] the new task t at i, negative, gets what flows from me, which has a context */
+void context_drop(lua_State *L, int i, struct task *t); /* [-0, +0, -] t, at i, is complete */
 void context_swap(
     lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
 void context_show(lua_State *L, struct runtime *rt, struct task *t);

@@ -41,6 +41,30 @@ enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30 };
 
 /* ---- objects ---- */
 
+static int l_error_tostring(lua_State *L);
+
+/* [-0, +1, m] the metatable of such errors, made when it is first needed */
+static void push_metatable(lua_State *L, enum error_kind kind) {
+  int top = lua_gettop(L);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS); /* errors */
+  if (lua_rawgeti(L, top + 1, kind + 1) == LUA_TNIL) {
+    luaL_checkstack(L, 8, NULL);
+    lua_createtable(L, 0, 2);
+    module_push_function(L, l_error_tostring);
+    lua_setfield(L, -2, "__tostring");
+    lua_pushfstring(L, "coflow.%s", error_names[kind]);
+    lua_setfield(L, -2, "__name");                       /* errors nil metatable */
+    if (lua_rawgeti(L, top + 1, kind + 1) == LUA_TNIL) { /* still: no finalizer has made one */
+      lua_pop(L, 1);
+      lua_pushvalue(L, -1);
+      lua_rawseti(L, top + 1, kind + 1);
+      runtime(L)->error_metatables[kind] = lua_topointer(L, -1);
+    }
+  }
+  lua_replace(L, top + 1);
+  lua_settop(L, top + 1);
+}
+
 /* [-1, +1, m] a new error object whose message is on top */
 static void make(lua_State *L, enum error_kind kind) {
   lua_createtable(L, 0, 4);
@@ -48,10 +72,8 @@ static void make(lua_State *L, enum error_kind kind) {
   lua_setfield(L, -2, "message");
   lua_pushstring(L, error_names[kind]);
   lua_setfield(L, -2, "name");
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS);
-  lua_rawgeti(L, -1, kind + 1);
-  lua_setmetatable(L, -3);
-  lua_pop(L, 1);
+  push_metatable(L, kind);
+  lua_setmetatable(L, -2);
 }
 
 void error_push(lua_State *L, enum error_kind kind, const char *format, ...) {
@@ -497,25 +519,13 @@ void error_open(lua_State *L) {
   lua_setfield(L, -2, "trace_handler");
   module_class(L, TAG_FAULT, "coflow.Fault", fault_methods, NULL);
   lua_createtable(L, 0, ERROR_COUNT + 1); /* module errors */
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS);
   for (int kind = 0; kind < ERROR_COUNT; kind++) {
-    if (lua_rawgeti(L, -1, kind + 1) == LUA_TNIL) {
-      lua_createtable(L, 0, 2);
-      module_push_function(L, l_error_tostring);
-      lua_setfield(L, -2, "__tostring");
-      lua_pushfstring(L, "coflow.%s", error_names[kind]);
-      lua_setfield(L, -2, "__name");
-      runtime(L)->error_metatables[kind] = lua_topointer(L, -1);
-      lua_rawseti(L, -3, kind + 1);
-    }
-    lua_pop(L, 1);
     lua_pushvalue(L, UP_RUNTIME);
     lua_pushvalue(L, UP_ANCHORS);
     lua_pushinteger(L, kind);
     lua_pushcclosure(L, l_error_new, 3);
-    lua_setfield(L, -3, error_names[kind]);
+    lua_setfield(L, -2, error_names[kind]);
   }
-  lua_pop(L, 1);
   module_push_function(L, l_error_is);
   lua_setfield(L, -2, "is");
   lua_setfield(L, -2, "errors");

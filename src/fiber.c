@@ -269,10 +269,7 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct 
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
   scope_join(s, &f->member);
-  if (rt->me->flags & TASK_HAS_CONTEXT) {
-    context_push_flowing(L, rt->me);
-    context_give(L, -2, &f->task);
-  }
+  if (rt->me->flags & TASK_HAS_CONTEXT) context_inherit(L, -1, &f->task, rt->me);
   int first = -arguments - 2;
   lua_insert(L, first); /* task fn arguments */
   lua_pushvalue(co, 2);

@@ -5,8 +5,8 @@
 ** are no C globals, so any number of Lua states may each open the module. Every function is a
 ** closure over the runtime and the anchors (core.h), which makes both one instruction away.
 **
-** A class is a metatable whose __index function looks first among the methods, then among the
-** properties: C functions called with the object, kept as light userdata so that reading
+** A class is a metatable whose __index function looks into the table of its methods and properties.
+** The latter are C functions called with the object, kept as light userdata so that reading
 ** `task.status` costs one call.
 **
 ** SPDX-License-Identifier: MIT
@@ -17,6 +17,9 @@
 #include <string.h>
 
 static const char runtime_key = 0;
+
+/* Tables made of the right size open sooner. */
+enum { METATABLE_FIELDS = 8, MODULE_FIELDS = 64 };
 
 /* ---- objects ---- */
 
@@ -59,13 +62,10 @@ static int l_newindex(lua_State *L) {
                     lua_tostring(L, 4));
 }
 
-/* upvalues: runtime, anchors, methods, properties */
+/* upvalues: runtime, anchors, methods and properties */
 static int l_index(lua_State *L) {
   lua_settop(L, 2);
-  lua_pushvalue(L, 2);
-  if (lua_rawget(L, lua_upvalueindex(3)) != LUA_TNIL) return 1;
-  lua_pushvalue(L, 2);
-  if (lua_rawget(L, lua_upvalueindex(4)) != LUA_TLIGHTUSERDATA) return 1;
+  if (lua_gettable(L, lua_upvalueindex(3)) != LUA_TLIGHTUSERDATA) return 1;
   lua_CFunction get;
   void *p = lua_touserdata(L, -1);
   memcpy(&get, &p, sizeof p);
@@ -73,9 +73,15 @@ static int l_index(lua_State *L) {
   return get(L);
 }
 
+static int count(const luaL_Reg *functions) {
+  int n = 0;
+  while (functions && functions[n].name) n++;
+  return n;
+}
+
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
                   const luaL_Reg *properties) {
-  lua_newtable(L); /* metatable */
+  lua_createtable(L, 0, METATABLE_FIELDS); /* metatable */
   lua_pushstring(L, name);
   lua_setfield(L, -2, "__name");
   lua_pushboolean(L, 0);
@@ -84,7 +90,7 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   lua_setfield(L, -2, "__newindex");
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
-  lua_newtable(L); /* metatable runtime anchors methods */
+  lua_createtable(L, 0, count(methods) + count(properties)); /* metatable runtime anchors methods */
   for (; methods->name; methods++) {
     module_push_function(L, methods->func);
     if (strncmp(methods->name, "__", 2) == 0 && strcmp(methods->name, "__await") != 0)
@@ -94,17 +100,15 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   }
   lua_pushvalue(L, -1);
   lua_setfield(L, -5, "methods"); /* the library adds to them; not visible to scripts */
-  lua_newtable(L);
-  for (; properties && properties->name; properties++) {
-    void *p;
-    memcpy(&p, &properties->func, sizeof p);
-    lua_pushlightuserdata(L, p);
-    lua_setfield(L, -2, properties->name);
-  }
-  if (properties != NULL)
-    lua_pushcclosure(L, l_index, 4);
-  else { /* the methods themselves */
-    lua_pop(L, 1);
+  if (properties != NULL) {
+    for (; properties->name; properties++) {
+      void *p;
+      memcpy(&p, &properties->func, sizeof p);
+      lua_pushlightuserdata(L, p);
+      lua_setfield(L, -2, properties->name);
+    }
+    lua_pushcclosure(L, l_index, 3);
+  } else { /* the methods themselves */
     lua_replace(L, -3);
     lua_pop(L, 1);
   }
@@ -214,6 +218,29 @@ static int l_methods(lua_State *L) {
   return luaL_argerror(L, 1, "no such class");
 }
 
+/* take(names, t) -> t, into which the fields of this module with those names have been put (which takes
+** a tenth of the time that compiling as many assignments would) */
+static int l_take(lua_State *L) {
+  const char *names = luaL_checkstring(L, 1);
+  luaL_checktype(L, 2, LUA_TTABLE);
+  lua_settop(L, 2);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_MODULE);
+  for (const char *end; *names; names = end) {
+    for (end = names; (unsigned char)*end > ' ';) end++;
+    if (end == names) { /* white space */
+      end++;
+      continue;
+    }
+    lua_pushlstring(L, names, (size_t)(end - names));
+    lua_pushvalue(L, -1); /* names t module name name */
+    if (lua_gettable(L, 3) == LUA_TNIL)
+      return luaL_error(L, "coflow.core has no '%s'", lua_tostring(L, 4));
+    lua_rawset(L, 2);
+  }
+  lua_settop(L, 2);
+  return 1;
+}
+
 /* argument_error(n, message) */
 static int l_argument_error(lua_State *L) {
   return module_blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
@@ -276,6 +303,7 @@ static int l_runtime_gc(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {{"methods", l_methods},
+                                     {"take", l_take},
                                      {"argument_error", l_argument_error},
                                      {"check_function", l_check_function},
                                      {"is_callable", l_is_callable},
@@ -285,7 +313,7 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
 
 /* upvalues: runtime, anchors */
 static int open_all(lua_State *L) {
-  lua_newtable(L);
+  lua_createtable(L, 0, MODULE_FIELDS);
   module_functions(L, functions);
   error_open(L);
   context_open(L);

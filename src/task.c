@@ -247,10 +247,7 @@ static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum
   else if (w != NULL)
     wait_notify(L, rt, i);
   if (s == TASK_FAULTED || (s == TASK_CANCELED && t->flags & TASK_TRACED)) error_attach(L, i, from);
-  if (t->flags & TASK_HAS_CONTEXT) {
-    lua_pushnil(L);
-    context_give(L, i, t);
-  }
+  if (t->flags & TASK_HAS_CONTEXT) context_drop(L, i, t);
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
 

@@ -2,9 +2,8 @@
 
 -- coflow.meta: declarations of what is written in C, for editors and readers. Never loaded.
 --
--- The functions written in Lua have theirs beside them, in init.lua: flow.call, flow.when_each, flow.main,
--- ExecutionContext.run and wrap, AsyncLocal:run, Task:continue_with, Task:configure_await; those of schedulers and
--- synchronization contexts in scheduler.lua.
+-- The functions written in Lua have theirs beside them: flow.call, ExecutionContext.run and wrap, AsyncLocal:run in
+-- context.lua, flow.when_each and Task:continue_with in task.lua, flow.main in main.lua, and so on (init.lua).
 --
 -- What holds everywhere: time is in seconds. A wrong type or range, a negative time or NaN, raises Lua's usual
 -- "bad argument" string; everything else raises an error object (coflow.Error). A `token` is always optional.
@@ -165,8 +164,8 @@ function flow.await_any(...) end
 ---@field exception any what it failed with (`when_all`: an Aggregate), which is now observed; nil if not faulted
 ---@field id integer unique among the tasks of this state
 ---@field name string may be set; by default where its function is defined ("file:line"), or its kind ("delay" …)
----@field continue_with fun(self: coflow.Task, fn: function, options?: table): coflow.Task see init.lua
----@field configure_await fun(self: coflow.Task, captures: boolean): coflow.ConfiguredTask see init.lua
+---@field continue_with fun(self: coflow.Task, fn: function, options?: table): coflow.Task see task.lua
+---@field configure_await fun(self: coflow.Task, captures: boolean): coflow.ConfiguredTask see task.lua
 local Task = {}
 
 ---Waits for it: `flow.await(task)`.
@@ -340,7 +339,7 @@ function TaskCompletionSource:try_set_canceled(token) end
 ---@class coflow.AsyncLocal
 ---@field value any the value in the current context, or the default; may be set, as by `set`
 ---@field name? string
----@field run fun(self: coflow.AsyncLocal, value: any, fn: function, ...): ... see init.lua
+---@field run fun(self: coflow.AsyncLocal, value: any, fn: function, ...): ... see context.lua
 local AsyncLocal = {}
 
 ---A new async local.
@@ -380,7 +379,7 @@ function Scope:undo() end
 ---`spawn`, async functions, `continue_with` and `token:register` take the current one along by themselves.
 ---Source: .NET ExecutionContext.
 ---@class coflow.ExecutionContext
----@field run fun(self: coflow.ExecutionContext, fn: function, ...): ... see init.lua
+---@field run fun(self: coflow.ExecutionContext, fn: function, ...): ... see context.lua
 local ExecutionContext = {}
 
 ---The value that `loc` has in this context, or its default.
@@ -393,8 +392,8 @@ function ExecutionContext:get(loc) end
 function ExecutionContext:enter() end
 
 ---@class coflow.ExecutionContextStatics
----@field run fun(context: coflow.ExecutionContext, fn: function, ...): ... see init.lua
----@field wrap fun(fn: function): function see init.lua
+---@field run fun(context: coflow.ExecutionContext, fn: function, ...): ... see context.lua
+---@field wrap fun(fn: function): function see context.lua
 flow.ExecutionContext = {}
 
 ---A snapshot of the current context; nil while the flow is suppressed. Two with no change between are equal.
