@@ -615,7 +615,7 @@ void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, i
                 int run); /* [-0, +0, -] as token_mark */
 struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
                           double seconds); /* [-0, +1, e] opened by the running task for `what` */
-void scope_finish(lua_State *L, struct scope *s); /* [-0, +0, -] its block has been left */
+void scope_finish(lua_State *L, struct runtime *rt, struct scope *s); /* [-0, +0, -] its block has been left */
 void scope_arm(lua_State *L, struct scope *s,
                double seconds);                       /* [-0, +0, m] unless it has a deadline */
 void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */

@@ -258,7 +258,7 @@ static int join(lua_State *L, struct group *g) {
   told = lua_getiuservalue(L, 1, GROUP_WINNER) != LUA_TNIL || told;
   told = told || g->body_failed || g->canceled || g->policy == FIRST_SUCCESS;
   g->ended = true;
-  if (g->scope.owner != NULL) scope_finish(L, &g->scope);
+  if (g->scope.owner != NULL) scope_finish(L, rt, &g->scope);
   lua_pushboolean(L, !told);
   return 1;
 }

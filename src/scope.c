@@ -556,13 +556,13 @@ void scope_arm(lua_State *L, struct scope *s, double seconds) {
   scope_set_armed(L, s, true);
 }
 
-void scope_finish(lua_State *L, struct scope *s) {
+void scope_finish(lua_State *L, struct runtime *rt, struct scope *s) {
   if (s->token != NULL) {
     if (push_known_token(L, s)) token_unfollow(L, lua_gettop(L));
     lua_pop(L, 1);
     drop_token(L, s);
   }
-  scope_close(L, runtime(L), s);
+  scope_close(L, rt, s);
 }
 
 /* __close(scope, error): a scope that its own deadline has ended raises Timeout in place of
@@ -574,7 +574,7 @@ static int l_close(lua_State *L) {
   if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
   bool late = s->expired || (!s->canceled && s->due <= loop_now(rt));
   double seconds = s->kind == SCOPE_BLOCK ? s->seconds : HUGE_VAL;
-  scope_finish(L, s);
+  scope_finish(L, rt, s);
   if (late && seconds != HUGE_VAL && error_is(L, 2, ERROR_CANCELED))
     return throw_timeout(L, seconds);
   return 0;

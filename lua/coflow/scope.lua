@@ -5,6 +5,8 @@
 
 local core = require "coflow.core"
 
+local open_timeout, open_linked = core.open_timeout, core.open_linked
+
 ---@class coflow
 local flow = {}
 
@@ -16,7 +18,7 @@ local flow = {}
 ---@param fn function
 ---@return any ... what `fn` returns
 function flow.with_cancellation(token, fn, ...)
-  local _ <close> = core.open_linked(token, fn)
+  local _ <close> = open_linked(token, fn)
   return fn(...)
 end
 
@@ -29,7 +31,7 @@ end
 ---@param fn function
 ---@return any ... what `fn` returns
 function flow.with_timeout(seconds, fn, ...)
-  local _ <close> = core.open_timeout(seconds, fn)
+  local _ <close> = open_timeout(seconds, fn)
   return fn(...)
 end
 
