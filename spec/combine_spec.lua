@@ -475,6 +475,399 @@ describe("await_any", function()
   end))
 end)
 
+-- So many completion sources, and the list of their tasks.
+local function gates(n)
+  local sources, tasks = {}, {}
+  for i = 1, n do
+    sources[i] = flow.TaskCompletionSource()
+    tasks[i] = sources[i].task
+  end
+  return sources, tasks
+end
+
+-- Inputs in numbers that take different ways inside: few, many, and so many that they need a task of their own.
+local SIZES = helper.many(1, 0) == 1 and { 2, 8, 9, 60, 128, 129, 300 } or { 2, 9, 20 }
+
+describe("a direct wait for several", function()
+  after_each(function() flow.on_unobserved_exception(false) end)
+
+  it("works with any number of inputs, as arguments, in a list, and by keys", in_task(function()
+    for _, n in ipairs(SIZES) do
+      for last = 1, n, math.max(1, n - 1) do
+        local sources, tasks = gates(n)
+        flow.spawn(sources[last].set_result, sources[last], "it")
+        assert.same({ n = 2, tasks[last], last }, table.pack(flow.await_any(tasks)))
+        sources, tasks = gates(n)
+        flow.spawn(sources[last].set_result, sources[last], "it")
+        assert.same({ n = 2, tasks[last], last }, table.pack(flow.await_any(table.unpack(tasks))))
+        local keyed = {}
+        for i = 1, n do keyed["k" .. i] = tasks[i] end
+        assert.same({ n = 2, tasks[last], "k" .. last }, table.pack(flow.await_any(keyed)))
+      end
+      local sources, tasks = gates(n)
+      flow.spawn(function()
+        for i = n, 1, -1 do
+          sources[i]:set_result(i)
+          if i % 5 == 0 then flow.yield() end
+        end
+      end)
+      local got = table.pack(flow.await_all(tasks))
+      assert.same({ n, 1, n }, { got.n, got[1], got[n] })
+      local keyed = {}
+      for i = 1, n do keyed["k" .. i] = tasks[i] end
+      local by_key = flow.await_all(keyed)
+      for i = 1, n do assert.equal(i, by_key["k" .. i]) end
+    end
+  end))
+
+  it("takes a list in its order however its table was filled", in_task(function()
+    for _, n in ipairs { 3, 7, 20 } do
+      local sources, tasks = gates(n)
+      local backwards = { extra = true }
+      for i = n, 1, -1 do backwards[i] = tasks[i] end
+      backwards.extra = nil
+      flow.spawn(function()
+        for i = 1, n do sources[i]:set_result(i) end
+      end)
+      local got = table.pack(flow.await_all(backwards))
+      for i = 1, n do assert.equal(i, got[i]) end
+      assert.equal(n, got.n)
+      local first, key = flow.await_any(backwards)
+      assert.equal(tasks[1], first)
+      assert.equal(1, key)
+    end
+  end))
+
+  it("takes a table with holes by its keys", in_task(function()
+    local _, tasks = gates(2)
+    local done = Task.from_result("done")
+    for _, any in ipairs { flow.await_any, function(t) return flow.when_any(t):await() end } do
+      assert.same({ n = 2, done, "x" }, table.pack(any { nil, tasks[1], x = done }))
+      assert.same({ n = 2, done, 3 }, table.pack(any { tasks[1], nil, done }))
+    end
+    assert.same({ [2] = "done", x = "done" }, (flow.await_all { nil, done, x = done }))
+    assert.same({ [2] = "done", x = "done" }, flow.when_all({ nil, done, x = done }):await())
+  end))
+
+  it("copies its input at the call", in_task(function()
+    for _, n in ipairs { 2, 20 } do
+      local sources, tasks = gates(n)
+      local input = table.move(tasks, 1, n, 1, {})
+      flow.spawn(function()
+        for i = 1, n do input[i] = 42 end
+        collectgarbage()
+        for i = 1, n do sources[i]:set_result(i) end
+      end)
+      assert.equal(n, select("#", flow.await_all(input)))
+      sources, tasks = gates(n)
+      input = table.move(tasks, 1, n, 1, {})
+      flow.spawn(function()
+        for i = 1, n do input[i] = nil end
+        collectgarbage()
+        sources[n]:set_result()
+      end)
+      assert.equal(tasks[n], (flow.await_any(input)))
+    end
+  end))
+
+  it("does not keep the table that it was given", in_task(function()
+    for _, n in ipairs { 2, 20 } do
+      local sources, tasks = gates(n)
+      local given = setmetatable({}, { __mode = "v" })
+      local function start()
+        local input = table.move(tasks, 1, n, 1, {})
+        given[1] = input
+        return flow.spawn(flow.await_any, input)
+      end
+      local waiter = start()
+      flow.yield()
+      helper.collect()
+      assert.is_nil(given[1])
+      sources[1]:set_result()
+      waiter:await()
+    end
+  end))
+
+  it("wakes the waiters of a task in the order they came, whatever they wait with", in_task(function()
+    local log, note = recorder()
+    local sources, tasks = gates(20)
+    for round = 1, 4 do
+      for i = #log, 1, -1 do log[i] = nil end
+      sources[1], tasks[20] = flow.TaskCompletionSource(), flow.spawn(flow.yield)
+      tasks[1] = sources[1].task
+      local waits = {
+        function() flow.await_any(tasks) end,
+        function() flow.await(tasks[1]) end,
+        function() flow.await_any(tasks[1], tasks[2]) end,
+        function() flow.await_all(tasks[1], tasks[1]) end,
+        function() flow.await_any(tasks) end,
+      }
+      flow.await_any(tasks)
+      tasks[20] = nil
+      local running = {}
+      for i, wait in ipairs(waits) do
+        running[i] = flow.async(function()
+          wait()
+          note(i)
+        end)()
+      end
+      sources[1]:set_result()
+      flow.await_all(running)
+      assert.same({ "1", "2", "3", "4", "5" }, log, "round " .. round)
+    end
+  end))
+
+  it("leaves nothing registered on tasks that live on", in_task(function()
+    for _, n in ipairs { 1, 2, 30 } do
+      local _, tasks = gates(n)
+      local function rounds(k)
+        for _ = 1, k do
+          tasks[n + 1] = flow.spawn(flow.yield)
+          flow.await_any(tasks)
+          tasks[n + 1] = nil
+          pcall(flow.with_timeout, 1, flow.await_any, tasks)
+          pcall(flow.with_timeout, 1, flow.await_all, tasks)
+        end
+        return memory()
+      end
+      local before = rounds(helper.many(100, 5))
+      local grown = rounds(helper.many(1000, 10)) - before
+      assert.is_true(grown < 100, ("%.0f KB more with %d"):format(grown, n))
+    end
+  end))
+
+  it("keeps no waiter alive by tasks that it had waited for before", in_task(function()
+    for _, n in ipairs { 3, 40 } do
+      local reports = {}
+      flow.on_unobserved_exception(function(err) reports[#reports + 1] = err end)
+      local sources, tasks = gates(n)
+      local function often()
+        for _ = 1, 5 do
+          tasks[n + 1] = flow.spawn(flow.yield)
+          flow.await_any(tasks)
+        end
+        tasks[n + 1] = nil
+      end
+      local function lost()
+        local _, them = gates(n)
+        flow.await_any(them)
+      end
+      local function start()
+        flow.spawn(function()
+          often()
+          lost()
+        end)
+        for _ = 1, 30 do flow.yield() end
+        flow.spawn(often):await()
+        flow.spawn(lost)
+        for _ = 1, 30 do flow.yield() end
+      end
+      start()
+      helper.collect()
+      assert.same({ 2, true, true },
+        { #reports, flow.errors.is(reports[1], "TaskAbandoned"), flow.errors.is(reports[2], "TaskAbandoned") })
+      flow.spawn(function() for i = 1, n do sources[i]:set_result(i) end end)
+      assert.equal(n, select("#", flow.await_all(tasks)))
+    end
+  end))
+
+  it("keeps nothing of an ended wait alive by the losers", in_task(function()
+    for _, n in ipairs { 2, 40 } do
+      local sources, tasks = gates(n)
+      local gone = setmetatable({}, { __mode = "k" })
+      local function work()
+        for _ = 1, 4 do
+          tasks[n + 1] = flow.spawn(flow.yield)
+          flow.await_any(tasks)
+        end
+        local value = {}
+        gone[value], gone[flow.current_task()] = true, true
+        tasks[n + 1] = flow.spawn(flow.yield)
+        flow.await_any(tasks)
+        return value
+      end
+      flow.spawn(work):await()
+      tasks[n + 1] = nil
+      helper.collect()
+      assert.is_nil(next(gone))
+      sources[1]:set_result()
+    end
+  end))
+
+  it("withdraws when it is interrupted", in_task(function()
+    for _, n in ipairs { 2, 30, 200 } do
+      local sources, tasks = gates(n)
+      for _, wait in ipairs { flow.await_any, flow.await_all, flow.await_any, flow.await_any } do
+        for _ = 1, 3 do
+          raises("Timeout", flow.with_timeout, 1, wait, tasks)
+        end
+      end
+      local log, note = recorder()
+      local waiter = flow.spawn(function()
+        note(select("#", flow.await_all(tasks)))
+      end)
+      flow.yield()
+      for i = 1, n do sources[i]:set_result(i) end
+      waiter:await()
+      assert.same({ tostring(n) }, log)
+    end
+  end))
+
+  it("is interrupted once, also when an input completes before it goes on", in_task(function()
+    for _, n in ipairs { 2, 30 } do
+      local sources, tasks = gates(n)
+      local waiter = flow.spawn(function()
+        raises("OperationCanceled", flow.await_any, tasks)
+        raises("OperationCanceled", flow.await_any, sources[2].task, sources[2].task)
+        assert.equal(tasks[1], (flow.await_any(tasks)))
+      end)
+      flow.yield()
+      waiter:cancel("enough")
+      sources[1]:set_result()
+      waiter:await()
+      local other = flow.spawn(flow.await_any, tasks)
+      flow.yield()
+      assert.equal(tasks[1], (other:await()))
+    end
+  end))
+
+  local closed = {}
+
+  it("survives that somebody closes its coroutine", in_task(function()
+    for _, n in ipairs { 2, 30 } do
+      for _, wait in ipairs { flow.await_any, flow.await_all } do
+        local sources, tasks = gates(n)
+        for _ = 1, 3 do
+          tasks[n + 1] = flow.spawn(flow.yield)
+          flow.await_any(tasks)
+        end
+        tasks[n + 1] = nil
+        local held = {}
+        closed[#closed + 1] = flow.spawn(function()
+          held.co = coroutine.running()
+          wait(tasks)
+        end)
+        flow.yield()
+        flow.on_unobserved_exception(function() end)
+        coroutine.close(held.co)
+        held.co = nil
+        helper.collect()
+        for i = n, 2, -1 do
+          sources[i], tasks[i] = nil, nil
+        end
+        helper.collect()
+        local other = flow.spawn(flow.await_any, tasks[1], flow.delay(1))
+        flow.yield()
+        sources[1]:set_result("it")
+        assert.equal(tasks[1], (other:await()))
+        helper.collect()
+      end
+    end
+  end))
+
+  it("tells what it waits for", in_task(function()
+    local sources, tasks = gates(2)
+    local waiter = flow.spawn(function() flow.await_any(tasks) end)
+    waiter.name = "waiter"
+    flow.yield()
+    assert.truthy(waiter:traceback():find("waiter", 1, true))
+    assert.truthy(tasks[2]:traceback():find("awaited by task 'when_any'", 1, true))
+    assert.truthy(tasks[2]:traceback():find("awaited by task 'waiter'", 1, true))
+    sources[1]:set_result()
+    waiter:await()
+  end))
+
+  it("may begin where a finalizer completes an input", in_task(function()
+    local sources, tasks, left
+    local function garbage()
+      setmetatable({}, { __gc = function()
+        if left == 0 then return end
+        left = left - 1
+        sources[3 + left]:try_set_result(left)
+        garbage()
+      end })
+    end
+    for _, wait in ipairs { flow.await_any, flow.await_all, flow.await_any } do
+      sources, tasks = gates(20)
+      for i = 1, 20 do -- all have a waiter, so that the next one creates a table of them
+        flow.spawn(flow.try_await, tasks[i])
+      end
+      flow.yield()
+      left = 3
+      garbage()
+      local driver = flow.spawn(function()
+        while left > 0 do
+          collectgarbage()
+          flow.sleep(1)
+        end
+        for i = 1, 20 do sources[i]:try_set_result(i) end
+      end)
+      local got = table.pack(wait(tasks))
+      if wait == flow.await_any then
+        assert.is_true(got[1].is_completed)
+        assert.equal(tasks[got[2]], got[1])
+      else
+        assert.same({ 20, 1, 0, 20 }, { got.n, got[1], got[3], got[20] })
+      end
+      driver:await()
+    end
+  end))
+
+  it("gives what a simple model gives, over and over", in_task(function()
+    local seed = 4711
+    local function random(n)
+      seed = (seed * 1103515245 + 12345) % 2 ^ 31
+      return seed // 65536 % n + 1
+    end
+    local sources, tasks = gates(40)
+    local waits, ended = 0, false
+    local function waiter(rounds)
+      for _ = 1, rounds do
+        local size = ({ 1, 3, 8, 9, 20, 40 })[random(6)]
+        local set, keys, from = {}, {}, random(40)
+        for i = 1, size do set[i] = tasks[(from + i) % 40 + 1] end
+        if random(4) == 1 then set[#set + 1] = set[1] end
+        for i, task in ipairs(set) do keys[i] = task end
+        local how = random(5)
+        if how == 1 then
+          pcall(flow.with_timeout, 1, flow.await_any, set)
+        elseif how == 2 then
+          pcall(flow.with_timeout, 2, flow.await_all, set)
+        else
+          local pending = true
+          for _, task in ipairs(set) do pending = pending and not task.is_completed end
+          local task, key = flow.await_any(set)
+          assert.equal(keys[key], task)
+          assert.is_true(task.is_completed)
+          if not pending then
+            for i = 1, key - 1 do assert.is_false(keys[i].is_completed) end
+          end
+        end
+        waits = waits + 1
+      end
+    end
+    local waiters = {}
+    local rounds = helper.many(60, 6)
+    for i = 1, 6 do waiters[i] = flow.spawn(waiter, rounds) end
+    local driver = flow.spawn(function()
+      while not ended do
+        local i = random(40)
+        sources[i]:try_set_result(i)
+        if random(3) == 1 then
+          sources[i] = flow.TaskCompletionSource()
+          tasks[i] = sources[i].task
+        end
+        if random(20) == 1 then collectgarbage() end
+        flow.sleep(random(10) / 10)
+      end
+    end)
+    flow.await_all(waiters)
+    ended = true
+    driver:await()
+    assert.equal(6 * rounds, waits)
+  end))
+end)
+
 describe("combinators together", function()
   it("nest", in_task(function()
     local any = flow.when_any(after(2, "a"), after(1, "b"))

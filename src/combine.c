@@ -4,7 +4,20 @@
 ** A combinator embeds one wait for every input. It is held by its inputs, and holds them in a list
 ** (OP_INPUT) copied at the call; keyed inputs keep their keys beside (OP_KEYS). It lands once, as
 ** soon as enough inputs are complete, and then withdraws from those that are not: a loop of when_any
-** over one long-lived task leaves nothing behind.
+** over one long-lived task leaves nothing behind. The list of a when_all becomes its result: the value of
+** an input takes its place as soon as it is complete, while it is at hand.
+**
+** await_all and await_any of up to MANY inputs do without a task of their own. Their combinator is *direct*:
+** it is taken from the spares of the runtime and given back at the end of the wait, it never lands, and the
+** stack of the C function that waits is its list:
+**
+**     [combinator] [nil] [input] [input] …        or, from a table,   … [key] [input] [key] [input] …
+**
+** The fiber waits for it as for any task (so it is interrupted, closed and reported like any), the inputs hold
+** it, it holds the fiber. When enough inputs are complete the fiber becomes ready; when it goes on, for whatever
+** reason, it withdraws from the inputs (leave). If it never goes on (somebody has closed its coroutine, or it
+** was abandoned) the combinator is garbage as soon as the inputs are. Only leave, which has the inputs on the
+** stack, looks at an input from the combinator's side: its waits may outlive those inputs that have died.
 **
 ** Nothing is registered before every input is known to be awaitable. The order of inputs is that of
 ** the arguments, of the list, or of the table's traversal at the call.
@@ -22,11 +35,25 @@ struct combine {
   uint32_t first;       /* of when_any: the index of the winner */
   uint32_t done, taken; /* of when_each: how far the order of completion is known, and handed out */
   bool list;            /* the result carries n */
+  bool failed, canceled; /* of when_all: an input was */
+  bool direct, large;    /* of await_all and await_any; its size */
+  bool fired, pairs;     /* of these: enough inputs are complete; a key lies below each input */
+  bool later;            /* somebody else awaits one of the inputs */
+  uint8_t mark;          /* that its inputs bear: task.mark */
+  uint32_t kept, mine;   /* how many tasks keep it, and how many of these it waits for now */
   struct wait waits[];
 };
+#define WAIT_FAILED (UINT32_MAX - 1) /* pos, of an input that is complete but did not succeed */
+
+enum { FEW = 8, MANY = 128, MAX_SPARES = 64 };
 
 /* of when_each, behind the waits: the inputs in order of completion */
 static uint32_t *order(struct combine *c) { return (uint32_t *)(void *)&c->waits[c->count]; }
+
+/* where the stack of an await_all or await_any holds input k */
+static int place(const struct combine *c, uint32_t k) {
+  return (int)(c->pairs ? 4 + 2 * k : 3 + k);
+}
 
 /* ---- inputs ---- */
 
@@ -47,7 +74,7 @@ static lua_Integer collect(lua_State *L, bool *list) {
     lua_settop(L, n);
     for (int i = 1; i <= n; i++)
       if (task_awaitable(L, i) == NULL) luaL_typeerror(L, i, "Task or awaitable");
-    lua_createtable(L, n, 0);
+    lua_createtable(L, n, 1); /* it may become the result, which has n */
     lua_insert(L, 1);
     for (int i = n; i >= 1; i--) lua_rawseti(L, 1, i);
     lua_pushnil(L);
@@ -65,15 +92,23 @@ static lua_Integer collect(lua_State *L, bool *list) {
   }
   luaL_argcheck(L, size >= 0 && size < 100000000, 1, "field 'n' is out of range");
   lua_settop(L, 1);
-  lua_createtable(L, (int)(*list ? size : count), 0); /* table tasks */
+  lua_createtable(L, (int)(*list ? size : count), *list); /* table tasks */
   if (*list) {
     for (lua_Integer i = 1; i <= size; i++) {
-      lua_pushinteger(L, i);
-      lua_rawgeti(L, 1, i);
-      check_input(L, 4, 3);
+      if (lua_rawgeti(L, 1, i) == LUA_TNIL && !counted) { /* as many other keys as holes: no list */
+        *list = false;
+        lua_settop(L, 2);
+        break;
+      }
+      if (object_test(L, 3, TAG_TASK) == NULL) {
+        lua_pushinteger(L, i);
+        check_input(L, 3, 4);
+        lua_settop(L, 3);
+      }
       lua_rawseti(L, 2, i);
-      lua_settop(L, 2);
     }
+  }
+  if (*list) {
     lua_pushnil(L);
     lua_remove(L, 1);
     return size;
@@ -121,6 +156,17 @@ static void push_key(lua_State *L, int i, uint32_t k) {
   }
 }
 
+/* [-0, +1, -] the first value of the task t at i, which has succeeded */
+static void push_first(lua_State *L, int i, const struct task *t) {
+  lua_getiuservalue(L, i, TASK_RESULT);
+  if (t->flags & TASK_MANY && lua_istable(L, -1)) {
+    lua_rawgeti(L, -1, 1);
+    lua_remove(L, -2);
+  }
+}
+
+static void keep_outcome(lua_State *L, struct combine *c, int inputs, uint32_t k, int on);
+
 /* [-0, +0, m] waits for the inputs, and lands if enough are complete; the combinator is at index 1 */
 static void watch_inputs(lua_State *L, struct combine *c) {
   struct runtime *rt = runtime(L);
@@ -132,10 +178,15 @@ static void watch_inputs(lua_State *L, struct combine *c) {
   for (uint32_t k = 0; k < c->count; k++) {
     lua_rawgeti(L, inputs, (lua_Integer)k + 1);
     struct task *t = (struct task *)lua_touserdata(L, -1);
-    if (!task_done(t) && wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k))
+    if (t->waiters == NULL && !task_done(t)) {
+      wait_first(L, inputs + 1, t, &c->waits[k], 1, WAIT_INPUT + k);
+      c->left++;
+    } else if (wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k))
       c->left++;
     else if (each)
       order(c)[c->done++] = k;
+    else if (!any)
+      keep_outcome(L, c, inputs, k, inputs + 1);
     lua_settop(L, inputs);
     if (any && task_done(&c->task)) break; /* a finalizer completed an input */
     if (any && task_done(t)) {
@@ -163,22 +214,64 @@ static void unwatch(lua_State *L, int i, struct combine *c) {
   lua_settop(L, inputs - 1);
 }
 
-void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w) {
+/* [-0, +0, -] input k of a when_all, at `on`, is complete: in the list at `inputs` its first value takes its
+** place, so that nothing has to be looked at again when the last one is complete; a failure stays */
+static void keep_outcome(lua_State *L, struct combine *c, int inputs, uint32_t k, int on) {
+  const struct task *t = (const struct task *)lua_touserdata(L, on);
+  if (t->state != TASK_SUCCEEDED) {
+    c->failed = c->failed || t->state == TASK_FAULTED;
+    c->canceled = true;
+    c->waits[k].pos = WAIT_FAILED;
+    return;
+  }
+  push_first(L, on, t);
+  lua_rawseti(L, inputs, (lua_Integer)k + 1);
+}
+
+/* [-0, +0, -] enough inputs of the await_any or await_all at i are complete: its fiber goes on */
+static void fire(lua_State *L, struct runtime *rt, int i, struct combine *c) {
+  struct wait *w = c->task.waiters;
+  c->fired = true;
+  if (w == NULL) return; /* it has not parked yet, or was interrupted */
+  if (w->next != w) {    /* found by debug, and awaited by others */
+    wait_notify(L, rt, i);
+    return;
+  }
+  c->task.waiters = NULL;
+  w->on = NULL;
+  lua_getiuservalue(L, i, TASK_WAITERS);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, TASK_WAITERS);
+  fiber_wake(L, rt, i + 1, container_of(w, struct fiber, u.wait));
+  lua_settop(L, i);
+}
+
+void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int on) {
   uint32_t k = w->role - WAIT_INPUT;
   struct combine *c = container_of(w - k, struct combine, waits);
   c->left--;
   switch (task_kind(&c->task)) {
     case KIND_ALL:
+      if (c->direct) {
+        if (c->left == 0) fire(L, rt, i, c);
+        break;
+      }
+      lua_getiuservalue(L, i, OP_INPUT);
+      keep_outcome(L, c, i + 1, k, on);
+      lua_settop(L, i);
       if (c->left == 0) loop_land(L, rt, i, &c->task);
       break;
     case KIND_ANY:
-      if (c->task.flags & TASK_LINKED || task_done(&c->task)) break;
+      if (c->fired || c->task.flags & TASK_LINKED || task_done(&c->task)) break;
       c->first = k;
-      loop_land(L, rt, i, &c->task);
+      if (c->direct)
+        fire(L, rt, i, c);
+      else
+        loop_land(L, rt, i, &c->task);
       break;
     default:
       order(c)[c->done++] = k;
-      if (c->task.waiters) wait_notify(L, rt, i);
+      if (task_waiters(&c->task)) wait_notify(L, rt, i);
   }
 }
 
@@ -201,16 +294,25 @@ static bool has_nil(lua_State *L, int i, lua_Integer n) {
   return found;
 }
 
-/* [-0, +1, m] the Aggregate of the errors of the n inputs in the list at `inputs`; how many */
-static uint32_t push_aggregate(lua_State *L, int inputs, uint32_t n, int *first) {
+/* [-0, +1, -] input k of a combinator whose list is at `inputs`, or whose inputs are on the stack */
+static struct task *push_input(lua_State *L, const struct combine *c, int inputs, uint32_t k) {
+  if (c->direct)
+    lua_pushvalue(L, place(c, k));
+  else
+    lua_rawgeti(L, inputs, (lua_Integer)k + 1);
+  return (struct task *)lua_touserdata(L, -1);
+}
+
+/* [-0, +1, m] the Aggregate of the errors of a combinator's inputs; how many, and which comes first */
+static uint32_t push_aggregate(lua_State *L, const struct combine *c, int inputs, uint32_t *first) {
   lua_Integer count = 0;
   lua_newtable(L);
   int errors = lua_gettop(L);
-  for (uint32_t k = 1; k <= n; k++) {
-    lua_rawgeti(L, inputs, k);
-    struct task *t = (struct task *)lua_touserdata(L, -1);
+  for (uint32_t k = 0; k < c->count; k++) {
+    if (!c->direct && c->waits[k].pos != WAIT_FAILED) continue; /* its place holds a value */
+    struct task *t = push_input(L, c, inputs, k);
     if (t->state == TASK_FAULTED) {
-      if (count == 0) *first = (int)k;
+      if (count == 0) *first = k;
       t->flags |= TASK_OBSERVED;
       lua_getiuservalue(L, -1, TASK_RESULT);
       if (t->flags & TASK_AGGREGATE) { /* of a when_all: its errors are laid beside the others */
@@ -241,42 +343,32 @@ static void land_all(lua_State *L, int i, struct combine *c) {
   struct runtime *rt = runtime(L);
   lua_getiuservalue(L, i, OP_INPUT);
   int inputs = lua_gettop(L);
-  bool failed = false;
-  uint32_t canceled = 0;
-  for (uint32_t k = 1; k <= c->count; k++) {
-    lua_rawgeti(L, inputs, k);
-    struct task *t = (struct task *)lua_touserdata(L, -1);
-    failed = failed || t->state == TASK_FAULTED;
-    if (canceled == 0 && t->state == TASK_CANCELED) canceled = k;
-    lua_settop(L, inputs);
-  }
-  if (failed) {
-    int first = 0;
-    c->left = push_aggregate(L, inputs, c->count, &first);
+  if (c->failed) {
+    uint32_t first = 0;
+    c->left = push_aggregate(L, c, inputs, &first);
     c->task.flags |= TASK_AGGREGATE;
-    lua_rawgeti(L, inputs, first);
+    lua_rawgeti(L, inputs, (lua_Integer)first + 1);
     lua_insert(L, -2);
     task_settle_faulted(L, rt, i, lua_gettop(L) - 1);
-  } else if (canceled) {
-    lua_rawgeti(L, inputs, canceled);
+  } else if (c->canceled) {
+    uint32_t first = 0;
+    while (c->waits[first].pos != WAIT_FAILED) first++;
+    lua_rawgeti(L, inputs, (lua_Integer)first + 1);
     task_settle_like(L, rt, i, lua_gettop(L));
+  } else if (c->list) { /* the list has become the result */
+    lua_pushinteger(L, c->count);
+    lua_setfield(L, inputs, "n");
+    task_settle(L, rt, i, 1);
+    return;
   } else {
-    lua_createtable(L, c->list ? (int)c->count : 0, c->list ? 1 : (int)c->count);
-    int result = lua_gettop(L);
-    for (uint32_t k = 0; k < c->count; k++) {
-      push_key(L, i, k);
-      lua_rawgeti(L, inputs, (lua_Integer)k + 1);
-      struct task *t = (struct task *)lua_touserdata(L, -1);
-      lua_getiuservalue(L, -1, TASK_RESULT);
-      if (t->flags & TASK_MANY && lua_istable(L, -1)) lua_rawgeti(L, -1, 1);
-      lua_replace(L, result + 2);
-      lua_settop(L, result + 2);
-      lua_rawset(L, result);
+    lua_createtable(L, 0, (int)c->count);
+    lua_getiuservalue(L, i, OP_KEYS);
+    for (uint32_t k = 1; k <= c->count; k++) { /* inputs result keys */
+      lua_rawgeti(L, inputs + 2, k);
+      lua_rawgeti(L, inputs, k);
+      lua_rawset(L, inputs + 1);
     }
-    if (c->list) {
-      lua_pushinteger(L, c->count);
-      lua_setfield(L, result, "n");
-    }
+    lua_settop(L, inputs + 1);
     task_settle(L, rt, i, 1);
   }
   lua_settop(L, inputs - 1);
@@ -425,14 +517,337 @@ static int await_all(lua_State *L) {
   return fiber_await(L, rt, me, &c->task, await_all_k);
 }
 
-static int l_await_all(lua_State *L) {
+static int combined_await_all(lua_State *L) {
   l_when_all(L);
   return await_all(L);
 }
 
-static int l_await_any(lua_State *L) {
+static int combined_await_any(lua_State *L) {
   l_when_any(L);
   return fiber_await_value(L);
+}
+
+/* ---- await_all and await_any in direct style ---- */
+
+/* [-0, +1, m] a combinator for up to n inputs, which nobody else sees */
+static struct combine *take(lua_State *L, struct runtime *rt, int kind, uint32_t n) {
+  bool large = n > FEW;
+  struct combine *c = (struct combine *)rt->spares[large];
+  if (c != NULL) {
+    rt->spares[large] = c->task.next;
+    rt->spare_count[large]--;
+    c->task.next = NULL;
+    lua_rawgeti(L, UP_ANCHORS, c->task.slot);
+  } else {
+    size_t size = sizeof *c + (large ? MANY : FEW) * sizeof(struct wait);
+    c = (struct combine *)task_new(L, kind, size, 2, true);
+    c->direct = true;
+    c->large = large;
+    c->mark = (uint8_t)(1 + rt->marks++ % 127);
+  }
+  task_release(L, &c->task); /* a waiter that is collected takes it along */
+  c->task.tag = TAG_TASK | (uint32_t)kind;
+  c->count = c->mine = 0;
+  c->left = 1; /* until all are looked at */
+  c->fired = c->later = false;
+  return c;
+}
+
+/* ---- habit: inputs that many awaits have in common ----
+**
+** A loop of await_any over a hundred long-lived tasks would store a hundred references and remove them
+** again, each time round. So a task that meets the same combinator for the second time *keeps* it: its
+** TASK_WAITERS goes on to hold the combinator when nobody waits, and t->waiters points to the node that it
+** had there, which tells the combinator. Such a node is none of the list: its `on` is not this task.
+**
+** A combinator holds its fiber only during a wait. What a task keeps must not be used for a wait that the task
+** is not in: it would keep a stranger alive. `kept` counts the tasks that keep it, dead ones included; a wait
+** among whose inputs they are not all gives the combinator up.
+**
+** Invariant: of a task that keeps a combinator, the list is empty or the combinator's one node: whoever joins
+** the list first calls combine_forget. */
+
+static struct combine *combine_of(struct wait *w) {
+  return container_of(w - (w->role - WAIT_INPUT), struct combine, waits);
+}
+
+/* the task t keeps nothing; the caller sees to what TASK_WAITERS holds */
+static void unkeep(struct task *t) {
+  struct wait *w = t->waiters;
+  struct combine *c = combine_of(w);
+  c->kept--;
+  if (w->on == t)
+    c->mine--;
+  else
+    t->waiters = NULL;
+  t->keeps = t->mark = 0;
+}
+
+void combine_forget(lua_State *L, int i) {
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  unkeep(t);
+  if (t->waiters != NULL) return;
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, TASK_WAITERS);
+}
+
+/* [-0, +0, -] the wait of the function that has c at index 1 is over, however it ended */
+static void leave(lua_State *L, struct runtime *rt, struct combine *c) {
+  bool spare = c->kept == c->mine && c->task.waiters == NULL &&
+               rt->spare_count[c->large] < (c->large ? MAX_SPARES / 8 : MAX_SPARES);
+  for (uint32_t k = 0; k < c->count; k++) {
+    struct wait *w = &c->waits[k];
+    struct task *t = w->on;
+    if (t == NULL) continue;
+    if (w->next == w && w->pos == 0) { /* mostly: nobody else waits for it */
+      w->on = NULL;
+      if (t->keeps) {
+        if (!spare) combine_forget(L, place(c, k));
+        continue;
+      }
+      t->waiters = NULL;
+      lua_pushnil(L);
+      lua_setiuservalue(L, place(c, k), TASK_WAITERS);
+    } else
+      wait_remove(L, place(c, k), w);
+  }
+  if (!spare) {
+    task_forget(L, &c->task);
+    return;
+  }
+  task_hold(L, 1, &c->task);
+  c->task.next = rt->spares[c->large];
+  rt->spares[c->large] = &c->task;
+  rt->spare_count[c->large]++;
+}
+
+/* of the inputs from k on, which is complete, the first complete one in input order: a list may lie here
+** in another order */
+static uint32_t first_done(lua_State *L, const struct combine *c, uint32_t k) {
+  if (!c->pairs || !c->list) return k;
+  for (uint32_t j = 0; j < c->count; j++)
+    if (!lua_isinteger(L, place(c, j) - 1)) return k; /* no list, after all */
+  for (uint32_t j = k + 1; j < c->count; j++)
+    if (task_done((struct task *)lua_touserdata(L, place(c, j))) &&
+        lua_tointeger(L, place(c, j) - 1) < lua_tointeger(L, place(c, k) - 1))
+      k = j;
+  return k;
+}
+
+/* [-0, +0, -] input k is on top, at its place: waits for it if that can be done at once. Nothing runs
+** and nothing is created, so a table may be traversed meanwhile. False: it is no task. */
+static bool watch_plain(lua_State *L, struct combine *c, uint32_t k, int i) {
+  struct task *t = (struct task *)object_test(L, -1, TAG_TASK);
+  if (t == NULL) return false;
+  if (task_done(t)) {
+    if (!c->fired && task_is(&c->task, KIND_ANY)) {
+      c->first = k;
+      c->fired = true;
+    }
+    return true;
+  }
+  if (c->fired) return true;
+  struct wait *w = &c->waits[k];
+  if (t->waiters == NULL) {
+    wait_first(L, i, t, w, 1, WAIT_INPUT + k);
+    if (c->large && t->mark == c->mark) {
+      t->keeps = 1;
+      c->kept++;
+      c->mine++;
+    } else if (c->large)
+      t->mark = c->mark & 0x7f;
+  } else if (t->waiters->on != t && combine_of(t->waiters) == c) { /* it is held by t already */
+    w->next = w->prev = t->waiters = w;
+    w->on = t;
+    w->pos = 0;
+    w->role = WAIT_INPUT + k;
+    c->mine++;
+  } else {
+    c->later = true;
+    return true;
+  }
+  c->left++;
+  return true;
+}
+
+/* [-0, +0, m] waits for those inputs that others await already, too */
+static void watch_shared(lua_State *L, struct combine *c) {
+  for (uint32_t k = 0; k < c->count && !c->fired; k++) {
+    int i = place(c, k);
+    if (c->waits[k].on != NULL || task_done((struct task *)lua_touserdata(L, i))) continue;
+    if (wait_add(L, i, &c->waits[k], 1, WAIT_INPUT + k))
+      c->left++;
+    else if (task_is(&c->task, KIND_ANY) && !c->fired) {
+      c->first = k;
+      c->fired = true;
+    }
+  }
+}
+
+/* [-0, +n, m] lays out the inputs in the table at 2. False: it takes a closer look to tell what they are. */
+static bool watch_table(lua_State *L, struct combine *c, lua_Integer size) {
+  uint32_t room = c->large ? MANY : FEW;
+  bool all = task_is(&c->task, KIND_ALL), ordered = true, plain = true;
+  luaL_checkstack(L, 2 * (int)size + LUA_MINSTACK, NULL);
+  int i = c->pairs ? 4 : 3;
+  if (!c->pairs)
+    for (; c->count < size && plain; i++) {
+      lua_rawgeti(L, 2, (lua_Integer)c->count + 1);
+      plain = watch_plain(L, c, c->count++, i);
+    }
+  else
+    for (lua_pushnil(L); lua_next(L, 2) && plain; i += 2) {
+      if (c->count == room || (c->count >= size && !lua_checkstack(L, LUA_MINSTACK))) return false;
+      plain = watch_plain(L, c, c->count++, i);
+      if (all)
+        ordered = ordered && lua_isinteger(L, -2) && lua_tointeger(L, -2) == (lua_Integer)c->count;
+      lua_pushvalue(L, -2);
+    }
+  c->list = c->count == size;
+  return plain && c->count > 0 && (ordered || !c->list);
+}
+
+/* the arguments are again what they were: a table, or the inputs */
+static void give_back(lua_State *L) {
+  lua_remove(L, 1);
+  if (lua_isnil(L, 1))
+    lua_remove(L, 1);
+  else
+    lua_settop(L, 1);
+}
+
+static int await_several(lua_State *L, int kind, lua_KFunction k, lua_CFunction combined) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  struct combine *c;
+  int n = lua_gettop(L);
+  if (me->co != L || !lua_isyieldable(L)) return combined(L);
+  if (n == 1 && lua_istable(L, 1) && luaL_getmetafield(L, 1, "__await") == LUA_TNIL) {
+    lua_pushliteral(L, "n");
+    bool counted = lua_rawget(L, 1) == LUA_TNUMBER && lua_isinteger(L, -1);
+    lua_Integer size = counted ? lua_tointeger(L, -1) : (lua_Integer)lua_rawlen(L, 1);
+    lua_settop(L, 1);
+    if (size < 0 || size > MANY) return combined(L);
+    c = take(L, rt, kind, (uint32_t)size);
+    lua_insert(L, 1); /* combinator table */
+    c->pairs = !counted;
+    if (!watch_table(L, c, size)) {
+      leave(L, rt, c);
+      give_back(L);
+      return combined(L);
+    }
+  } else {
+    lua_settop(L, n);
+    if (n == 0 || n > MANY) return combined(L);
+    for (int i = 1; i <= n; i++)
+      if (task_awaitable(L, i) == NULL) luaL_typeerror(L, i, "Task or awaitable");
+    c = take(L, rt, kind, (uint32_t)n);
+    lua_pushnil(L);
+    lua_rotate(L, 1, 2); /* combinator nil inputs */
+    c->pairs = false;
+    c->list = true;
+    for (; c->count < (uint32_t)n; c->count++) {
+      lua_pushvalue(L, place(c, c->count));
+      watch_plain(L, c, c->count, place(c, c->count));
+      lua_pop(L, 1);
+    }
+  }
+  if (c->fired)
+    c->first = first_done(L, c, c->first);
+  else if (c->later)
+    watch_shared(L, c);
+  if (--c->left == 0) c->fired = true;
+  if (c->fired) return k(L, LUA_OK, 0);
+  if (c->kept != c->mine) { /* a task keeps it that is not among the inputs */
+    leave(L, rt, c);
+    give_back(L);
+    return combined(L);
+  }
+  lua_pushnil(L);
+  lua_replace(L, 2); /* what else the table holds is none of ours */
+  struct scope *s = me->member.scope;
+  if (s->canceled && !(me->task.flags & TASK_DEAF)) {
+    leave(L, rt, c);
+    return scope_throw(L, s);
+  }
+  task_push(L, &me->task);
+  wait_first(L, 1, &c->task, &me->u.wait, lua_gettop(L), WAIT_FIBER);
+  me->task.state = TASK_WAITING;
+  if (!s->armed) task_release(L, &me->task);
+  lua_settop(L, -2);
+  return fiber_suspend(L, me, 0, k);
+}
+
+/* false: somebody else has resumed the coroutine; raises when its scope has. In either case nothing is known
+** but the stack: an interruption has withdrawn the fiber from c, and leaves the inputs to us. */
+static bool is_over(lua_State *L, struct combine *c) {
+  struct runtime *rt = runtime(L);
+  const struct fiber *me = (const struct fiber *)rt->me;
+  if (me->task.flags & TASK_INTERRUPTED && me->co == L) {
+    leave(L, rt, c);
+    fiber_resumed(L, rt);
+  }
+  if (c->fired) leave(L, rt, c);
+  return c->fired;
+}
+
+static int any_k(lua_State *L, int status, lua_KContext ctx) {
+  struct combine *c = (struct combine *)lua_touserdata(L, 1);
+  (void)status;
+  if (!is_over(L, c)) return lua_yieldk(L, 0, ctx, any_k);
+  int i = place(c, c->first); /* it is free for others, but nobody runs yet */
+  lua_pushvalue(L, i);
+  if (c->pairs)
+    lua_pushvalue(L, i - 1);
+  else
+    lua_pushinteger(L, (lua_Integer)c->first + 1);
+  return 2;
+}
+
+static int all_k(lua_State *L, int status, lua_KContext ctx) {
+  struct combine *c = (struct combine *)lua_touserdata(L, 1);
+  (void)status;
+  if (!is_over(L, c)) return lua_yieldk(L, 0, ctx, all_k);
+  struct combine was = *c; /* what follows may run finalizers, which may use it */
+  c = &was;
+  uint32_t n = c->count, canceled = n;
+  int top = place(c, n - 1);
+  bool failed = false;
+  lua_settop(L, top);
+  luaL_checkstack(L, (int)n, "too many tasks");
+  for (uint32_t j = 0; j < n; j++) {
+    const struct task *t = (const struct task *)lua_touserdata(L, place(c, j));
+    failed = failed || t->state == TASK_FAULTED;
+    if (canceled == n && t->state == TASK_CANCELED) canceled = j;
+  }
+  if (failed) {
+    uint32_t first = 0;
+    bool one = push_aggregate(L, c, 0, &first) == 1;
+    if (one)
+      return task_push_outcome(L, place(c, first),
+                               (struct task *)lua_touserdata(L, place(c, first)));
+    error_remember(L, place(c, first));
+    return lua_error(L);
+  }
+  if (canceled < n)
+    return task_push_outcome(L, place(c, canceled),
+                             (struct task *)lua_touserdata(L, place(c, canceled)));
+  if (!c->list) lua_createtable(L, 0, (int)n);
+  for (uint32_t j = 0; j < n; j++) {
+    int i = place(c, j);
+    if (!c->list) lua_pushvalue(L, i - 1);
+    push_first(L, i, (const struct task *)lua_touserdata(L, i));
+    if (!c->list) lua_rawset(L, top + 1);
+  }
+  return c->list ? (int)n : 1;
+}
+
+static int l_await_all(lua_State *L) {
+  return await_several(L, KIND_ALL, all_k, combined_await_all);
+}
+
+static int l_await_any(lua_State *L) {
+  return await_several(L, KIND_ANY, any_k, combined_await_any);
 }
 
 static const luaL_Reg functions[] = {{"when_all", l_when_all},

@@ -179,9 +179,12 @@ struct task {
   uint8_t state, traits;
   uint16_t flags;
   struct task *next;    /* on the ready or the landing list */
-  struct wait *waiters; /* the last one of a circular list */
+  struct wait *waiters; /* the last one of a circular list; NULL, or one with another `on`: none */
   int32_t slot;         /* in the anchors; 0: none */
-  uint32_t label;       /* of a fiber: index of "file:line" in the labels */
+  uint32_t label : 24;  /* of a fiber: index of "file:line" in the labels */
+  uint32_t
+      mark : 7; /* of the combinator that last waited for it in direct style, or 0 (combine.c) */
+  uint32_t keeps : 1; /* TASK_WAITERS holds the combinator of t->waiters, list or no list */
 };
 
 /* What can be interrupted: fibers and operations begin so. The link is in the list of the token that the
@@ -332,6 +335,10 @@ struct runtime {
   bool rearm_busy;
   size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
 
+  struct task *spares[2]; /* of await_all and await_any (combine.c), few inputs and many */
+  int spare_count[2];
+  uint8_t marks; /* given to them */
+
   struct timer_entry *timers;
   size_t timer_count, timer_size;
   uint64_t timer_order;
@@ -410,6 +417,9 @@ void error_open(lua_State *L);
 
 /* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
 
+static inline struct wait *task_waiters(const struct task *t) {
+  return t->waiters != NULL && t->waiters->on == t ? t->waiters : NULL;
+}
 static inline bool task_done(const struct task *t) { return t->state >= TASK_SUCCEEDED; }
 static inline int task_kind(const struct task *t) { return (int)(t->tag & 0xff); }
 static inline bool task_is(const struct task *t, int kind) { return task_kind(t) == kind; }
@@ -427,8 +437,18 @@ void task_weaken(lua_State *L,
                  int i); /* [-0, +0, m] the operation at i may die while it is parked */
 void task_forget_weak(lua_State *L,
                       const void *p); /* [-0, +0, -] the address p means nothing now */
+/* The only waiter of the pending task t at `on`, by absolute indices. [-0, +0, -] */
+static inline void wait_first(lua_State *L, int on, struct task *t, struct wait *w, int owner,
+                              uint32_t role) {
+  lua_pushvalue(L, owner);
+  lua_setiuservalue(L, on, TASK_WAITERS);
+  w->next = w->prev = t->waiters = w;
+  w->on = t;
+  w->pos = 0;
+  w->role = role;
+}
 bool wait_add(lua_State *L, int on, struct wait *w, int owner,
-              uint32_t role); /* [-0, +0, m] false: it is complete */
+              uint32_t role); /* [-0, +0, m] false: it is complete; `on` is absolute */
 void wait_remove(lua_State *L, int on,
                  struct wait *w); /* [-0, +0, -] from the task at on, or nil */
 void wait_owner(lua_State *L, int on, const struct wait *w); /* [-0, +1, -] */
@@ -519,8 +539,9 @@ void fiber_open(lua_State *L);
 
 /* ---- combine.c ---- */
 
-void combine_fire(lua_State *L, struct runtime *rt, int i,
-                  struct wait *w); /* [-0, +0, -] an input is complete */
+void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w,
+                  int on);                /* [-0, +0, -] the input at `on` is complete */
+void combine_forget(lua_State *L, int i); /* [-0, +0, -] the input at i keeps no combinator */
 void combine_land(lua_State *L, int i);
 void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */
 void combine_open(lua_State *L);

@@ -262,7 +262,7 @@ static void render_live(lua_State *L, int i) {
                     lua_tostring(L, at + 3));
     lua_replace(L, at + 1);
     lua_settop(L, at + 1);
-    if (t->waiters == NULL) break;
+    if (task_waiters(t) == NULL) break;
     wait_owner(L, at, t->waiters->next);
     lua_replace(L, at);
   }

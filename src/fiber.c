@@ -113,7 +113,7 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
     lua_pushnil(L);
     return;
   }
-  if (lua_status(co) == LUA_OK &&
+  if (co != L && lua_status(co) == LUA_OK &&
       !lua_getstack(co, 0, &ar)) { /* not started: it lies below the call */
     if (lua_gettop(co) <= BOTTOM)
       lua_pushnil(co);
@@ -121,8 +121,8 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
       lua_pushvalue(co, BOTTOM + 1 + n);
   } else {
     while (lua_getstack(co, high, &ar)) low = high, high *= 2;
-    while (high - low > 1) { /* the outermost level lies between */
-      int middle = low + (high - low) / 2;
+    int middle = high - 1;
+    for (; high - low > 1; middle = low + (high - low) / 2) { /* the outermost level lies between */
       if (lua_getstack(co, middle, &ar))
         low = middle;
       else
@@ -503,6 +503,7 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   struct wait *w = &me->u.wait;
   rt->inlined--;
   loop_unready(rt, on);
+  if (on->keeps) combine_forget(L, 1);
   w->pos = WAIT_INLINE; /* so that the circle is seen and the waiter is named */
   w->role = WAIT_FIBER;
   w->next = w->prev = w; /* it has not started: nobody else waits for it before us … */
@@ -834,8 +835,7 @@ static int l_try_await(lua_State *L);
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
-  (void)status;
-  fiber_resumed(L, runtime(L));
+  if (status == LUA_YIELD) fiber_resumed(L, runtime(L));
   if (!task_done(on)) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
   return task_push_outcome(L, 1, on);
 }
@@ -894,8 +894,7 @@ static int l_wait(lua_State *L) {
 
 static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *t = (struct task *)ctx;
-  (void)status;
-  fiber_resumed(L, runtime(L));
+  if (status == LUA_YIELD) fiber_resumed(L, runtime(L));
   if (!task_done(t)) return lua_yieldk(L, 0, ctx, try_await_k);
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);

@@ -9,7 +9,8 @@
 ** list, which gives order and O(1) removal; what keeps the waiters alive is beside it, in the user
 ** value TASK_WAITERS of the awaited task: nil, the one waiter, or a slot table of several.
 **
-** Invariants: w->on != NULL exactly while w is in the list of w->on. t->waiters is the last node.
+** Invariants: w->on != NULL exactly while w is in the list of w->on. t->waiters is the last node; a node
+**             with another `on` there means an empty list (a combinator that is kept: combine.c).
 **             A task in the slot of the anchors by its address only is parked, or not started.
 **
 ** SPDX-License-Identifier: MIT
@@ -139,6 +140,11 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   uint32_t pos = 0;
   if (task_done(t)) return false;
+  if (t->keeps) combine_forget(L, on);
+  if (t->waiters == NULL) { /* mostly; this can neither raise nor run anything */
+    wait_first(L, on, t, w, owner, role);
+    return true;
+  }
   owner = lua_absindex(L, owner);
   int held = lua_getiuservalue(L, on, TASK_WAITERS);
   if (held == LUA_TUSERDATA) { /* the second waiter: the first one moves into a table with it */
@@ -205,32 +211,32 @@ void wait_owner(lua_State *L, int on, const struct wait *w) {
 void wait_notify(lua_State *L, struct runtime *rt, int on) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   struct wait *last = t->waiters, *w = last->next;
-  t->waiters = NULL;
   on = lua_absindex(L, on);
   lua_getiuservalue(L, on, TASK_WAITERS);
+  int waiters = lua_gettop(L);
+  if (t->keeps) combine_forget(L, on);
+  t->waiters = NULL;
   lua_pushnil(L);
-  lua_setiuservalue(L, on, TASK_WAITERS); /* waiters */
+  lua_setiuservalue(L, on, TASK_WAITERS);
   for (;;) {
     struct wait *next = w->next;
     bool end = w == last;
     w->on = NULL;
     if (w->pos != WAIT_INLINE) {
-      if (w->pos == 0)
-        lua_pushvalue(L, -1);
-      else
-        lua_rawgeti(L, -1, (lua_Integer)w->pos); /* waiters waiter */
+      if (w->pos != 0)
+        lua_rawgeti(L, waiters, (lua_Integer)w->pos); /* else it is the value itself */
       if (w->role == WAIT_FIBER)
         fiber_wake(L, rt, -1, container_of(w, struct fiber, u.wait));
       else if (w->role == WAIT_OP)
         wait_op_fire(L, rt, -1);
       else
-        combine_fire(L, rt, -1, w);
-      lua_pop(L, 1);
+        combine_fire(L, rt, lua_gettop(L), w, on);
+      if (!end) lua_settop(L, waiters);
     }
     if (end) break;
     w = next;
   }
-  lua_pop(L, 1);
+  lua_settop(L, waiters - 1);
 }
 
 /* ---- outcomes ---- */
@@ -242,7 +248,9 @@ static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum
   lua_setiuservalue(L, i, TASK_RESULT);
   t->state = (uint8_t)s;
   struct wait *w = t->waiters;
-  if (w != NULL && w->pos == WAIT_INLINE && w->next == w)
+  if (w != NULL && w->on != t)
+    combine_forget(L, i);
+  else if (w != NULL && w->pos == WAIT_INLINE && w->next == w)
     t->waiters = NULL, w->on = NULL; /* it is on the C stack, and looks itself */
   else if (w != NULL)
     wait_notify(L, rt, i);
