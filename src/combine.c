@@ -343,7 +343,8 @@ static int l_when_any(lua_State *L) {
 static int next_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  (void)status, (void)ctx;
+  if (status != LUA_OK && !fiber_on_top(L, rt))
+    return lua_yieldk(L, 0, ctx, next_k); /* not resumed by us */
   lua_settop(L, 1);
   fiber_resumed(L, rt);
   if (task_done(&c->task)) return 0; /* closed meanwhile */
@@ -398,9 +399,9 @@ static int l_when_each(lua_State *L) {
 /* the values of the when_all at index 1, one by one; the one error as it is, else the Aggregate */
 static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  (void)status;
   fiber_resumed(L, runtime(L));
-  if (!task_done(&c->task)) return lua_yieldk(L, 0, ctx, await_all_k); /* not resumed by us */
+  if (!task_done(&c->task) || (status != LUA_OK && !fiber_on_top(L, runtime(L))))
+    return lua_yieldk(L, 0, ctx, await_all_k); /* not resumed by us */
   lua_settop(L, 1);
   if (c->task.state != TASK_SUCCEEDED && !(c->task.flags & TASK_AGGREGATE && c->left > 1))
     return task_push_outcome(L, 1, &c->task);
