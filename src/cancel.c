@@ -649,14 +649,14 @@ static int l_token_wait_async(lua_State *L) {
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct task *on = (struct task *)ctx, *me = rt->me;
-  (void)status;
-  bool interrupted = me->flags & TASK_INTERRUPTED && ((struct fiber *)me)->co == L;
+  bool interrupted = me->flags & TASK_INTERRUPTED && fiber_on_top(L, rt);
   if (interrupted && check_token(L, 2)->canceled) { /* the ambient token: it was waited for */
     me->flags &= (uint16_t)~TASK_INTERRUPTED;
     return 0;
   }
   fiber_resumed(L, rt);
-  if (!task_done(on)) return lua_yieldk(L, 0, ctx, wait_k);
+  if (!task_done(on) || (status != LUA_OK && !fiber_on_top(L, rt)))
+    return lua_yieldk(L, 0, ctx, wait_k);
   me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }

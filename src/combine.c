@@ -435,7 +435,8 @@ static int l_when_any(lua_State *L) {
 static int next_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  (void)status, (void)ctx;
+  if (status != LUA_OK && !fiber_on_top(L, rt))
+    return lua_yieldk(L, 0, ctx, next_k); /* not resumed by us */
   lua_settop(L, 1);
   fiber_resumed(L, rt);
   if (task_done(&c->task)) return 0; /* closed meanwhile */
@@ -490,9 +491,9 @@ static int l_when_each(lua_State *L) {
 /* the values of the when_all at index 1, one by one; the one error as it is, else the Aggregate */
 static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  (void)status;
   fiber_resumed(L, runtime(L));
-  if (!task_done(&c->task)) return lua_yieldk(L, 0, ctx, await_all_k); /* not resumed by us */
+  if (!task_done(&c->task) || (status != LUA_OK && !fiber_on_top(L, runtime(L))))
+    return lua_yieldk(L, 0, ctx, await_all_k); /* not resumed by us */
   lua_settop(L, 1);
   if (c->task.state != TASK_SUCCEEDED && !(c->task.flags & TASK_AGGREGATE && c->left > 1))
     return task_push_outcome(L, 1, &c->task);
@@ -780,10 +781,10 @@ static int await_several(lua_State *L, int kind, lua_KFunction k, lua_CFunction 
 
 /* false: somebody else has resumed the coroutine; raises when its scope has. In either case nothing is known
 ** but the stack: an interruption has withdrawn the fiber from c, and leaves the inputs to us. */
-static bool is_over(lua_State *L, struct combine *c) {
+static bool is_over(lua_State *L, struct combine *c, int status) {
   struct runtime *rt = runtime(L);
-  const struct fiber *me = (const struct fiber *)rt->me;
-  if (me->task.flags & TASK_INTERRUPTED && me->co == L) {
+  if (status != LUA_OK && !fiber_on_top(L, rt)) return false;
+  if (rt->me->flags & TASK_INTERRUPTED) {
     leave(L, rt, c);
     fiber_resumed(L, rt);
   }
@@ -793,8 +794,7 @@ static bool is_over(lua_State *L, struct combine *c) {
 
 static int any_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  (void)status;
-  if (!is_over(L, c)) return lua_yieldk(L, 0, ctx, any_k);
+  if (!is_over(L, c, status)) return lua_yieldk(L, 0, ctx, any_k);
   int i = place(c, c->first); /* it is free for others, but nobody runs yet */
   lua_pushvalue(L, i);
   if (c->pairs)
@@ -806,8 +806,7 @@ static int any_k(lua_State *L, int status, lua_KContext ctx) {
 
 static int all_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  (void)status;
-  if (!is_over(L, c)) return lua_yieldk(L, 0, ctx, all_k);
+  if (!is_over(L, c, status)) return lua_yieldk(L, 0, ctx, all_k);
   struct combine was = *c; /* what follows may run finalizers, which may use it */
   c = &was;
   uint32_t n = c->count, canceled = n;

@@ -28,8 +28,8 @@
 ** Values of locals with flow = "none" live in a second map. A *pair* then stands in TASK_CONTEXT:
 ** { what flows, what stays }; captures and children take the first half.
 **
-** A *guard* is the scope made by with(), enter() and call(): it remembers what to put back. A task's
-** open guards form a stack. `dispose` insists on that order; `__close`, which Lua calls while errors
+** A *guard* is the scope made by with(), enter() and call(): it remembers what to put back. The open
+** guards of a task, or of a coroutine with a context of its own (coroutine.c), form a stack. `dispose` insists on that order; `__close`, which Lua calls while errors
 ** unwind, also closes the guards above that nobody closed.
 **
 ** Handlers (value_changed): the runtime remembers the context whose values the handlers saw last.
@@ -77,10 +77,11 @@ struct guard {
   uint8_t kind;
   bool done;
   uint16_t suppressed;         /* TASK_SUPPRESSED of the owner before */
-  struct fiber *owner;         /* NULL once its task is complete */
+  void *owner;                 /* the task, or the coroutine's record, that it belongs to */
+  struct guard **home;         /* the owner's stack of guards; NULL once its end has come */
   lua_State *co;               /* where it was opened: order is kept per coroutine */
-  struct scope *base;          /* of the owner: has the stack of its guards */
   struct guard *below, *above; /* in that stack */
+  char place[];                /* where it was opened, if a yield could leave it; else not there */
 };
 enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
 /* of GUARD_CONTEXT: the synchronization context before, which is the task's and no part of a context */
@@ -754,45 +755,66 @@ static int l_local_new(lua_State *L) {
 
 /* ---- guards ---- */
 
-/* [-0, +1, m] a guard of the running task, on its stack of guards; its user values are still nil */
+/* the scope belongs to the code that runs now, not to another task or coroutine */
+static bool is_own(lua_State *L, const struct guard *g) {
+  struct runtime *rt = runtime(L);
+  const struct level *own = coroutine_own(rt);
+  return g->owner == (own != NULL ? (void *)own->record : (void *)rt->me);
+}
+
+/* [-0, +1, m] a guard of the running code, on its stack of guards; its user values are still nil */
 static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   struct runtime *rt = runtime(L);
-  struct fiber *me = (struct fiber *)rt->me;
-  struct guard *g = (struct guard *)object_new(L, TAG_GUARD, sizeof(struct guard), 3);
-  struct scope *base = scope_own(L, rt, me);
+  size_t size = sizeof(struct guard), length = 0;
+  bool shares = coroutine_shares(L, rt);
+  if (shares) {
+    coroutine_push_place(L, 1);
+    length = lua_rawlen(L, -1) + 1;
+  }
+  struct guard *g = (struct guard *)object_new(L, TAG_GUARD, size + length, GUARD_LOCAL);
+  if (shares) {
+    memcpy(g->place, lua_tostring(L, -2), length);
+    lua_remove(L, -2);
+  }
   g->kind = (uint8_t)kind;
-  g->suppressed = me->task.flags & TASK_SUPPRESSED;
-  task_push(L, &me->task);
+  g->suppressed = rt->me->flags & TASK_SUPPRESSED;
+  const struct level *own = coroutine_own(rt);
+  struct guard **home =
+      own ? coroutine_guards(own->record) : &scope_own(L, rt, (struct fiber *)rt->me)->guards;
+  if (own)
+    coroutine_push_record(L, own);
+  else
+    task_push(L, rt->me);
+  g->owner = lua_touserdata(L, -1);
   lua_setiuservalue(L, -2, GUARD_OWNER);
-  g->owner = me;
+  g->home = home;
   g->co = L;
   if (kind == GUARD_FLOW) return g; /* not ordered with the others */
-  g->base = base;
-  g->below = base->guards;
+  g->below = *home;
   if (g->below) g->below->above = g;
-  base->guards = g;
+  *home = g;
   return g;
 }
 
 static void guard_unlink(struct guard *g) {
   g->done = true;
-  if (g->owner == NULL || g->kind == GUARD_FLOW) return;
+  if (g->home == NULL || g->kind == GUARD_FLOW) return;
   if (g->above)
     g->above->below = g->below;
   else
-    g->base->guards = g->below;
+    *g->home = g->below;
   if (g->below) g->below->above = g->above;
   g->above = g->below = NULL;
 }
 
-void context_drop_guards(struct scope *base) {
-  for (struct guard *g = base->guards, *below; g != NULL; g = below) {
+void context_drop_guards(struct guard **home) {
+  for (struct guard *g = *home, *below; g != NULL; g = below) {
     below = g->below;
     g->done = true;
-    g->owner = NULL;
+    g->home = NULL;
     g->above = g->below = NULL;
   }
-  base->guards = NULL;
+  *home = NULL;
 }
 
 /* [-0, +0, -] the guard at i remembers the synchronization context of the running task */
@@ -804,7 +826,7 @@ static void guard_save_synchronization(lua_State *L, int i, struct task *me) {
 
 /* [-0, +0, me] puts back what the guard at i, whose owner is running, remembers */
 static void guard_restore(lua_State *L, int i, struct guard *g) {
-  struct task *me = &g->owner->task;
+  struct task *me = runtime(L)->me;
   guard_unlink(g);
   lua_getiuservalue(L, i, GUARD_SAVED);
   if (g->kind == GUARD_VALUE) {
@@ -825,7 +847,7 @@ static void guard_restore(lua_State *L, int i, struct guard *g) {
 static void undo_flow(lua_State *L, struct guard *g) {
   struct task *me = runtime(L)->me;
   if (g->done) return;
-  if (&g->owner->task != me)
+  if (!is_own(L, g))
     error_throw(L, ERROR_OPERATION,
                 "the flow was suppressed by another task: undo it in the task that suppressed it");
   if (!(me->flags & TASK_SUPPRESSED))
@@ -842,7 +864,7 @@ static int l_guard_dispose(lua_State *L) {
     return 0;
   }
   if (g->done) return 0;
-  if (&g->owner->task != runtime(L)->me)
+  if (!is_own(L, g))
     return error_throw(
         L, ERROR_OPERATION,
         "this scope belongs to another task: dispose of it in the task that opened it");
@@ -859,7 +881,7 @@ static int l_guard_close(lua_State *L) {
   struct guard *g = (struct guard *)object_check(L, 1, TAG_GUARD);
   lua_settop(L, 1);
   if (g->done) return 0;
-  if (g->owner == NULL || &g->owner->task != runtime(L)->me) {
+  if (!is_own(L, g)) {
     guard_unlink(g);
     return 0;
   }
@@ -896,6 +918,17 @@ static int l_local_with(lua_State *L) {
   return 1;
 }
 
+void context_refuse_yield(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (!coroutine_shares(L, rt)) return;
+  const struct level *own = coroutine_own(rt);
+  const struct guard *g =
+      own ? *coroutine_guards(own->record) : scope_own(L, rt, (struct fiber *)rt->me)->guards;
+  for (; g != NULL; g = g->below) {
+    if (g->co == L) coroutine_refuse(L, g->place);
+  }
+}
+
 /* ---- ExecutionContext ---- */
 
 static struct context *check_context(lua_State *L, int i) {
@@ -918,9 +951,10 @@ static int l_capture(lua_State *L) {
 static int l_enter(lua_State *L) {
   check_context(L, 1);
   lua_settop(L, 1);
-  struct guard *g = guard_new(L, GUARD_CONTEXT);
-  g->owner->task.flags &= (uint16_t)~TASK_SUPPRESSED;
-  guard_save_synchronization(L, 2, &g->owner->task);
+  guard_new(L, GUARD_CONTEXT);
+  struct task *me = runtime(L)->me;
+  me->flags &= (uint16_t)~TASK_SUPPRESSED;
+  guard_save_synchronization(L, 2, me);
   lua_pushvalue(L, 1);
   context_swap(L); /* ctx guard old */
   lua_setiuservalue(L, 2, GUARD_SAVED);
@@ -935,9 +969,10 @@ static int l_context_enter(lua_State *L) {
 /* isolate() -> guard: whatever happens to the context until it is closed is undone */
 static int l_isolate(lua_State *L) {
   lua_settop(L, 0);
-  struct guard *g = guard_new(L, GUARD_CONTEXT);
-  guard_save_synchronization(L, 1, &g->owner->task);
-  push_of(L, &g->owner->task);
+  guard_new(L, GUARD_CONTEXT);
+  struct task *me = runtime(L)->me;
+  guard_save_synchronization(L, 1, me);
+  push_of(L, me);
   lua_setiuservalue(L, 1, GUARD_SAVED);
   return 1;
 }

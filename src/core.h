@@ -66,11 +66,12 @@ enum tag {
   TAG_SCOPE = 0xC0F10E00,   /* a struct task as well, but not for scripts */
   TAG_AMBIENT = 0xC0F10F00, /* only names the metatable of the tokens of scopes */
   TAG_GROUP = 0xC0F11000,   /* of the scopes that are task groups */
-  TAG_CONFIGURED = 0xC0F11100
+  TAG_CONFIGURED = 0xC0F11100,
+  TAG_COROUTINE = 0xC0F11200
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_CONFIGURED)
+#define TAG_LAST TAG_CLASS(TAG_COROUTINE)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -248,6 +249,17 @@ static inline bool fiber_naps(const struct fiber *f) { /* or has not suspended *
   return f->u.wait.on == NULL;
 }
 
+/* A coroutine of coflow.coroutine while it is resumed or closed: a frame on the C stack of who does it.
+** That is a C function with the coroutine at index 1 and its record at index 2 of `from`. */
+struct level {
+  struct level *up;
+  struct task *task; /* the one that does it; a task started further in has levels of its own */
+  lua_State *from, *co;
+  struct coroutine *record;
+  bool open;    /* a suspension of the task passes through */
+  bool closing; /* its `<close>` variables run */
+};
+
 struct idle {
   lua_State *co;
   int slot;
@@ -293,7 +305,12 @@ enum runtime_uservalue {
   RUNTIME_PLANS,  /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED, /* slot -> task in the hands of a scheduler or context, weak values */
   RUNTIME_HAND,   /* the function that hands a task over */
-  RUNTIME_UV_COUNT = RUNTIME_HAND
+  RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
+  RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
+  RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
+  RUNTIME_WRAP_TRACE, /* the message handler around their functions */
+  RUNTIME_WRAP_START, /* the Lua function that calls these */
+  RUNTIME_UV_COUNT = RUNTIME_WRAP_START
 };
 
 struct timer_entry {
@@ -326,6 +343,7 @@ struct runtime {
   struct fiber *handoff;  /* to be run at once by whoever runs the one that yields now */
   int hot;                /* of these, hot starts: their callers go on as soon as they suspend */
   int depth;              /* fibers nested on the C stack */
+  struct level *level;    /* the innermost coroutine of ours that is resumed now */
   int inlined; /* how many more awaits may run their task in place before the pump polls */
 
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
@@ -412,7 +430,12 @@ void error_push_root(lua_State *L,
                      int i);           /* [-0, +1, -] what tells the failures of one origin: of the
                                            ** failed task at i; 0: of the error that unwinds here */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
-int error_handler(lua_State *L);       /* the message handler of fibers */
+int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
+void error_push_left(lua_State *L, lua_State *co,
+                     bool body); /* [-0, +1, -] what is known of the error on top, which has
+                                 ** left the coroutine (with a body of ours); nil outside tasks */
+void error_keep_left(lua_State *L, int i); /* [-0, +0, m] it goes on as the error on top */
+int error_handler(lua_State *L);           /* the message handler of fibers */
 void error_open(lua_State *L);
 
 /* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
@@ -489,6 +512,12 @@ int fiber_run_hot(lua_State *L, struct fiber *f,
 void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
 void fiber_trim(lua_State *L);                     /* [-0, +0, -] drops coroutines long unused */
 struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
+/* L belongs to the running task: its own coroutine, or the innermost one of ours that it is in */
+static inline bool fiber_on_top(lua_State *L, struct runtime *rt) {
+  const struct level *l = rt->level;
+  return ((struct fiber *)rt->me)->co == L || (l != NULL && l->co == L && l->task == rt->me);
+}
+bool fiber_can_suspend(lua_State *L, struct runtime *rt);
 /* who would suspend at this point; NULL outside every task; raises where nobody can */
 static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)rt->me;
@@ -514,7 +543,7 @@ static inline void fiber_let_go(lua_State *L, struct fiber *f, struct token *k) 
 /* [-0, +0, e] in a continuation: raises when it was its scope that has resumed the running task */
 static inline void fiber_resumed(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)rt->me;
-  if (!(f->task.flags & TASK_INTERRUPTED) || f->co != L) return;
+  if (!(f->task.flags & TASK_INTERRUPTED) || !fiber_on_top(L, rt)) return;
   f->task.flags &= (uint16_t)~TASK_INTERRUPTED;
   scope_throw(L, f->member.scope);
 }
@@ -530,6 +559,8 @@ void fiber_name(
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
 bool fiber_push_awaited(lua_State *L,
                         struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
+void fiber_push_place(lua_State *L,
+                      struct fiber *f); /* [-0, +1, m] "file:line" where it is suspended */
 void fiber_discard(lua_State *L, struct runtime *rt,
                    int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
 void fiber_push(lua_State *L, struct fiber *f); /* [-0, +1, -] one that has a coroutine */
@@ -562,8 +593,40 @@ void context_show(lua_State *L, struct runtime *rt, struct task *t);
 static inline void context_switched(lua_State *L, struct runtime *rt, struct task *t) {
   if (rt->shown_watched || t->flags & TASK_WATCHED) context_show(L, rt, t);
 }
-void context_drop_guards(struct scope *base);
+void context_drop_guards(struct guard **home); /* [-0, +0, -] whose end has come */
+void context_refuse_yield(lua_State *L); /* [-0, +0, e] out of a guard opened in the coroutine L */
 void context_open(lua_State *L);
+
+/* ---- coroutine.c: the coroutine library, with awaits that pass through ---- */
+
+static inline int coroutine_reset(lua_State *co,
+                                  lua_State *from) { /* runs its `<close>` variables */
+#if LUA_VERSION_RELEASE_NUM >= 50406
+  return lua_closethread(co, from);
+#else
+  (void)from;
+  return lua_resetthread(co);
+#endif
+}
+lua_State *
+coroutine_inner(lua_State *co,
+                bool *body); /* the one that it resumes, even if suspended, or NULL; body: its
+                                ** outermost function is ours */
+/* the innermost one with a context of its own that the running task is in, or NULL */
+const struct level *coroutine_own(const struct runtime *rt);
+struct guard **coroutine_guards(struct coroutine *record);       /* its stack of open guards */
+void coroutine_push_record(lua_State *L, const struct level *l); /* [-0, +1, -] */
+bool coroutine_shares(lua_State *L,
+                      struct runtime *rt); /* L is one of ours in its resumer's context */
+void coroutine_close_inner(lua_State *L, struct runtime *rt,
+                           lua_State *co); /* [-0, +0, -] all those in the suspended `co` */
+bool coroutine_has_body(lua_State *L,
+                        struct runtime *rt); /* the outermost function of L, which runs, is ours */
+void coroutine_refuse(lua_State *L,
+                      const char *place); /* [-0, +0, e] to yield: out of that scope */
+void coroutine_push_place(lua_State *L,
+                          int level); /* [-0, +1, m] "file:line" there, outside this library */
+void coroutine_open(lua_State *L);
 
 /* ---- cancel.c: sources, tokens, registrations ---- */
 
@@ -623,6 +686,10 @@ static inline void scope_end_task(lua_State *L, struct runtime *rt, struct fiber
   f->member.scope = rt->root; /* for finalizers that run on it from now on */
   if (s->owner == f || s->owner == NULL) scope_end_owner(L, rt, f, s);
 }
+void scope_refuse_yield(lua_State *L); /* [-0, +0, e] out of a scope opened in the coroutine L */
+void scope_unwind(lua_State *L, struct runtime *rt,
+                  lua_State *co); /* [-1, +1, m] the error on top has left the coroutine, and with
+                                  ** it the scopes opened there */
 void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
                  struct scope *s); /* [-0, +0, -] f, not started, becomes a member of s */
 void scope_expire(lua_State *L, struct scope *s); /* [-0, +0, m] its deadline has passed */

@@ -124,15 +124,15 @@ static void add_frame(lua_State *L, luaL_Buffer *b, const lua_Debug *ar) {
   if (ar->istailcall) luaL_addstring(b, "\n\t(...tail calls...)");
 }
 
-/* [-0, +1, m] the stack of `from` as lines; not the last frame, the body of the fiber, which is ours */
-static void push_frames(lua_State *L, lua_State *from, int level) {
+/* [-0, +1, m] the stack of `from` as lines; not the last frame if that is a body of ours */
+static void push_frames(lua_State *L, lua_State *from, int level, bool body) {
   lua_Debug ar, next;
   luaL_Buffer b;
   luaL_buffinit(L, &b);
   bool more = lua_getstack(from, level, &ar);
   for (int n = 0; more; n++) {
     more = lua_getstack(from, ++level, &next);
-    if (!more) break;
+    if (!more && body) break;
     if (n == TRACE_FRAMES) {
       luaL_addstring(&b, "\n\t...");
       break;
@@ -144,17 +144,75 @@ static void push_frames(lua_State *L, lua_State *from, int level) {
   luaL_pushresult(&b);
 }
 
+/* [-0, +1, m] the stacks of a suspended or running task: that of the innermost coroutine of ours first */
+static void push_stacks(lua_State *L, lua_State *from, bool body) {
+  bool inner_body;
+  lua_State *inner = coroutine_inner(from, &inner_body);
+  luaL_checkstack(L, 20, NULL);
+  if (inner != NULL) push_stacks(L, inner, inner_body);
+  push_frames(L, from, from == L ? 1 : 0, body);
+  if (inner != NULL) lua_concat(L, 2);
+}
+
 /* [-0, +1, m] one line, for cancellations: they are many, and no accident */
-static void push_place(lua_State *L) {
+static void push_place(lua_State *L, lua_State *from, int level) {
   lua_Debug ar;
-  for (int level = 1; lua_getstack(L, level, &ar); level++) {
-    lua_getinfo(L, "Sl", &ar);
+  for (; lua_getstack(from, level, &ar); level++) {
+    lua_getinfo(from, "Sl", &ar);
     if (ar.currentline > 0) {
       lua_pushfstring(L, "\n\t%s:%d: canceled here", ar.short_src, ar.currentline);
       return;
     }
   }
   lua_pushliteral(L, "");
+}
+
+/* error -> error record traces, where the record has no name yet */
+static void record_new(lua_State *L, lua_State *from, int level, bool body) {
+  const struct task *me = runtime(L)->me;
+  bool same = false;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+  if (me->flags & TASK_TRACED && lua_rawgeti(L, 2, me->slot) == LUA_TTABLE) {
+    lua_rawgeti(L, 3, RECORD_ERROR);
+    same = lua_rawequal(L, 4, 1) && !lua_isnil(L, 1);
+  }
+  lua_settop(L, 3); /* error traces before */
+  if (same) {
+    lua_rawgeti(L, 3, RECORD_TASK);
+    if (lua_touserdata(L, 4) == me) { /* recorded where it was caught to clean up; it goes on */
+      for (int field = RECORD_NAME; field <= RECORD_TASK; field += RECORD_TASK - RECORD_NAME) {
+        lua_pushnil(L);
+        lua_rawseti(L, 3, field);
+      }
+      lua_settop(L, 3);
+      lua_insert(L, 2);
+      return;
+    }
+    lua_settop(L, 3);
+  }
+  lua_createtable(L, RECORD_TASK, 0);
+  lua_insert(L, 2); /* error record traces before */
+  if (error_is(L, 1, ERROR_CANCELED))
+    push_place(L, from, level);
+  else
+    push_frames(L, from, level, body); /* … text */
+  if (same) {
+    if (lua_rawgeti(L, 4, RECORD_NAME) == LUA_TNIL) { /* it came out of a coroutine */
+      lua_pop(L, 1);
+      lua_rawgeti(L, 4, RECORD_TEXT);
+      lua_insert(L, -2);
+      lua_concat(L, 2);
+      lua_rawgeti(L, 4, RECORD_INNER);
+    } else {
+      lua_pop(L, 1);
+      lua_pushvalue(L, 4);
+    }
+    lua_rawseti(L, 2, RECORD_INNER);
+  }
+  lua_rawseti(L, 2, RECORD_TEXT);
+  lua_pushvalue(L, 1);
+  lua_rawseti(L, 2, RECORD_ERROR);
+  lua_settop(L, 3);
 }
 
 int error_handler(lua_State *L) {
@@ -174,35 +232,69 @@ int error_handler(lua_State *L) {
     }
     lua_settop(L, 1);
   }
-  lua_createtable(L, RECORD_TASK, 0); /* error record */
+  record_new(L, L, 1, coroutine_has_body(L, rt));
   lua_pushlightuserdata(L, me);
   lua_rawseti(L, 2, RECORD_TASK);
-  if (error_is(L, 1, ERROR_CANCELED))
-    push_place(L);
-  else
-    push_frames(L, L, 1);
-  lua_rawseti(L, 2, RECORD_TEXT);
-  lua_pushvalue(L, 1);
-  lua_rawseti(L, 2, RECORD_ERROR);
   task_push(L, me);
   task_push_name(L, -1);
   lua_rawseti(L, 2, RECORD_NAME);
-  lua_pop(L, 1);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES); /* error record traces */
-  if (me->flags & TASK_TRACED) {
-    lua_rawgeti(L, 3, me->slot);
-    lua_rawgeti(L, -1, RECORD_ERROR);
-    if (lua_rawequal(L, -1, 1)) {
-      lua_pop(L, 1);
-      lua_rawseti(L, 2, RECORD_INNER);
-    }
-    lua_settop(L, 3);
-  }
+  lua_settop(L, 3);
   lua_pushvalue(L, 2);
   lua_rawseti(L, 3, me->slot);
   me->flags |= TASK_TRACED;
   lua_settop(L, 1);
   return 1;
+}
+
+/* The record of an error that leaves a coroutine has no name: that of whoever it reaches goes on. */
+
+int error_leaving(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_settop(L, 1);
+  if (rt->me == rt->outside) return 1;
+  record_new(L, L, 1, true);
+  lua_pushvalue(L, 2);
+  lua_rawseti(L, 3, rt->me->slot);
+  rt->me->flags |= TASK_TRACED;
+  lua_settop(L, 1);
+  return 1;
+}
+
+/* leaver(error, coroutine, body) -> the record of an error that has left a coroutine */
+static int leaver(lua_State *L) {
+  lua_State *co = lua_tothread(L, 2);
+  bool body = lua_toboolean(L, 3);
+  lua_settop(L, 1);
+  record_new(L, co, 0, body);
+  lua_settop(L, 2);
+  return 1;
+}
+
+void error_push_left(lua_State *L, lua_State *co, bool body) {
+  if (runtime(L)->me == runtime(L)->outside) {
+    lua_pushnil(L);
+    return;
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LEAVER);
+  lua_pushvalue(L, -2);
+  lua_pushthread(co);
+  lua_xmove(co, L, 1);
+  lua_pushboolean(L, body);
+  if (lua_pcall(L, 3, 1, 0) == LUA_OK) return;
+  lua_pop(L, 1); /* no memory, or no stack, for it */
+  lua_pushnil(L);
+}
+
+void error_keep_left(lua_State *L, int i) {
+  struct task *me = runtime(L)->me;
+  if (!lua_istable(L, i)) return;
+  lua_pushvalue(L, -1);
+  lua_rawseti(L, i, RECORD_ERROR);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+  lua_pushvalue(L, i);
+  lua_rawseti(L, -2, me->slot);
+  lua_pop(L, 1);
+  me->flags |= TASK_TRACED;
 }
 
 /* [-1, +1, m] the record on top, rendered: what failed first, then who awaited it */
@@ -252,10 +344,9 @@ static void render_live(lua_State *L, int i) {
   for (int n = 0; n < TRACE_SEGMENTS; n++) {
     struct task *t = (struct task *)lua_touserdata(L, at);
     task_push_name(L, at);
-    if (task_is(t, KIND_FIBER) && t->flags & TASK_STARTED && !task_done(t)) {
-      lua_State *co = ((struct fiber *)t)->co;
-      push_frames(L, co, co == L ? 1 : 0);
-    } else
+    if (task_is(t, KIND_FIBER) && t->flags & TASK_STARTED && !task_done(t))
+      push_stacks(L, ((struct fiber *)t)->co, true);
+    else
       lua_pushliteral(L, "");
     lua_pushfstring(L, "%s%s task '%s' (%s):%s", lua_tostring(L, at + 1),
                     n == 0 ? "in" : "\nawaited by", lua_tostring(L, at + 2), states[t->state],
@@ -518,6 +609,8 @@ void error_open(lua_State *L) {
   module_push_function(L, error_handler);
   lua_setfield(L, -2, "trace_handler");
   module_class(L, TAG_FAULT, "coflow.Fault", fault_methods, NULL);
+  module_push_function(L, leaver);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LEAVER);
   lua_createtable(L, 0, ERROR_COUNT + 1); /* module errors */
   for (int kind = 0; kind < ERROR_COUNT; kind++) {
     lua_pushvalue(L, UP_RUNTIME);

@@ -37,15 +37,6 @@ enum { BODY_TASK = 1, BODY_LABEL, BODY_TRACE, BODY_RESULTS }; /* arguments of fi
 
 /* ---- coroutines ---- */
 
-static int close_coroutine(lua_State *co, lua_State *from) {
-#if LUA_VERSION_RELEASE_NUM >= 50406
-  return lua_closethread(co, from);
-#else
-  (void)from;
-  return lua_resetthread(co);
-#endif
-}
-
 /* makes room for one more idle coroutine; false without memory */
 static bool idle_room(lua_State *L, struct runtime *rt) {
   if (rt->idle_count < rt->idle_size) return true;
@@ -139,6 +130,8 @@ void fiber_push(lua_State *L, struct fiber *f) { push_argument(L, f->co, BODY_TA
 bool fiber_push_awaited(lua_State *L, struct fiber *f) {
   bool started = f->task.flags & TASK_STARTED; /* else a continuation: it is the last argument */
   lua_State *co = f->co;
+  if (started && co != NULL) /* it stands where the innermost coroutine does */
+    for (lua_State *inner; (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
   if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BOTTOM))
     lua_pushnil(L);
   else {
@@ -316,7 +309,8 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_insert(L, -2); /* task error */
   rt->me = &f->task;
   f->task.state = TASK_RUNNING;
-  close_coroutine(f->co, L);
+  coroutine_close_inner(L, rt, f->co);
+  coroutine_reset(f->co, L);
   if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, false);
   scope_end_task(L, rt, f);
   rt->me = me;
@@ -329,23 +323,34 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_pop(L, 1);
 }
 
-/* [-0, +1, m] the error of a body that called coroutine.yield */
-static void push_stray_yield(lua_State *L, struct fiber *f) {
+/* [-0, +n, m] where a coroutine stands: in the innermost one that has a place; false, and nothing */
+static bool push_place(lua_State *L, lua_State *co) {
   lua_Debug ar;
-  const char *place = "?";
-  for (int level = 0; lua_getstack(f->co, level, &ar); level++) {
-    lua_getinfo(f->co, "Sl", &ar);
+  lua_State *inner = coroutine_inner(co, NULL);
+  if (inner != NULL && push_place(L, inner)) return true;
+  for (int level = 0; lua_getstack(co, level, &ar); level++) {
+    lua_getinfo(co, "Sl", &ar);
     if (ar.currentline > 0) {
-      place = lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
-      break;
+      lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+      return true;
     }
   }
+  return false;
+}
+
+void fiber_push_place(lua_State *L, struct fiber *f) {
+  if (!push_place(L, f->co)) lua_pushliteral(L, "?");
+}
+
+/* [-0, +1, m] the error of a body that called coroutine.yield */
+static void push_stray_yield(lua_State *L, struct fiber *f) {
+  fiber_push_place(L, f);
   error_push(
       L, ERROR_OPERATION,
       "%s: coroutine.yield in the body of a task would suspend it for ever: use flow.await or "
       "flow.yield, or make the generator with coroutine.wrap",
-      place);
-  if (ar.currentline > 0) lua_remove(L, -2);
+      lua_tostring(L, -1));
+  lua_remove(L, -2);
 }
 
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
@@ -415,13 +420,13 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
 
 /* ---- suspending ---- */
 
-/* [-0, +1, m] the name of the C function between the suspension and the task's own coroutine */
-static void push_barrier(lua_State *L) {
+/* [-0, +1, m] the name of the C function on the stack of L that a suspension cannot pass */
+static void push_barrier(lua_State *L, lua_State *at) {
   static const char *const passable[] = {"pcall",  "xpcall", "error", "assert",
                                          "dofile", "await",  NULL};
   lua_Debug ar;
-  for (int level = 1; lua_getstack(L, level, &ar); level++) {
-    lua_getinfo(L, "Sn", &ar);
+  for (int level = 1; lua_getstack(at, level, &ar); level++) {
+    lua_getinfo(at, "Sn", &ar);
     if (ar.what[0] != 'C' || ar.name == NULL) continue;
     const char *const *p = passable;
     while (*p && strcmp(*p, ar.name) != 0) p++;
@@ -432,18 +437,35 @@ static void push_barrier(lua_State *L) {
   lua_pushliteral(L, "inside a message handler or another callback of C");
 }
 
+bool fiber_can_suspend(lua_State *L, struct runtime *rt) {
+  return rt->me != rt->outside && lua_isyieldable(L) && fiber_on_top(L, rt) &&
+         (((struct fiber *)rt->me)->co == L || rt->level->open);
+}
+
 struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
+  struct fiber *me = (struct fiber *)rt->me;
+  const struct level *l = rt->level;
+  if (fiber_can_suspend(L, rt)) return me;
   if (rt->me == rt->outside) {
     if (rt->depth == 0 && !rt->pumping) return NULL;
     error_throw(L, ERROR_OPERATION,
                 "cannot suspend inside a callback of the library: start a task in it (flow.spawn)");
   }
-  if (((struct fiber *)rt->me)->co != L)
+  lua_State *at = L; /* what is in the way lies between here and the task's own coroutine */
+  for (; at != me->co && l != NULL && l->co == at && l->task == rt->me; at = l->from, l = l->up) {
+    if (l->closing)
+      error_throw(
+          L, ERROR_OPERATION,
+          "cannot suspend a task in a __close handler that coroutine.close, or the end of the "
+          "task, runs: close the variables in the coroutine");
+    if (!lua_isyieldable(at)) break;
+  }
+  if (at != me->co && !(l != NULL && l->co == at && l->task == rt->me))
     error_throw(
         L, ERROR_OPERATION,
         "cannot suspend a task inside a coroutine made by coroutine.create or coroutine.wrap: "
         "make it with coflow.coroutine, or await outside it");
-  push_barrier(L);
+  push_barrier(L, at);
   error_throw(L, ERROR_OPERATION,
               "cannot suspend a task %s, where Lua cannot yield: await before the call, or start a "
               "task there (flow.spawn)",
@@ -555,25 +577,12 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
 
 /* ---- abandonment ---- */
 
-/* [-0, +1, m] where the suspended coroutine stands */
-static void push_where(lua_State *L, lua_State *co) {
-  lua_Debug ar;
-  for (int level = 0; lua_getstack(co, level, &ar); level++) {
-    lua_getinfo(co, "Sl", &ar);
-    if (ar.currentline > 0) {
-      lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
-      return;
-    }
-  }
-  lua_pushliteral(L, "?");
-}
-
 /* [-0, +1, m] */
 static void push_abandoned(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   i = lua_absindex(L, i);
   task_push_name(L, i);
-  push_where(L, f->co);
+  fiber_push_place(L, f);
   if (!(f->task.traits & TRAIT_HANDED))
     error_push(
         L, ERROR_ABANDONED,
@@ -671,7 +680,8 @@ void fiber_dispose(lua_State *L, struct fiber *f) {
   lua_State *co = f->co;
   f->co = NULL;
   rt->depth++;
-  close_coroutine(co, L);
+  coroutine_close_inner(L, rt, co);
+  coroutine_reset(co, L);
   rt->depth--;
   scope_end_task(L, rt, f);
   rt->me = me;
@@ -689,7 +699,8 @@ static int l_spawn(lua_State *L) {
 }
 
 static int hot_k(lua_State *L, int status, lua_KContext ctx) {
-  (void)status, (void)ctx;
+  (void)status;
+  if (!fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, hot_k); /* not resumed by us */
   lua_settop(L, 1);
   return 1;
 }
@@ -697,7 +708,7 @@ static int hot_k(lua_State *L, int status, lua_KContext ctx) {
 int fiber_run_hot(lua_State *L, struct fiber *f, lua_KFunction k) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
-  bool handoff = rt->depth >= MAX_DEPTH && me->co == L && lua_isyieldable(L);
+  bool handoff = rt->depth >= MAX_DEPTH && fiber_can_suspend(L, rt);
   if (handoff) {
     rt->handoff = f;
     return fiber_suspend(L, me, 0, k);
@@ -835,8 +846,10 @@ static int l_try_await(lua_State *L);
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
-  if (status == LUA_YIELD) fiber_resumed(L, runtime(L));
-  if (!task_done(on)) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+  if (status != LUA_OK) {
+    fiber_resumed(L, runtime(L));
+    if (!task_done(on) || !fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+  }
   return task_push_outcome(L, 1, on);
 }
 
@@ -894,8 +907,10 @@ static int l_wait(lua_State *L) {
 
 static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *t = (struct task *)ctx;
-  if (status == LUA_YIELD) fiber_resumed(L, runtime(L));
-  if (!task_done(t)) return lua_yieldk(L, 0, ctx, try_await_k);
+  if (status != LUA_OK) {
+    fiber_resumed(L, runtime(L));
+    if (!task_done(t) || !fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, try_await_k);
+  }
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);
   if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1, t);
@@ -915,6 +930,12 @@ static int l_try_await(lua_State *L) {
   return fiber_await(L, rt, me, t, try_await_k);
 }
 
+/* of a yield in a coroutine of ours, which anybody can resume before its turn */
+static int yield_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status;
+  return fiber_on_top(L, runtime(L)) ? 0 : lua_yieldk(L, 0, ctx, yield_k);
+}
+
 static int l_yield(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct fiber *me = fiber_here(L, rt);
@@ -922,7 +943,7 @@ static int l_yield(lua_State *L) {
   if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
   me->task.state = TASK_QUEUED;
   loop_ready(rt, &me->task);
-  return fiber_suspend(L, me, 0, NULL); /* returns nothing */
+  return fiber_suspend(L, me, 0, L == me->co ? NULL : yield_k); /* returns nothing */
 }
 
 static int pcall_k(lua_State *L, int status, lua_KContext ctx) {
@@ -955,8 +976,7 @@ static int l_current_task(lua_State *L) {
 
 static int l_is_awaitable_here(lua_State *L) {
   struct runtime *rt = runtime(L);
-  lua_pushboolean(L,
-                  rt->me != rt->outside && ((struct fiber *)rt->me)->co == L && lua_isyieldable(L));
+  lua_pushboolean(L, fiber_can_suspend(L, rt));
   return 1;
 }
 

@@ -243,7 +243,7 @@ static int join_k(lua_State *L, int status, lua_KContext ctx);
 static int join(lua_State *L, struct group *g) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
-  while (g->running > 0 && me->co == L && lua_isyieldable(L)) { /* else it is being abandoned */
+  while (g->running > 0 && fiber_can_suspend(L, rt)) { /* else it is being abandoned */
     lua_settop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
     if (g->running == 0) break; /* a finalizer … */
@@ -266,7 +266,7 @@ static int join(lua_State *L, struct group *g) {
 static int join_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   (void)status;
-  if (((struct fiber *)rt->me)->co != L || !task_done((const struct task *)ctx))
+  if (!fiber_on_top(L, rt) || !task_done((const struct task *)ctx))
     return lua_yieldk(L, 0, ctx, join_k); /* not resumed by us */
   rt->me->flags &= (uint16_t)~TASK_DEAF;
   lua_remove(L, 1);

@@ -272,15 +272,10 @@ static void push_report(lua_State *L) {
       task_push_name(L, -1);
       what = lua_pushfstring(L, "for '%s'", lua_tostring(L, -1));
     }
-    const char *place = t->flags & TASK_STARTED ? "at ?" : "not started";
-    lua_Debug ar;
-    for (int level = 0; lua_getstack(f->co, level, &ar); level++) {
-      lua_getinfo(f->co, "Sl", &ar);
-      if (ar.currentline <= 0) continue;
-      place = lua_pushfstring(L, "at %s:%d", ar.short_src, ar.currentline);
-      break;
-    }
-    lua_pushfstring(L, "\n\ttask '%s' waits %s %s", lua_tostring(L, list + 3), what, place);
+    fiber_push_place(L, f);
+    lua_pushfstring(L, "\n\ttask '%s' waits %s %s%s", lua_tostring(L, list + 3), what,
+                    t->flags & TASK_STARTED ? "at " : "not started",
+                    t->flags & TASK_STARTED ? lua_tostring(L, -1) : "");
     lua_rawseti(L, list, lines);
   }
   luaL_Buffer b;

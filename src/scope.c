@@ -229,7 +229,7 @@ void scope_end_owner(lua_State *L, struct runtime *rt, struct fiber *f, struct s
     scope_left(L, rt, s);
     return;
   }
-  if (s->base->guards) context_drop_guards(s->base);
+  if (s->base->guards) context_drop_guards(&s->base->guards);
   while (s != NULL) {
     struct scope *outer = s->outer;
     if (outer != NULL) outer->refs++;
@@ -498,9 +498,10 @@ static double opt_seconds(lua_State *L, int i) {
   return s;
 }
 
-static int throw_timeout(lua_State *L, double seconds) {
-  return error_throw(L, ERROR_TIMEOUT, "the operation did not complete within %f s",
-                     (LUAI_UACNUMBER)seconds);
+/* [-0, +1, m] */
+static void push_timeout(lua_State *L, double seconds) {
+  error_push(L, ERROR_TIMEOUT, "the operation did not complete within %f s",
+             (LUAI_UACNUMBER)seconds);
 }
 
 /* [-0, +0, v] the callable at i, argument n of a public function in Lua */
@@ -518,7 +519,9 @@ static int l_open_timeout(lua_State *L) {
   if (seconds == 0) {
     check_inside(L, "with_timeout");
     struct scope *outer = ((struct fiber *)runtime(L)->me)->member.scope;
-    return outer->canceled ? scope_throw(L, outer) : throw_timeout(L, 0);
+    if (outer->canceled) return scope_throw(L, outer);
+    push_timeout(L, 0);
+    return lua_error(L);
   }
   scope_block(L, "with_timeout", SCOPE_BLOCK, sizeof(struct scope), seconds);
   return 1;
@@ -565,19 +568,64 @@ void scope_finish(lua_State *L, struct runtime *rt, struct scope *s) {
   scope_close(L, rt, s);
 }
 
-/* __close(scope, error): a scope that its own deadline has ended raises Timeout in place of
-** the cancellation that comes out of it. */
+/* [-1, +1, m] the block ends, with the error, or nil, on top. True if that was a cancellation and becomes
+** a Timeout, because the deadline of the block itself has passed. */
+static bool close_block(lua_State *L, struct scope *s) {
+  int error = lua_gettop(L);
+  bool late = s->expired || (!s->canceled && s->due <= loop_now(runtime(L)));
+  double seconds = s->kind == SCOPE_BLOCK ? s->seconds : HUGE_VAL;
+  scope_finish(L, runtime(L), s);
+  if (!late || seconds == HUGE_VAL || !error_is(L, error, ERROR_CANCELED)) return false;
+  push_timeout(L, seconds);
+  lua_replace(L, error);
+  return true;
+}
+
+/* __close(scope, error) */
 static int l_close(lua_State *L) {
-  struct runtime *rt = runtime(L);
   struct scope *s = check_scope(L, 1);
   lua_settop(L, 2);
   if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
-  bool late = s->expired || (!s->canceled && s->due <= loop_now(rt));
-  double seconds = s->kind == SCOPE_BLOCK ? s->seconds : HUGE_VAL;
-  scope_finish(L, rt, s);
-  if (late && seconds != HUGE_VAL && error_is(L, 2, ERROR_CANCELED))
-    return throw_timeout(L, seconds);
-  return 0;
+  return close_block(L, s) ? lua_error(L) : 0;
+}
+
+/* the next scope outside s that its task has open, or NULL after the last */
+static struct scope *outside(struct scope *s) {
+  do s = s->outer;
+  while (s != NULL && s->owner == NULL);
+  return s == NULL || s->kind == SCOPE_BASE ? NULL : s;
+}
+
+static struct scope *innermost(struct fiber *me) {
+  struct scope *s = me->member.scope;
+  return s->owner != me || s->kind == SCOPE_BASE ? NULL : s;
+}
+
+void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co) {
+  for (struct scope *s = innermost((struct fiber *)rt->me), *next; s != NULL; s = next) {
+    next = outside(s);
+    if (s->co == co && s->kind != SCOPE_GROUP) close_block(L, s); /* a group waits for its end */
+  }
+}
+
+/* [-0, +1, m] where s was opened: by the function on the stack that holds it */
+static void push_opening(lua_State *L, const struct scope *s) {
+  lua_Debug ar;
+  for (int level = 1; lua_getstack(L, level, &ar); level++)
+    for (int n = 1; lua_getlocal(L, &ar, n) != NULL; n++, lua_pop(L, 1)) {
+      if (lua_touserdata(L, -1) != (const void *)s) continue;
+      coroutine_push_place(L, level);
+      return;
+    }
+  lua_pushliteral(L, "?");
+}
+
+void scope_refuse_yield(lua_State *L) {
+  for (struct scope *s = innermost((struct fiber *)runtime(L)->me); s != NULL; s = outside(s))
+    if (s->co == L) {
+      push_opening(L, s);
+      coroutine_refuse(L, lua_tostring(L, -1));
+    }
 }
 
 /* throw_if_canceled(token or nil): the error of the token, or of the ambient one; `none` opts out of both */

@@ -304,7 +304,7 @@ static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
   struct fiber *me = (struct fiber *)rt->me;
   uint16_t flags = me->task.flags;
   (void)status, (void)ctx;
-  if (me->co != L || !(flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
+  if (!fiber_on_top(L, rt) || !(flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
     return lua_yieldk(L, 0, 0, sleep_k); /* somebody else has resumed the coroutine: sleep on */
   me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
   if (!(flags & TASK_INTERRUPTED)) return 0;
@@ -426,9 +426,9 @@ void timer_push_wait(lua_State *L) {
 static int await_with_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct task *on = (struct task *)ctx;
-  (void)status;
   fiber_resumed(L, rt);
-  if (!task_done(on)) return lua_yieldk(L, 0, ctx, await_with_k); /* not resumed by us: wait on */
+  if (!task_done(on) || (status != LUA_OK && !fiber_on_top(L, runtime(L))))
+    return lua_yieldk(L, 0, ctx, await_with_k); /* not resumed by us: wait on */
   rt->me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }

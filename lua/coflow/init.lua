@@ -76,4 +76,5 @@ return late(flow, {
   async_state = "async_state",
   AsyncState = "async_state",
   pipeline = "pipeline",
+  coroutine = "coroutine",
 })

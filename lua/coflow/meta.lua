@@ -515,6 +515,64 @@ function CancellationTokenRegistration:unregister() end
 ---The same, without a value. A second time is harmless.
 function CancellationTokenRegistration:dispose() end
 
+-- Coroutines --------------------------------------------------------------------------------------
+--
+-- flow.coroutine, or require "coflow.coroutine": see the head of that file. install and uninstall are there.
+
+---@class coflow.coroutine
+flow.coroutine = {}
+
+---A coroutine of `fn`, a Lua thread like any other. It runs in the execution context of now, and what it changes
+---there stays its own; with `context = "caller"` in that of whoever resumes it.
+---Raises: what is no table in place of `options` is ignored, as Lua's own does; an unknown option is an error.
+---Source: Lua's coroutine.create; .NET's iterators have no context of their own.
+---@param fn function
+---@param options? { context?: "caller" }
+---@return thread
+function flow.coroutine.create(fn, options) end
+
+---A function that resumes a new coroutine of `fn`, returns what that yields, and raises its errors. Unlike with Lua's
+---own, `<close>` variables that an error closes in it may await.
+---@param fn function
+---@param options? { context?: "caller" }
+---@return fun(...): ...
+function flow.coroutine.wrap(fn, options) end
+
+---Goes on with a coroutine until it yields or ends. An await in there suspends the calling task meanwhile.
+---Cancellation: is raised in the coroutine, where it waits.
+---@param co thread
+---@param ... any
+---@return boolean ok
+---@return any ... what it yielded or returned, or the error
+function flow.coroutine.resume(co, ...) end
+
+---Suspends the running coroutine: its resume returns these values.
+---Raises: InvalidOperation, and does not yield, out of a scope (`with`, `enter` …) that is open in a coroutine made
+---with `context = "caller"`: it would stay open in the caller. The message names both places. In the body of a task,
+---outside every coroutine, it faults the task.
+---@param ... any
+---@return any ... what the next resume is given
+function flow.coroutine.yield(...) end
+
+---@param co thread
+---@return "running"|"suspended"|"normal"|"dead" # "normal" also while a task is suspended in it
+function flow.coroutine.status(co) end
+
+---Closes a coroutine that is suspended or dead, and its `<close>` variables, which cannot await here.
+---Raises: if it is running, or a task is suspended in it.
+---@param co thread
+---@return boolean ok
+---@return any err
+function flow.coroutine.close(co) end
+
+---@return thread co the running coroutine
+---@return boolean main
+function flow.coroutine.running() end
+
+---@param co? thread
+---@return boolean
+function flow.coroutine.isyieldable(co) end
+
 -- The loop ----------------------------------------------------------------------------------------
 
 ---The event loop itself, for those who drive it by hand.
