@@ -138,7 +138,9 @@ static uv_loop_t *uv(struct runtime *rt) {
   return &rt->loop;
 }
 
-static void on_timer(uv_timer_t *timer) { (void)timer; }
+/* Before 1.45, libuv runs timers first and waits for events then: a timer that fires before that wait (it
+** was due at once, or a millisecond passed on the way there) would be forgotten. Stopped, it does not wait. */
+static void on_timer(uv_timer_t *timer) { uv_stop(timer->loop); }
 
 static void on_signal(uv_signal_t *handle, int number) {
   struct runtime *rt =
