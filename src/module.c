@@ -326,6 +326,7 @@ static int open_all(lua_State *L) {
   timer_open(L);
   schedule_open(L);
   loop_open(L);
+  testing_open(L);
   return 1;
 }
 
