@@ -32,6 +32,7 @@ build = {
         "src/schedule.c",
         "src/scope.c",
         "src/task.c",
+        "src/testing.c",
         "src/timer.c",
       },
       defines = { "_GNU_SOURCE" },

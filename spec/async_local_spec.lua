@@ -4,6 +4,7 @@ local flow = require "coflow"
 local support = require "spec.support.flow_support"
 
 local in_task, raises, bad_argument = support.in_task, support.raises, support.bad_argument
+local in_order = support.in_order
 local recorder, collect, weak, alive = support.recorder, support.collect, support.weak, support.alive
 local ExecutionContext = flow.ExecutionContext
 local capture = ExecutionContext.capture
@@ -624,7 +625,7 @@ describe("value_changed", function()
     assert.same({ "nil>1", "1>nil!", "returned" }, events)
   end))
 
-  it("sees an unbroken chain of values while tasks take turns", in_task(function()
+  it("sees an unbroken chain of values while tasks take turns", in_order(function()
     local last, broken, count = nil, 0, 0
     local loc
     loc = flow.AsyncLocal {
@@ -1060,7 +1061,7 @@ describe("a value in a context", function()
   local loc
   before_each(function() loc = flow.AsyncLocal() end)
 
-  it("lives while a task holds it and is freed once that task is gone", in_task(function()
+  it("lives while a task holds it and is freed once that task is gone", in_order(function()
     local values, gate = weak(), flow.TaskCompletionSource()
     local task = flow.spawn(function()
       loc.value = {}
@@ -1122,7 +1123,7 @@ describe("a value in a context", function()
     assert.equal(0, alive(values))
   end))
 
-  it("is not kept by a child that shadowed it", in_task(function()
+  it("is not kept by a child that shadowed it", in_order(function()
     local values, gate = weak(), flow.TaskCompletionSource()
     loc.value = {}
     values[1] = loc.value

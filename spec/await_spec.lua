@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 
 local Task = flow.Task
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local is_error, slowly, closing, here = helper.is_error, helper.slowly, helper.closing, helper.here
 
 describe("await", function()
@@ -44,7 +45,7 @@ describe("await", function()
     assert.same({ "from_result", "from_exception", "async", "delay of 0", "queued" }, log)
   end))
 
-  it("resumes the waiters in the order in which they began to wait", in_task(function()
+  it("resumes the waiters in the order in which they began to wait", in_order(function()
     local log, note = recorder()
     local gate = flow.TaskCompletionSource()
     local tasks = {}
@@ -631,7 +632,7 @@ describe("a task that awaits itself", function()
     assert.equal("fine", task:await())
   end))
 
-  it("is refused round a circle of two, with the names", in_task(function()
+  it("is refused round a circle of two, with the names", in_order(function()
     local a, b
     a = flow.spawn(function() return b:await() end)
     b = flow.spawn(function() return raised(flow.await, a) end)
@@ -640,7 +641,7 @@ describe("a task that awaits itself", function()
     assert.equal(a.result, b.result)
   end))
 
-  it("is refused round a circle of five, with the names", in_task(function()
+  it("is refused round a circle of five, with the names", in_order(function()
     local tasks = {}
     for i = 1, 5 do
       tasks[i] = flow.spawn(function() return tasks[i % 5 + 1]:await() end)

@@ -4,6 +4,7 @@ local flow = require "coflow"
 local support = require "spec.support.flow_support"
 
 local in_task, many = support.in_task, support.many
+local in_order = support.in_order
 local raises, bad_argument = support.raises, support.bad_argument
 local recorder, weak, alive = support.recorder, support.weak, support.alive
 local Source, Token = flow.CancellationTokenSource, flow.CancellationToken
@@ -681,7 +682,7 @@ describe("cancel_after", function()
     sooner:dispose()
   end))
 
-  it("disarms with math.huge", in_task(function()
+  it("disarms with math.huge", in_order(function()
     local source <close> = Source(2)
     source:cancel_after(math.huge)
     flow.sleep(10)
@@ -732,7 +733,7 @@ describe("cancel_after", function()
     assert.is_true(source.is_cancellation_requested)
   end))
 
-  it("fires equal deadlines in the order they were set", in_task(function()
+  it("fires equal deadlines in the order they were set", in_order(function()
     local sources = {}
     local events, record = recorder()
     for i = 1, 20 do

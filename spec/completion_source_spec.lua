@@ -4,6 +4,7 @@ local flow = require "coflow"
 local helper = require "spec.helper"
 
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local slowly = helper.slowly
 
 -- How to complete a source, and the status that it gives.
@@ -100,7 +101,7 @@ describe("TaskCompletionSource", function()
     end))
   end
 
-  it("queues the waiters in order and runs none of them itself", in_task(function()
+  it("queues the waiters in order and runs none of them itself", in_order(function()
     local log, note = recorder()
     local source = flow.TaskCompletionSource()
     local tasks = {}

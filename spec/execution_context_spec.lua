@@ -4,6 +4,7 @@ local flow = require "coflow"
 local support = require "spec.support.flow_support"
 
 local in_task, raises, bad_argument = support.in_task, support.raises, support.bad_argument
+local in_order = support.in_order
 local recorder, weak, alive = support.recorder, support.weak, support.alive
 local ExecutionContext = flow.ExecutionContext
 local capture = ExecutionContext.capture
@@ -133,7 +134,7 @@ describe("ExecutionContext.run", function()
     assert.equal("current", loc.value)
   end))
 
-  it("may suspend inside, where others see nothing of it", in_task(function()
+  it("may suspend inside, where others see nothing of it", in_order(function()
     local events, record = recorder()
     local context = context_with("captured")
     loc.value = "current"
@@ -626,7 +627,7 @@ end)
 describe("what captures the context", function()
   before_each(fresh_locals)
 
-  it("is spawn, an async function, continue_with and register", in_task(function()
+  it("is spawn, an async function, continue_with and register", in_order(function()
     local events, record = recorder()
     local source <close> = flow.CancellationTokenSource()
     local gate = flow.TaskCompletionSource()

@@ -16,11 +16,16 @@ function helper.many(n, few)
   return os.getenv("COFLOW_GC_STRESS") and math.min(n, few or 210 + n // 100) or n
 end
 
----A test body that runs `fn(clock)` as the root task under a virtual clock.
-function helper.in_task(fn)
+---A test body that runs `fn(clock)` as the root task of `testing.run`, with its options.
+function helper.in_task(fn, options)
   return function()
-    testing.run(fn)
+    testing.run(fn, options)
   end
+end
+
+---The same for a test of the order of things: first in, first out, also when COFLOW_SEED is set.
+function helper.in_order(fn)
+  return helper.in_task(fn, { seed = false })
 end
 
 ---An empty list, and a function that appends to it: its arguments, joined by spaces, as one event.
@@ -136,6 +141,16 @@ function helper.child(script)
     error("the child process did not end by itself; its output:\n" .. result.out .. result.err, 2)
   end
   return result
+end
+
+---Runs a spec file in busted, in a process of its own; returns what busted prints.
+function helper.busted(path)
+  local result = helper.child(([[
+    package.path, package.cpath = %q, %q
+    arg = { [0] = "busted", "--output=plainTerminal", %q }
+    require "busted.runner" { standalone = false }
+  ]]):format(package.path, package.cpath, path))
+  return result.out .. result.err
 end
 
 ---Runs a script as `child` does, checks that it ended well and wrote no errors; returns its output.

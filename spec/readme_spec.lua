@@ -120,6 +120,13 @@ describe("examples", function()
   end
 end)
 
+describe("examples/virtual_time_spec.lua", function()
+  it("is a spec that passes", function()
+    local output = helper.busted(root .. "examples/virtual_time_spec.lua")
+    assert.truthy(output:find("5 successes / 0 failures / 0 errors / 0 pending", 1, true), output)
+  end)
+end)
+
 describe("this spec", function()
   it("sees a program that prints something else, fails, complains or does not compile", function()
     assert.has_error(function() check("print(1) --> 2\n", "x.lua") end)

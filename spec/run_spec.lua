@@ -4,6 +4,7 @@ local flow = require "coflow"
 local helper = require "spec.helper"
 
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local is_error, child, output = helper.is_error, helper.child, helper.output
 
 describe("flow.run", function()
@@ -549,7 +550,7 @@ describe("the current task", function()
 end)
 
 describe("the ready queue", function()
-  it("is first in, first out", in_task(function()
+  it("is first in, first out", in_order(function()
     local log, note = recorder()
     local tasks = {}
     for i = 1, 5 do
@@ -560,7 +561,7 @@ describe("the ready queue", function()
     assert.same({ "queued", "1", "2", "3", "4", "5" }, log)
   end))
 
-  it("gives each of the tasks that yield its turn", in_task(function()
+  it("gives each of the tasks that yield its turn", in_order(function()
     local log, note = recorder()
     local tasks = {}
     for _, name in ipairs { "a", "b", "c" } do
@@ -575,7 +576,7 @@ describe("the ready queue", function()
     assert.same({ "a1", "b1", "c1", "a2", "b2", "c2", "a3", "b3", "c3" }, log)
   end))
 
-  it("lets everything else that is ready run before a task that yields goes on", in_task(function()
+  it("lets everything else that is ready run before a task that yields goes on", in_order(function()
     local log, note = recorder()
     local tasks = { flow.spawn(note, "a"), flow.spawn(note, "b") }
     note("before")
@@ -598,7 +599,7 @@ describe("the ready queue", function()
     assert.equal(flow.yield, flow.Task.yield)
   end))
 
-  it("has a waiter come after what the awaited task itself made ready", in_task(function()
+  it("has a waiter come after what the awaited task itself made ready", in_order(function()
     local log, note = recorder()
     local task = flow.spawn(function()
       flow.spawn(note, "made ready")
@@ -609,7 +610,7 @@ describe("the ready queue", function()
     assert.same({ "ends", "made ready", "waiter" }, log)
   end))
 
-  it("never runs a waiter on the stack of the one that completes the task", in_task(function()
+  it("never runs a waiter on the stack of the one that completes the task", in_order(function()
     local log, note = recorder()
     local gate = flow.TaskCompletionSource()
     local tasks = {}

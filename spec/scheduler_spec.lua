@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 
 local Task, TaskScheduler, SynchronizationContext = flow.Task, flow.TaskScheduler, flow.SynchronizationContext
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local is_error, slowly, closing = helper.is_error, helper.slowly, helper.closing
 local collect, many = helper.collect, helper.many
 
@@ -62,7 +63,7 @@ after_each(function()
 end)
 
 describe("a scheduler", function()
-  it("is told of the start and of each continuation, by a call with no task running", in_task(function()
+  it("is told of the start and of each continuation, by a call with no task running", in_order(function()
     local log, note = recorder()
     local scheduler
     scheduler = TaskScheduler.new {
@@ -102,7 +103,7 @@ describe("a scheduler", function()
     assert.is_true(TaskScheduler.current() == TaskScheduler.default)
   end))
 
-  it("gets continuations in the order in which the tasks became ready", in_task(function()
+  it("gets continuations in the order in which the tasks became ready", in_order(function()
     local scheduler, _, _, drain = keeper()
     local log, note = recorder()
     local source = flow.TaskCompletionSource()
@@ -133,7 +134,7 @@ describe("a scheduler", function()
     assert.is_true(task.result)
   end))
 
-  it("is not jumped by an await that could run its task in place", in_task(function()
+  it("is not jumped by an await that could run its task in place", in_order(function()
     local scheduler, queue, run, drain = keeper()
     local log, note = recorder()
     local child = flow.spawn_on(scheduler, note, "child")
@@ -158,7 +159,7 @@ describe("a scheduler", function()
     assert.is_true(parent.is_completed)
   end))
 
-  it("does not get what its tasks spawn, but what they start hot", in_task(function()
+  it("does not get what its tasks spawn, but what they start hot", in_order(function()
     local scheduler, queue, run, drain = keeper()
     local log, note = recorder()
     local function name() return TaskScheduler.current() == scheduler and "ours" or "default" end
@@ -217,7 +218,7 @@ describe("a scheduler", function()
     assert.is_true(after.is_completed_successfully)
   end))
 
-  it("runs a task synchronously on request, and gets the rest of it", in_task(function()
+  it("runs a task synchronously on request, and gets the rest of it", in_order(function()
     local scheduler, queue, run = keeper()
     local log, note = recorder()
     local task = Task.new(function()
@@ -233,7 +234,7 @@ describe("a scheduler", function()
     assert.is_true(task.is_completed)
   end))
 
-  it("may be the default one, which is as if none was given", in_task(function()
+  it("may be the default one, which is as if none was given", in_order(function()
     local log, note = recorder()
     flow.spawn(note, "a")
     local b = flow.spawn_on(TaskScheduler.default, note, "b")
@@ -273,7 +274,7 @@ describe("a scheduler", function()
     assert.is_nil(SynchronizationContext.current())
   end))
 
-  it("forgets a task that is complete, and is forgotten by it", in_task(function()
+  it("forgets a task that is complete, and is forgotten by it", in_order(function()
     local kept = setmetatable({}, { __mode = "v" })
     local task
     local function scope()
@@ -290,7 +291,7 @@ describe("a scheduler", function()
 end)
 
 describe("try_execute_task", function()
-  it("gives false for a task that is not queued there", in_task(function()
+  it("gives false for a task that is not queued there", in_order(function()
     local scheduler, queue, run, drain = keeper()
     local other = keeper()
     local plain, cold = flow.spawn(slowly), Task.new(slowly)
@@ -303,12 +304,14 @@ describe("try_execute_task", function()
     assert.is_false(scheduler:try_execute_task(flow.current_task()))
     run()
     assert.is_false(scheduler:try_execute_task(task)) -- parked
+    plain:await()
     drain()
-    assert.is_false(scheduler:try_execute_task(task)) -- complete
+    assert.is_true(task.is_completed)
+    assert.is_false(scheduler:try_execute_task(task))
     assert.equal(0, #queue)
   end))
 
-  it("runs nothing twice, not even a later continuation", in_task(function()
+  it("runs nothing twice, not even a later continuation", in_order(function()
     local log, note = recorder()
     local scheduler, queue, run = keeper()
     local task = flow.spawn_on(scheduler, function()
@@ -336,7 +339,7 @@ describe("try_execute_task", function()
     local inlined = inline()
     local scheduler, queue = keeper()
     local function take() return table.remove(queue, 1) end
-    helper.in_task(function()
+    helper.in_order(function()
       local task = flow.spawn_on(inlined, body, "queue_task")
       assert.same({ "queue_task " .. task.name }, log)
       assert.equal("queue_task", task:await())
@@ -427,7 +430,7 @@ describe("an error in queue_task", function()
     assert.same({}, reports) -- the caller has seen it
   end))
 
-  it("faults a continuation where it waits, and closes what it has open", in_task(function()
+  it("faults a continuation where it waits, and closes what it has open", in_order(function()
     local log, note = recorder()
     local accept = true
     local scheduler
@@ -486,7 +489,7 @@ describe("an error in queue_task", function()
 end)
 
 describe("a task in the hands of a scheduler", function()
-  it("lives as long as the scheduler holds it", in_task(function()
+  it("lives as long as the scheduler holds it", in_order(function()
     local scheduler, queue, _, drain = keeper()
     local ran = 0
     flow.spawn_on(scheduler, function()
@@ -502,7 +505,7 @@ describe("a task in the hands of a scheduler", function()
     assert.same({}, reports)
   end))
 
-  it("is abandoned, reported and closed when the scheduler drops it", in_task(function()
+  it("is abandoned, reported and closed when the scheduler drops it", in_order(function()
     local reports = watch()
     local log, note = recorder()
     local dropped = 0
@@ -623,7 +626,7 @@ describe("a task in the hands of a scheduler", function()
 end)
 
 describe("a token", function()
-  it("cancels a continuation before it starts, also one that is queued, without the scheduler", in_task(function()
+  it("cancels a continuation before it starts, also one that is queued, without the scheduler", in_order(function()
     local scheduler, queue = keeper()
     local log, note = recorder()
     local function continue(task, token)
@@ -645,7 +648,7 @@ describe("a token", function()
     assert.same({}, log)
   end))
 
-  it("does nothing to a continuation that has started, and is free of it then", in_task(function()
+  it("does nothing to a continuation that has started, and is free of it then", in_order(function()
     local scheduler, _, run, drain = keeper()
     local source = flow.CancellationTokenSource()
     local task = Task.completed_task:continue_with(function()
@@ -659,7 +662,7 @@ describe("a token", function()
     assert.equal("done", task.result)
   end))
 
-  it("given to a wait ends it, and the scheduler runs what follows", in_task(function()
+  it("given to a wait ends it, and the scheduler runs what follows", in_order(function()
     local scheduler, queue, run, drain = keeper()
     local source = flow.CancellationTokenSource()
     local task = flow.spawn_on(scheduler, function()
@@ -712,7 +715,7 @@ describe("the ambient token", function()
     assert.equal("canceled", task.status)
   end))
 
-  it("wakes a task that waits, and its scheduler runs it", in_task(function()
+  it("wakes a task that waits, and its scheduler runs it", in_order(function()
     local scheduler, queue, run = keeper()
     local task = flow.spawn_on(scheduler, function()
       local ok, err = pcall(flow.with_timeout, 1, flow.sleep, 10)
@@ -735,7 +738,7 @@ describe("the ambient token", function()
     assert.equal("canceled", posted.status)
   end))
 
-  it("is the one under which the task was given to its scheduler", in_task(function()
+  it("is the one under which the task was given to its scheduler", in_order(function()
     local scheduler, _, run, drain = keeper()
     local token
     local task = flow.with_timeout(1, function()
@@ -763,7 +766,7 @@ describe("the ambient token", function()
 end)
 
 describe("a synchronization context", function()
-  it("is posted each continuation once, and the task goes on when what was posted is called", in_task(function()
+  it("is posted each continuation once, and the task goes on when what was posted is called", in_order(function()
     local log, note = recorder()
     local queue = {}
     local context
@@ -796,7 +799,7 @@ describe("a synchronization context", function()
     assert.same({ 1, 2 }, { task:await() })
   end))
 
-  it("does nothing when it calls what was posted again, or late", in_task(function()
+  it("does nothing when it calls what was posted again, or late", in_order(function()
     local context, queue = poster()
     local count = 0
     local task = flow.async(function()
@@ -867,7 +870,7 @@ describe("a synchronization context", function()
     assert.equal(0, #queue)
   end))
 
-  it("is left for good by an await configured so", in_task(function()
+  it("is left for good by an await configured so", in_order(function()
     local context, queue, run = poster()
     local log, note = recorder()
     local function wait() return flow.spawn(slowly, "value") end
@@ -909,7 +912,7 @@ describe("a synchronization context", function()
     assert.is_true(task:await())
   end))
 
-  it("belongs to the task that set it: async functions start with it, spawned tasks do not", in_task(function()
+  it("belongs to the task that set it: async functions start with it, spawned tasks do not", in_order(function()
     local context, other = poster(), poster()
     local log, note = recorder()
     local function name()
@@ -994,7 +997,7 @@ describe("a synchronization context", function()
     assert.is_nil(SynchronizationContext.current())
   end)
 
-  it("counts as none when it is the plain one", in_task(function()
+  it("counts as none when it is the plain one", in_order(function()
     local plain = SynchronizationContext.new()
     local log, note = recorder()
     local task = flow.async(function()
@@ -1010,7 +1013,7 @@ describe("a synchronization context", function()
     assert.same({ "true", "true", "sent", "posted" }, log)
   end))
 
-  it("comes before the scheduler for continuations", in_task(function()
+  it("comes before the scheduler for continuations", in_order(function()
     local context, posts, run_posts = poster()
     local scheduler, queue, run = keeper()
     local task = flow.spawn_on(scheduler, function()
@@ -1030,7 +1033,7 @@ describe("a synchronization context", function()
     assert.is_true(task.result)
   end))
 
-  it("fails the task that it refuses to be posted", in_task(function()
+  it("fails the task that it refuses to be posted", in_order(function()
     local value = {}
     local context = SynchronizationContext.new { post = function() error(value, 0) end }
     local log, note = recorder()
@@ -1094,7 +1097,7 @@ describe("a synchronization context", function()
     assert.is_nil(kept.context)
   end))
 
-  it("makes a scheduler that runs tasks there", in_task(function()
+  it("makes a scheduler that runs tasks there", in_order(function()
     local context, queue, run, drain = poster()
     raises("InvalidOperation", TaskScheduler.from_current_synchronization_context)
     SynchronizationContext.set(context)
@@ -1137,7 +1140,7 @@ describe("TaskScheduler.limited", function()
     return most, tasks
   end
 
-  it("has at most so many tasks between start and end, and starts them in order", in_task(function()
+  it("has at most so many tasks between start and end, and starts them in order", in_order(function()
     for limit = 1, 4 do
       local log, note = recorder()
       local most = crowd(TaskScheduler.limited(limit), 9, function(i)
@@ -1151,7 +1154,7 @@ describe("TaskScheduler.limited", function()
     assert.equal(3, (crowd(TaskScheduler.limited(7), 3, slowly)))
   end))
 
-  it("starts nothing at once", in_task(function()
+  it("starts nothing at once", in_order(function()
     local log, note = recorder()
     local task = flow.spawn_on(TaskScheduler.limited(1), note, "started")
     assert.same({}, log)
@@ -1160,7 +1163,7 @@ describe("TaskScheduler.limited", function()
     assert.same({ "started" }, log)
   end))
 
-  it("frees the place of a task that fails, is canceled or is abandoned", in_task(function()
+  it("frees the place of a task that fails, is canceled or is abandoned", in_order(function()
     local reports = watch()
     local limited = TaskScheduler.limited(1)
     local most, tasks = crowd(limited, 3, function(i)
@@ -1183,7 +1186,7 @@ describe("TaskScheduler.limited", function()
     assert.equal("after", after:await())
   end))
 
-  it("is not forgotten while tasks wait for it", in_task(function()
+  it("is not forgotten while tasks wait for it", in_order(function()
     local ran = 0
     local function scope()
       local limited = TaskScheduler.limited(1)
@@ -1276,7 +1279,7 @@ describe("TaskScheduler.limited", function()
 end)
 
 describe("TaskScheduler.concurrent_exclusive_pair", function()
-  it("runs readers together and writers alone, in order of arrival", in_task(function()
+  it("runs readers together and writers alone, in order of arrival", in_order(function()
     local concurrent, exclusive = TaskScheduler.concurrent_exclusive_pair()
     local log, note = recorder()
     local readers, writers = 0, 0

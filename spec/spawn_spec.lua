@@ -5,10 +5,11 @@ local helper = require "spec.helper"
 
 local Task = flow.Task
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local slowly = helper.slowly
 
 describe("flow.spawn", function()
-  it("starts its function on a later turn, in the order of the calls", in_task(function()
+  it("starts its function on a later turn, in the order of the calls", in_order(function()
     local log, note = recorder()
     local a, b = flow.spawn(note, "a"), flow.spawn(note, "b")
     note(a.status, b.status)
@@ -23,7 +24,7 @@ describe("flow.spawn", function()
     assert.equal(0, select("#", flow.spawn(function() end):await()))
   end))
 
-  it("gives a faulted task for an error", in_task(function()
+  it("gives a faulted task for an error", in_order(function()
     local value = {}
     local task = flow.spawn(error, value)
     flow.yield()
@@ -31,7 +32,7 @@ describe("flow.spawn", function()
     assert.equal(value, raised(flow.await, task))
   end))
 
-  it("gives a canceled task for an OperationCanceled, whatever its token", in_task(function()
+  it("gives a canceled task for an OperationCanceled, whatever its token", in_order(function()
     local canceled = flow.errors.OperationCanceled("enough")
     local task = flow.spawn(error, canceled)
     flow.yield()
@@ -215,7 +216,7 @@ describe("an async function", function()
     assert.is_false((task:try_await()))
   end))
 
-  it("starts, and may suspend, also inside callbacks that cannot", in_task(function()
+  it("starts, and may suspend, also inside callbacks that cannot", in_order(function()
     local log, note = recorder()
     local fn = flow.async(function(name)
       note(name, "starts")
@@ -355,7 +356,7 @@ describe("a cold task", function()
     assert.same({ n = 4, 3, nil, 2, nil }, table.pack(task:await()))
   end))
 
-  it("takes its place at the end of the ready queue when it is started", in_task(function()
+  it("takes its place at the end of the ready queue when it is started", in_order(function()
     local log, note = recorder()
     local cold = Task.new(note, "cold")
     local a = flow.spawn(note, "a")
@@ -365,7 +366,7 @@ describe("a cold task", function()
     assert.same({ "a", "cold", "b" }, log)
   end))
 
-  it("may be awaited before it is started", in_task(function()
+  it("may be awaited before it is started", in_order(function()
     local cold = Task.new(function() return 5 end)
     local waiter = flow.spawn(function() return cold:await() end)
     flow.yield()

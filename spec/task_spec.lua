@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 
 local Task = flow.Task
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local is_error, slowly, here = helper.is_error, helper.slowly, helper.here
 
 -- One task in each of the final states.
@@ -13,7 +14,7 @@ local function faulted(value) return Task.from_exception(value) end
 local function canceled() return Task.from_canceled(flow.CancellationToken.canceled) end
 
 describe("task.status", function()
-  it("follows the life of a task", in_task(function()
+  it("follows the life of a task", in_order(function()
     local log, note = recorder()
     local gate = flow.TaskCompletionSource()
     local task
@@ -114,7 +115,7 @@ describe("task.result and task:results()", function()
 end)
 
 describe("task.exception", function()
-  it("is the error value of a faulted task", in_task(function()
+  it("is the error value of a faulted task", in_order(function()
     local value = {}
     local task = flow.spawn(error, value)
     assert.is_nil(task.exception)
@@ -183,7 +184,7 @@ describe("task.name", function()
 end)
 
 describe("task:traceback()", function()
-  it("of a suspended task leads from where it stands outwards, with file and line", in_task(function()
+  it("of a suspended task leads from where it stands outwards, with file and line", in_order(function()
     local gate = flow.TaskCompletionSource()
     local lines = {}
     local function inner()
@@ -435,7 +436,7 @@ describe("task:continue_with", function()
     assert.same({ "true", "continues 1 true" }, log)
   end))
 
-  it("runs in the order of registration, after every outcome", in_task(function()
+  it("runs in the order of registration, after every outcome", in_order(function()
     local log, note = recorder()
     local gate = flow.TaskCompletionSource()
     local tasks = {}
@@ -597,7 +598,7 @@ describe("flow.delay", function()
     assert.equal("ran_to_completion", flow.delay(0).status)
   end))
 
-  it("wakes in order of the deadlines, and equal ones in the order they were set", in_task(function()
+  it("wakes in order of the deadlines, and equal ones in the order they were set", in_order(function()
     local log, note = recorder()
     local tasks = {}
     for i, seconds in ipairs { 3, 1, 2, 1, 3, 1 } do

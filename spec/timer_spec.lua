@@ -5,6 +5,7 @@ local testing = require "coflow.testing"
 local support = require "spec.support.flow_support"
 
 local in_task, many = support.in_task, support.many
+local in_order = support.in_order
 local raises, bad_argument = support.raises, support.bad_argument
 local recorder, weak, alive = support.recorder, support.weak, support.alive
 local Source, Token = flow.CancellationTokenSource, flow.CancellationToken
@@ -65,7 +66,7 @@ describe("sleep", function()
     assert.same({ "1 at 1", "2 at 2", "3 at 3" }, events)
   end))
 
-  it("wakes equal deadlines in the order they were set", in_task(function()
+  it("wakes equal deadlines in the order they were set", in_order(function()
     local events, record = recorder()
     local tasks = {}
     for i = 1, 200 do
@@ -79,7 +80,7 @@ describe("sleep", function()
   end))
 
   it("wakes equal deadlines in the order they were set, also when set at different times",
-    in_task(function()
+    in_order(function()
       local events, record = recorder()
       local function sleeper(name, first, second)
         return flow.spawn(function()
@@ -94,7 +95,7 @@ describe("sleep", function()
       assert.same({ "a", "b", "c", "d" }, events)
     end))
 
-  it("may be set by whoever was woken at the same instant", in_task(function(clock)
+  it("may be set by whoever was woken at the same instant", in_order(function(clock)
     local events, record = recorder()
     local start, tasks = clock:now(), {}
     for i = 1, 3 do
@@ -287,7 +288,7 @@ describe("delay", function()
     assert.is_true(task.is_canceled)
   end))
 
-  it("has many waiters, woken in the order they came", in_task(function()
+  it("has many waiters, woken in the order they came", in_order(function()
     local events, record = recorder()
     local delay, tasks = flow.delay(1), {}
     for i = 1, 10 do
@@ -327,7 +328,7 @@ describe("10,000 delays", function()
   local N = many(10000)
 
   it("end in order of their deadlines, equal ones in the order they were set",
-    in_task(function(clock)
+    in_order(function(clock)
       local random, expected, got, tasks = support.random(42), {}, {}, {}
       local start = clock:now()
       for i = 1, N do
@@ -460,7 +461,7 @@ describe("wait_async", function()
   end))
 
   it("lets its task win that completes at the same instant, when that was set first",
-    in_task(function()
+    in_order(function()
       local delay = flow.delay(1)
       local wait = delay:wait_async(1)
       wait:await()
@@ -538,7 +539,7 @@ describe("a wait for a token", function()
 
   for _, each in ipairs(waits) do
     local name, wait = each[1], each[2]
-    it("by " .. name .. " is not given up while somebody holds its task", in_task(function()
+    it("by " .. name .. " is not given up while somebody holds its task", in_order(function()
       local source <close> = Source()
       local task = flow.spawn(wait, source.token)
       flow.yield()

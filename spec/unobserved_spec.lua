@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 
 local Task = flow.Task
 local in_task, recorder, raised = helper.in_task, helper.recorder, helper.raised
+local in_order = helper.in_order
 local is_error, slowly, closing = helper.is_error, helper.slowly, helper.closing
 local here, collect = helper.here, helper.collect
 
@@ -79,7 +80,7 @@ describe("a faulted task that nobody observed", function()
     end,
   }
   for what, make in pairs(MAKERS) do
-    it("is reported once when it was made by " .. what, in_task(function()
+    it("is reported once when it was made by " .. what, in_order(function()
       local reports = watch()
       for _, value in ipairs { "boom", { "a table" }, false } do
         drop(function() make(value) end)
@@ -132,7 +133,7 @@ describe("a faulted task that nobody observed", function()
     continue_with = function(task) task:continue_with(function() end):await() end,
   }
   for how, observe in pairs(OBSERVERS) do
-    it("is not reported: " .. how .. " observes", in_task(function()
+    it("is not reported: " .. how .. " observes", in_order(function()
       local reports = watch()
       drop(function() observe(fail("faulted at once")) end)
       drop(function()
@@ -483,7 +484,7 @@ describe("a parked task that nothing alive can ever complete", function()
     assert.equal(1, #reports)
   end))
 
-  it("is kept by whoever holds what it awaits", in_task(function()
+  it("is kept by whoever holds what it awaits", in_order(function()
     local reports = watch()
     local log, note = recorder()
     local gate = flow.TaskCompletionSource()
@@ -559,7 +560,7 @@ describe("a parked task that nothing alive can ever complete", function()
       assert.same({ "OperationCanceled", "OperationCanceled" }, log)
     end))
 
-    it("ends once in " .. what .. ", given up or canceled, when only a token is left", in_task(function()
+    it("ends once in " .. what .. ", given up or canceled, when only a token is left", in_order(function()
       local reports = watch()
       local log, note = recorder()
       local source = flow.CancellationTokenSource()
@@ -581,7 +582,7 @@ describe("a parked task that nothing alive can ever complete", function()
     end))
   end
 
-  it("may close objects of ours that were collected with it", in_task(function()
+  it("may close objects of ours that were collected with it", in_order(function()
     watch()
     local log, note = recorder()
     local loc = flow.AsyncLocal("user")

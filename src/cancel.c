@@ -598,6 +598,12 @@ void expiry_land(lua_State *L, int i) {
   lua_settop(L, k - 1);
 }
 
+void expiry_drop(lua_State *L, int i) {
+  lua_getiuservalue(L, i, OP_TOKEN);
+  disarm(L, -1);
+  lua_pop(L, 1);
+}
+
 /* ---- Lua face: tokens ---- */
 
 static int l_token_requested(lua_State *L) {
@@ -781,11 +787,13 @@ static void arm(lua_State *L, int k, double seconds) {
   }
   struct timed *e = (struct timed *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN, false);
   e->deadline = (struct deadline){-1, DEADLINE_TIMED};
+
   disarm(L, k);
   timer_reserve(L);
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, OP_TOKEN);
   task_hold(L, -1, &e->pending.task);
+  testing_born(L, runtime(L), e->pending.task.slot);
   lua_setiuservalue(L, k, TOKEN_EXPIRY);
   timer_add(runtime(L), &e->deadline, seconds);
   count_arm(L, (struct token *)lua_touserdata(L, k), 1);

@@ -83,6 +83,7 @@ enum task_kind {
   KIND_EACH,   /* what an iteration of when_each waits on */
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
   KIND_SCOPE,
+  KIND_IDLE, /* complete once the loop has nothing to do: for tests */
   KIND_COUNT
 };
 
@@ -310,13 +311,20 @@ enum runtime_uservalue {
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
-  RUNTIME_UV_COUNT = RUNTIME_WRAP_START
+  RUNTIME_BEFORE,     /* while a test runs: the handles from before */
+  RUNTIME_UV_COUNT = RUNTIME_BEFORE
 };
 
 struct timer_entry {
   double due;
   uint64_t order;
   struct deadline *deadline;
+};
+
+enum clock {
+  CLOCK_REAL,
+  CLOCK_JUMPING, /* virtual: when nothing is left to do, to the next deadline */
+  CLOCK_HELD     /* virtual: it stands until testing.c moves it */
 };
 
 enum { LABEL_CACHE = 64 };
@@ -360,8 +368,17 @@ struct runtime {
   struct timer_entry *timers;
   size_t timer_count, timer_size;
   uint64_t timer_order;
-  bool virtual_time; /* the seam of time: jump to the next deadline instead of waiting */
+
+  /* What a test changes (testing.c): the source of time, of choice, and that births are noted. */
+  enum clock clock;
   double virtual_now;
+  double quiet;     /* real seconds for which what may wait for ever holds a jumping clock back */
+  unsigned patient; /* requests in flight that may wait for ever: those of sockets and pipes */
+  struct task *idlers; /* wait until nothing is left to do, the last one first */
+  bool seeded;
+  struct births *births; /* who was made where; NULL: no test runs */
+  uint64_t random;
+  int passed_over; /* how often in succession the first ready task was not chosen */
 
   uint64_t next_id, next_local, next_serial;
   int watched_count;  /* locals with a handler ever made */
@@ -557,6 +574,8 @@ void fiber_name(
     lua_State *L,
     struct fiber *f); /* [-1, +0, -] f, not started, is named after the function on top */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
+void fiber_abandon(lua_State *L, int i,
+                   struct fiber *f); /* [-0, +0, -] the pump will close the parked one at i */
 bool fiber_push_awaited(lua_State *L,
                         struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
 void fiber_push_place(lua_State *L,
@@ -652,6 +671,7 @@ void token_follow(lua_State *L, int k,
                   int up);                /* [-0, +0, m] it is canceled with the one at `up` */
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
 void expiry_land(lua_State *L, int i);
+void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
 void cancel_open(lua_State *L);
 
 /* ---- scope.c: the tree of ambient cancellation ---- */
@@ -703,7 +723,8 @@ void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, i
                 int run); /* [-0, +0, -] as token_mark */
 struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
                           double seconds); /* [-0, +1, e] opened by the running task for `what` */
-void scope_finish(lua_State *L, struct runtime *rt, struct scope *s); /* [-0, +0, -] its block has been left */
+void scope_finish(lua_State *L, struct runtime *rt,
+                  struct scope *s); /* [-0, +0, -] its block has been left */
 void scope_arm(lua_State *L, struct scope *s,
                double seconds);                       /* [-0, +0, m] unless it has a deadline */
 void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
@@ -746,6 +767,7 @@ double timer_add(struct runtime *rt, struct deadline *d, double seconds); /* whe
 void timer_drop(struct runtime *rt, struct deadline *d);
 void timer_fire_due(lua_State *L,
                     struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
+void timer_shift(struct runtime *rt, double seconds); /* moves all deadlines: the clock changes */
 void delay_land(lua_State *L, int i);
 void wait_op_fire(lua_State *L, struct runtime *rt,
                   int i); /* [-0, +0, -] what the operation at i awaited is complete */
@@ -764,6 +786,10 @@ void timer_open(lua_State *L);
 /* ---- loop.c: the ready list, the pump, time ---- */
 
 double loop_now(struct runtime *rt);
+void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
+int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
+void loop_push_wait(lua_State *L,
+                    int i); /* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
 static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the end of the list */
   if (t->flags & TASK_LINKED) return;
   t->flags |= TASK_LINKED;
@@ -788,6 +814,20 @@ int loop_run(
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
 void loop_open(lua_State *L);
+
+/* ---- testing.c: what a test changes ---- */
+
+void testing_choose(struct runtime *rt); /* moves any ready task to the front */
+uint64_t testing_random(struct runtime *rt);
+/* A fiber or an operation in flight that may outlive its test says so when it has its slot: notes the line
+** that makes it. Creates nothing and raises nothing. */
+void testing_note(lua_State *L, struct runtime *rt, int slot); /* [-0, +0, -] */
+static inline void testing_born(lua_State *L, struct runtime *rt, int slot) {
+  if (rt->births != NULL) testing_note(L, rt, slot);
+}
+void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
+void testing_land(lua_State *L, int i);
+void testing_open(lua_State *L);
 
 #pragma GCC visibility pop
 #endif

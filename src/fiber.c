@@ -250,6 +250,7 @@ static int fiber_main(lua_State *L) {
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
   struct fiber *f = (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof *f, 3);
+
   while (rt->idle_count == 0 || !is_idle(rt->idle[rt->idle_count - 1].co))
     if (rt->idle_count == 0)
       idle_grow(L, rt);
@@ -262,6 +263,7 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct 
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
   scope_join(s, &f->member);
+  testing_born(L, rt, f->task.slot);
   if (rt->me->flags & TASK_HAS_CONTEXT) context_inherit(L, -1, &f->task, rt->me);
   int first = -arguments - 2;
   lua_insert(L, first); /* task fn arguments */
@@ -602,6 +604,21 @@ static void push_abandoned(lua_State *L, int i) {
   lua_pop(L, 1);
 }
 
+void fiber_abandon(lua_State *L, int i, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct task *t = &f->task;
+  if (t->state == TASK_WAITING &&
+      fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
+    link_drop(&f->u.nap.link);
+    timer_drop(rt, &f->u.nap.deadline);
+  }
+  if (t->traits & TRAIT_HANDED) t->flags &= (uint16_t)~TASK_LINKED; /* it is on no list */
+  t->flags |= TASK_ABANDONED;
+  lua_pushvalue(L, i);
+  lua_rawseti(L, UP_ANCHORS, t->slot);
+  loop_ready(rt, t);
+}
+
 void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
   task_push(L, &f->task);
   int i = lua_gettop(L);
@@ -661,11 +678,7 @@ static int l_watch_gc(lua_State *L) {
     lua_setmetatable(L, 1);
     return 0;
   }
-  if (fiber_naps(f)) link_drop(&f->u.nap.link);
-  f->task.flags = (uint16_t)((f->task.flags & ~TASK_LINKED) | TASK_ABANDONED);
-  lua_pushvalue(L, 3);
-  lua_rawseti(L, UP_ANCHORS, f->task.slot);
-  loop_ready(rt, &f->task);
+  fiber_abandon(L, 3, f);
   if (!(f->task.flags & TASK_OBSERVED)) {
     push_abandoned(L, 3);
     error_report(L, -1, 3);

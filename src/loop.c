@@ -12,9 +12,10 @@
 ** function called under protection by loop_run and loop.run only, outside every libuv callback:
 ** nothing that Lua raises, and no os.exit in a task, ever unwinds through libuv.
 **
-** Time is loop_now: monotonic, or virtual, when nothing is waited for: if no task is ready the clock
-** jumps to the next deadline. That, and loop_ready's choice of the end of the list, is all that
-** a test changes.
+** Time is loop_now: monotonic, or virtual. A virtual clock moves only when the loop is idle: no task is
+** ready, no deadline is due, and nothing outside will end by itself (is_idle). Then it jumps to the next
+** deadline, or stands until somebody moves it. That, and which ready task comes first, is all that a
+** test changes (testing.c); the real clock is not looked at then, so that a test takes one course.
 **
 ** Landing: an operation that completes while another task is settled, or a token canceled, lands at
 ** the end of that, not on a later turn, in order and without recursion.
@@ -35,7 +36,7 @@ enum { SLICE = 256, LOOK = 16, IN_PLACE = 256 };
 /* ---- time ---- */
 
 double loop_now(struct runtime *rt) {
-  return rt->virtual_time ? rt->virtual_now : (double)uv_hrtime() / 1e9;
+  return rt->clock != CLOCK_REAL ? rt->virtual_now : (double)uv_hrtime() / 1e9;
 }
 
 /* ---- lists ---- */
@@ -66,6 +67,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_SCOPE: scope_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
+    case KIND_IDLE: testing_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
@@ -110,19 +112,28 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
   double start = 0;
   int look = LOOK, every = LOOK; /* at the clock: less and less often while tasks are short */
   rt->inlined = IN_PLACE;
+  if (rt->clock != CLOCK_REAL) look = 0; /* never */
+  if (rt->seeded && rt->ready != NULL) {
+    testing_choose(rt);
+    look = 1; /* at who comes next: after each */
+  }
   for (int n = 1; rt->ready != NULL && n <= SLICE && rt->inlined > 0; n++) {
     run_one(L, rt);
     if ((until && task_done(until)) || rt->stopping || rt->signaled) return;
-    if (n == look) {
-      double now = (double)uv_hrtime() / 1e9;
-      if (start == 0)
-        start = now;
-      else if (now - start > SLICE_SECONDS)
-        return;
-      else if (now - start < SLICE_SECONDS / 16)
-        every *= 2;
-      look += every;
+    if (n != look) continue;
+    if (rt->seeded) {
+      if (rt->ready != NULL) testing_choose(rt);
+      look++;
+      continue;
     }
+    double now = (double)uv_hrtime() / 1e9;
+    if (start == 0)
+      start = now;
+    else if (now - start > SLICE_SECONDS)
+      return;
+    else if (now - start < SLICE_SECONDS / 16)
+      every *= 2;
+    look += every;
   }
 }
 
@@ -138,7 +149,9 @@ static uv_loop_t *uv(struct runtime *rt) {
   return &rt->loop;
 }
 
-static void on_timer(uv_timer_t *timer) { (void)timer; }
+/* Before 1.45, libuv runs timers first and waits for events then: a timer that fires before that wait (it
+** was due at once, or a millisecond passed on the way there) would be forgotten. Stopped, it does not wait. */
+static void on_timer(uv_timer_t *timer) { uv_stop(timer->loop); }
 
 static void on_signal(uv_signal_t *handle, int number) {
   struct runtime *rt =
@@ -152,42 +165,99 @@ static void disarm(struct runtime *rt) {
   rt->timer_armed = false;
 }
 
-/* something may still happen that nobody here has to do */
-static bool is_alive(struct runtime *rt) {
-  if (rt->ready != NULL || rt->timer_count > 0) return true;
+/* libuv waits for something */
+static bool outside_alive(struct runtime *rt) {
   disarm(rt);
   return rt->loop_open && uv_loop_alive(&rt->loop);
 }
 
+/* something may still happen that nobody here has to do */
+static bool is_alive(struct runtime *rt) {
+  return rt->ready != NULL || rt->timer_count > 0 || outside_alive(rt);
+}
+
+static void arm(struct runtime *rt, double seconds) {
+  uint64_t ms = seconds <= 0 ? 0 : seconds > 1e9 ? (uint64_t)1e12 : (uint64_t)ceil(seconds * 1e3);
+  uv_update_time(uv(rt));
+  uv_timer_start(&rt->timer, on_timer, ms, 0);
+  rt->timer_armed = true;
+}
+
+static void run_uv(struct runtime *rt, uv_run_mode mode) {
+  uv_run(uv(rt), mode);
+  if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
+}
+
 static void poll(struct runtime *rt, bool wait) {
-  if (wait && rt->timer_count > 0 && !rt->virtual_time) {
+  if (wait && rt->timer_count > 0 && rt->clock == CLOCK_REAL) {
     double due = rt->timers[0].due;
     if (!rt->timer_armed || rt->timer_due != due) {
-      double seconds = due - loop_now(rt);
-      uint64_t ms = seconds <= 0    ? 0
-                    : seconds > 1e9 ? (uint64_t)1e12
-                                    : (uint64_t)ceil(seconds * 1e3);
-      uv_update_time(uv(rt));
-      uv_timer_start(&rt->timer, on_timer, ms, 0);
-      rt->timer_armed = true;
+      arm(rt, due - loop_now(rt));
       rt->timer_due = due;
     }
   } else if (wait)
     disarm(rt);
   if (!wait && !rt->loop_open) return; /* nothing can have happened */
-  uv_run(uv(rt), wait ? UV_RUN_ONCE : UV_RUN_NOWAIT);
-  if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
+  run_uv(rt, wait ? UV_RUN_ONCE : UV_RUN_NOWAIT);
+}
+
+/* what libuv waits for: work ends by itself, an event may never come */
+struct outside {
+  bool work, events;
+};
+
+static void look_at(uv_handle_t *h, void *arg) {
+  struct outside *o = (struct outside *)arg;
+  if (!uv_is_active(h) || !uv_has_ref(h) || uv_is_closing(h)) return;
+  if (h->type == UV_PROCESS)
+    o->work = true;
+  else
+    o->events = true;
+}
+
+/* Nothing is ready, and under a virtual clock nothing is to move before all is done: true when it is.
+** Work in flight is waited for; what may wait for ever, until it was quiet for some real time. False:
+** look again. */
+static bool is_idle(struct runtime *rt) {
+  double end = 0;
+  while (rt->ready == NULL && !rt->signaled) {
+    if (!outside_alive(rt)) return true;
+    struct outside o = {rt->loop.active_reqs.count > rt->patient, rt->patient > 0};
+    uv_walk(&rt->loop, look_at, &o);
+    double now = (double)uv_hrtime() / 1e9;
+    if (o.work) {
+      end = 0;
+      run_uv(rt, UV_RUN_ONCE);
+    } else if (!o.events) { /* handles that are closing: they need a turn */
+      run_uv(rt, UV_RUN_NOWAIT);
+    } else if (end == 0 || now < end) {
+      if (end == 0) end = now + rt->quiet;
+      arm(rt, end - now);
+      run_uv(rt, UV_RUN_ONCE);
+    } else
+      return true;
+  }
+  return false;
+}
+
+/* the loop is idle: a test's clock moves, or whoever waited for that goes on */
+static void pass_virtual_time(struct runtime *rt) {
+  struct task *t = rt->idlers;
+  if (t != NULL) {
+    rt->idlers = t->next;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    loop_ready(rt, t);
+  } else if (rt->timers[0].due > rt->virtual_now)
+    rt->virtual_now = rt->timers[0].due;
 }
 
 /* nothing is ready: let time pass. False when nothing can ever happen. */
 static bool pass_time(struct runtime *rt) {
-  if (rt->virtual_time && rt->timer_count > 0) {
-    if (rt->loop_open && uv_loop_alive(&rt->loop)) poll(rt, false);
-    if (rt->ready == NULL && rt->timers[0].due > rt->virtual_now)
-      rt->virtual_now = rt->timers[0].due;
+  if (rt->idlers != NULL || (rt->clock == CLOCK_JUMPING && rt->timer_count > 0)) {
+    if (is_idle(rt)) pass_virtual_time(rt);
     return true;
   }
-  if (!is_alive(rt)) return false;
+  if (!(rt->clock == CLOCK_HELD ? outside_alive(rt) : is_alive(rt))) return false;
   poll(rt, true);
   return true;
 }
@@ -245,6 +315,40 @@ static enum drive_end turn(lua_State *L, struct runtime *rt, bool wait) {
   return DRIVE_DONE;
 }
 
+/* [-0, +0, e] what is ready runs, and nothing is waited for but handles that are closing; whoever is ready
+** again and again is not waited for either */
+static void settle(lua_State *L, struct runtime *rt) {
+  enum { SLICES = 10000 };
+  for (int n = 0; n < SLICES && (n < 2 || rt->ready != NULL); n++) {
+    run_ready(L, rt, NULL);
+    timer_fire_due(L, rt);
+    poll(rt, false);
+  }
+}
+
+void loop_push_wait(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  const char *place = f->task.flags & TASK_STARTED ? "at ?" : "not started",
+             *what = "waits for ever";
+  int top = lua_gettop(L);
+  if (f->task.traits & TRAIT_HANDED)
+    what = "waits to be run by its scheduler or synchronization context,";
+  else if (f->task.state == TASK_QUEUED)
+    what = "is ready";
+  else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
+    task_push_name(L, -1);
+    what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
+  } else if (fiber_naps(f) && f->u.nap.deadline.index >= 0)
+    what = "sleeps";
+  if (f->co != NULL && f->task.flags & TASK_STARTED) {
+    fiber_push_place(L, f);
+    place = lua_pushfstring(L, "at %s", lua_tostring(L, -1));
+  }
+  lua_pushfstring(L, "%s %s", what, place);
+  lua_insert(L, top + 1);
+  lua_settop(L, top + 1);
+}
+
 /* [-0, +1, m] what waits where, a line each */
 static void push_report(lua_State *L) {
   enum { LINES = 30 };
@@ -255,27 +359,20 @@ static void push_report(lua_State *L) {
   lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
   for (lua_Integer slot = 2; slot <= n; slot++, lua_settop(L, list)) {
     lua_rawgeti(L, UP_ANCHORS, slot);
-    if (!lua_islightuserdata(L, -1)) continue;
-    struct task *t = (struct task *)lua_touserdata(L, -1);
-    bool handed = t->traits & TRAIT_HANDED;
-    if (!task_is(t, KIND_FIBER) || !(t->flags & TASK_STARTED || handed)) continue;
+    bool parked = lua_islightuserdata(L, -1); /* else it sleeps, under a clock that stands */
+    struct task *t =
+        parked ? (struct task *)lua_touserdata(L, -1) : (struct task *)object_test(L, -1, TAG_TASK);
+    if (t == NULL || !task_is(t, KIND_FIBER)) continue;
+    if (!(t->traits & TRAIT_HANDED) && !(t->flags & TASK_STARTED && t->state == TASK_WAITING))
+      continue;
     if (++lines > LINES) {
       more++;
       continue;
     }
-    struct fiber *f = (struct fiber *)t;
     task_push(L, t);
     task_push_name(L, -1); /* … task name */
-    const char *what =
-        handed ? "to be run by its scheduler or synchronization context," : "for ever";
-    if (!handed && f->u.wait.on && fiber_push_awaited(L, f)) {
-      task_push_name(L, -1);
-      what = lua_pushfstring(L, "for '%s'", lua_tostring(L, -1));
-    }
-    fiber_push_place(L, f);
-    lua_pushfstring(L, "\n\ttask '%s' waits %s %s%s", lua_tostring(L, list + 3), what,
-                    t->flags & TASK_STARTED ? "at " : "not started",
-                    t->flags & TASK_STARTED ? lua_tostring(L, -1) : "");
+    loop_push_wait(L, -2);
+    lua_pushfstring(L, "\n\ttask '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
     lua_rawseti(L, list, lines);
   }
   luaL_Buffer b;
@@ -292,13 +389,16 @@ static void push_report(lua_State *L) {
   lua_remove(L, list);
 }
 
-enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT };
+enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT, LOOP_SETTLE };
 
 /* pump(task or nil, mode) under protection -> how it ended */
 static int pump(lua_State *L) {
   struct runtime *rt = runtime(L);
   enum loop_mode mode = (enum loop_mode)lua_tointeger(L, 2);
-  if (mode == LOOP_DEFAULT)
+  if (mode == LOOP_SETTLE) {
+    settle(L, rt);
+    lua_pushinteger(L, DRIVE_DONE);
+  } else if (mode == LOOP_DEFAULT)
     lua_pushinteger(L, drive(L, rt, (struct task *)lua_touserdata(L, 1)));
   else
     lua_pushinteger(L, turn(L, rt, mode == LOOP_ONCE));
@@ -326,7 +426,7 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   return end;
 }
 
-static void check_outside(lua_State *L, const char *what) {
+void loop_check_outside(lua_State *L, const char *what) {
   struct runtime *rt = runtime(L);
   if (rt->me != rt->outside)
     error_throw(L, ERROR_OPERATION,
@@ -337,9 +437,15 @@ static void check_outside(lua_State *L, const char *what) {
         "%s inside a callback: the event loop is running already; start a task (flow.spawn)", what);
 }
 
+int loop_settle(lua_State *L) {
+  loop_check_outside(L, "settle");
+  enter(L, 0, LOOP_SETTLE);
+  return 0;
+}
+
 int loop_run(lua_State *L) {
   struct runtime *rt = runtime(L);
-  check_outside(L, "run");
+  loop_check_outside(L, "run");
   struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   root->task.state = TASK_QUEUED;
   loop_ready(rt, &root->task);
@@ -348,6 +454,13 @@ int loop_run(lua_State *L) {
     case DRIVE_DEAD:
       root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
       push_report(L);
+      if (rt->clock == CLOCK_HELD && rt->timer_count > 0)
+        return error_throw(
+            L, ERROR_OPERATION,
+            "deadlock: no task is ready, and the fake clock never advances: it stands at "
+            "%f, the next deadline is at %f%s",
+            (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)rt->timers[0].due,
+            lua_tostring(L, -1));
       return error_throw(
           L, ERROR_OPERATION,
           "deadlock: no task is ready, and no timer, request or handle is alive that "
@@ -377,6 +490,7 @@ void loop_close(lua_State *L, struct runtime *rt) {
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   alloc(ud, rt->timers, rt->timer_size * sizeof *rt->timers, 0);
+  testing_forget(L, rt);
   rt->idle = NULL;
   rt->timers = NULL;
   rt->timer_count = rt->idle_count = 0;
@@ -394,7 +508,7 @@ static int l_loop_run(lua_State *L) {
   static const char *const modes[] = {"default", "once", "nowait", NULL};
   struct runtime *rt = runtime(L);
   enum loop_mode mode = (enum loop_mode)luaL_checkoption(L, 1, "default", modes);
-  check_outside(L, "loop.run");
+  loop_check_outside(L, "loop.run");
   enter(L, 0, mode);
   lua_pushboolean(L, is_alive(rt));
   return 1;
@@ -452,16 +566,8 @@ static int l_watch_signals(lua_State *L) {
   return 0;
 }
 
-/* virtual(start or nil): virtual time from `start` on, or real time again */
-static int l_virtual(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  rt->virtual_time = !lua_isnoneornil(L, 1);
-  rt->virtual_now = luaL_optnumber(L, 1, 0);
-  return 0;
-}
-
 static const luaL_Reg functions[] = {
-    {"run", l_run}, {"watch_signals", l_watch_signals}, {"virtual", l_virtual}, {NULL, NULL}};
+    {"run", l_run}, {"watch_signals", l_watch_signals}, {NULL, NULL}};
 static const luaL_Reg loop_functions[] = {{"run", l_loop_run},
                                           {"stop", l_loop_stop},
                                           {"now", l_loop_now},

@@ -327,6 +327,7 @@ static int open_all(lua_State *L) {
   schedule_open(L);
   loop_open(L);
   coroutine_open(L);
+  testing_open(L);
   return 1;
 }
 

@@ -3,7 +3,7 @@
 **
 ** A binary heap of (due, order) with a back index in each deadline: setting and dropping one is
 ** O(log n), and nothing is compared through pointers. Deadlines due at the same instant fire in the
-** order they were set. All that are due move to the ready list before any of them runs, so a task
+** order they were set (in any order under a test's seed). All that are due move to the ready list before any of them runs, so a task
 ** resumed by one may freely set or drop others. The time they fire by is loop_now: real or virtual.
 **
 ** Invariant: timers[d->index].deadline == d, or d->index == -1 when d is not set.
@@ -62,7 +62,8 @@ void timer_reserve(lua_State *L) {
 
 double timer_add(struct runtime *rt, struct deadline *d, double seconds) {
   double due = loop_now(rt) + seconds;
-  sift_up(rt, rt->timer_count++, (struct timer_entry){due, rt->timer_order++, d});
+  sift_up(rt, rt->timer_count++,
+          (struct timer_entry){due, rt->seeded ? testing_random(rt) : rt->timer_order++, d});
   return due;
 }
 
@@ -76,6 +77,12 @@ void timer_drop(struct runtime *rt, struct deadline *d) {
     sift_up(rt, at, last);
   else
     sift_down(rt, at, last);
+}
+
+/* Sums that are rounded may make deadlines equal that were not, so the heap is built anew. */
+void timer_shift(struct runtime *rt, double seconds) {
+  for (size_t i = 0; i < rt->timer_count; i++) rt->timers[i].due += seconds;
+  for (size_t i = rt->timer_count / 2; i-- > 0;) sift_down(rt, i, rt->timers[i]);
 }
 
 /* [-0, +0, m] */
@@ -214,6 +221,7 @@ static void start(lua_State *L, int i, struct timed *op, int k, struct scope *s)
   else
     task_weaken(L, i);
   task_hold(L, i, t);
+  testing_born(L, rt, t->slot);
   scope_join(s, &op->pending.member);
   if (token != NULL) token_link(token, &op->pending.link);
   if (op->seconds != HUGE_VAL)
@@ -240,6 +248,7 @@ static struct timed *operation_new(lua_State *L, int kind, int uservalues, doubl
   struct timed *op = (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
   op->deadline = (struct deadline){-1, DEADLINE_TIMED};
   op->seconds = seconds;
+
   return op;
 }
 
@@ -394,6 +403,7 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   struct task *t = &op->timed.pending.task;
   op->timed.deadline = (struct deadline){-1, DEADLINE_TIMED};
   op->timed.seconds = seconds;
+
   if (quiet) t->flags |= TASK_QUIET;
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 4, OP_INPUT);

@@ -1,36 +1,287 @@
--- coflow.testing: run a test under a virtual clock, on the same scheduler and timers as production.
+-- coflow.testing: run a test in virtual time, under a chosen order, and without leaks.
+--
+-- It is the scheduler, the timers and the poll of production that run (src/testing.c): only where time comes
+-- from differs, and, under a seed, who of those that are ready comes first. So what a test shows is what
+-- production does in one of its possible orders.
+--
+--     local it = require("coflow.testing").it       -- the one line that busted needs
+--
+--     it("gives up after an hour", function(clock)  -- takes no time
+--       local ok = pcall(flow.await, flow.delay(7200):wait_async(3600))
+--       assert.is_false(ok)
+--       assert.equal(3600, clock:now())
+--     end)
 --
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
 
+local begin, finish, left, give_up = core.testing.begin, core.testing.finish, core.testing.left,
+  core.testing.give_up
+local InvalidOperation = core.errors.InvalidOperation
+
 local testing = {}
 
-local Clock = {}
+local DEFAULT_THRESHOLD = 0.01 -- real seconds
+local ROUNDS = 16 -- how often what is left behind may leave more behind while it is closed
+local LINES = 30
+
+-- The files whose lines are no place where a test makes something: those beside this one.
+local library = debug.getinfo(1, "S").source:match("^(.*[/\\])[^/\\]*$") or "=?"
+
+-- What is wrong with a number of seconds that a clock is set to or moved by; nil: nothing.
+local function wrong_seconds(value)
+  if type(value) ~= "number" then
+    return ("number expected, got %s"):format(value == nil and "no value" or type(value))
+  elseif not (value >= 0 and value < math.huge) then
+    return value < 0 and "seconds must not be negative" or "seconds must be finite"
+  end
+end
+
+-- Clocks ------------------------------------------------------------------------------------------
+
+---The clock of a test, given to its function.
+---@class coflow.testing.Clock
+local Clock = { __name = "coflow.testing.Clock" }
 Clock.__index = Clock
 
 ---The virtual time, in seconds.
 ---@return number
-function Clock.now() return core.loop.now() end
+function Clock.now(_) return core.loop.now() end
 
----Runs `fn(clock)` as the root task while time is virtual: when no task is ready the clock jumps to the
----next deadline, so nothing ever sleeps.
----@param fn fun(clock): ...
----@param options? { start_time?: number }
+---Suspends the calling task until everything else has run that can run now, work in flight included. No time
+---passes. Several that settle go on one at a time, the last one first.
+function Clock.settle(_) core.await(core.testing.idle()) end
+
+---A clock that moves only when it is told: `testing.run(fn, { time_provider = p })` installs it. Between runs it
+---keeps its time.
+---@class coflow.testing.FakeTimeProvider
+---@field _now number its time while it is not installed
+---@field _installed boolean
+---@field _target number? where an `advance` is going to
+local FakeTimeProvider = { __name = "coflow.testing.FakeTimeProvider" }
+FakeTimeProvider.__index = FakeTimeProvider
+
+local function check_provider(self)
+  if getmetatable(self) ~= FakeTimeProvider then
+    error("calling a method of FakeTimeProvider on bad self", 3)
+  end
+end
+
+local function check_installed(self, what)
+  if not self._installed then
+    error(InvalidOperation(("%s: this FakeTimeProvider is not installed: "
+      .. "testing.run(fn, { time_provider = p })"):format(what)), 0)
+  end
+end
+
+---Its time, in seconds.
+---@return number
+function FakeTimeProvider:now()
+  check_provider(self)
+  return self._installed and core.loop.now() or self._now
+end
+
+---Suspends the calling task until everything else has run that can run now, as `clock:settle()`.
+---Raises: InvalidOperation if it is not installed.
+function FakeTimeProvider:settle()
+  check_provider(self)
+  check_installed(self, "settle")
+  Clock.settle(self)
+end
+
+local advancing = { __close = function(guard) guard.provider._target = nil end }
+
+---Moves the time on: what is ready runs; then the clock steps to each time at which something is due, up to
+---and including the target, and all that becomes ready there runs; then it stands at the target, and settles.
+---So whatever runs reads its own due time. Called while another `advance` of this clock is under way (in what
+---that has woken, a callback included), it moves the target on by `seconds` and returns at once.
+---Cancellation: the clock stays where it is.
+---Raises: InvalidOperation if it is not installed.
+---Source: .NET FakeTimeProvider.Advance, but that one moves to the target first.
+---@param seconds number >= 0
+function FakeTimeProvider:advance(seconds)
+  check_provider(self)
+  local wrong = wrong_seconds(seconds)
+  if wrong then core.argument_error(2, wrong) end
+  check_installed(self, "advance")
+  if self._target then
+    self._target = self._target + seconds
+    return
+  end
+  self._target = core.loop.now() + seconds
+  local _ <close> = setmetatable({ provider = self }, advancing)
+  self:settle()
+  repeat
+    while core.testing.step(self._target) do self:settle() end
+    self:settle()
+  until core.loop.now() >= self._target -- what ran last may have asked for more
+end
+
+---A new fake clock, to be installed by `testing.run(fn, { time_provider = p })`.
+---Source: .NET FakeTimeProvider; it starts at 0, not in the year 2000.
+---@param options? { start_time?: number } seconds, 0 by default
+---@return coflow.testing.FakeTimeProvider
+function testing.FakeTimeProvider(options)
+  options = core.check_options(1, options, { start_time = true })
+  local start = options.start_time or 0
+  local wrong = wrong_seconds(start)
+  if wrong then core.argument_error(1, "start_time: " .. wrong) end
+  return setmetatable({ _now = start, _installed = false }, FakeTimeProvider)
+end
+
+-- Running -----------------------------------------------------------------------------------------
+
+-- The seed asked for: an integer, or nil for the order of production.
+local function seed_of(seed)
+  if seed == nil then
+    seed = os.getenv("COFLOW_SEED")
+    if seed == nil or seed == "" then return nil end
+    local number = math.tointeger(tonumber(seed))
+    if not number then error(core.errors.Argument("COFLOW_SEED must be an integer, not " .. seed), 0) end
+    return number
+  end
+  return seed or nil
+end
+
+-- Closes what the test has left, and what that leaves in turn; nobody is told of errors that this makes.
+local function clean_up()
+  for _ = 1, ROUNDS do
+    give_up()
+    core.testing.settle(true)
+    if #left() == 0 then break end
+  end
+end
+
+local function describe_left(list)
+  local lines = table.move(list, 1, math.min(#list, LINES), 2, { "the test has left something behind:" })
+  if #list > LINES then lines[#lines + 1] = ("… and %d more"):format(#list - LINES) end
+  return table.concat(lines, "\n\t")
+end
+
+-- A failure under a seed is worth nothing without the seed. It is written to standard error, whatever the
+-- error is; a string also has it in it. Any other value is the caller's own, and stays the same.
+local function tell_seed(err, seed)
+  io.stderr:write(("coflow.testing: failed under seed %d; the same course again: seed = %d, or COFLOW_SEED=%d\n")
+    :format(seed, seed, seed))
+  return type(err) == "string" and ("%s (seed %d)"):format(err, seed) or err
+end
+
+local function ended(seed, ok, ...)
+  core.testing.settle()
+  local err, list = ..., left()
+  if ok and #list > 0 then
+    ok, err = false, InvalidOperation(describe_left(list) .. (seed and ("\n\t(seed %d)"):format(seed) or ""))
+  end
+  if #list > 0 then clean_up() end
+  if ok then return ... end
+  error(seed and tell_seed(err, seed) or err, 0)
+end
+
+---@class coflow.testing.Options
+---@field seed? integer|false
+---@field start_time? number seconds, 0 by default
+---@field autojump_threshold? number real seconds, 0.01 by default
+---@field time_provider? coflow.testing.FakeTimeProvider
+
+local run_options = { seed = true, start_time = true, autojump_threshold = true, time_provider = true }
+local ending = setmetatable({}, { __close = finish })
+
+---Runs `fn(clock)` as the root task while time is virtual, and returns what it returns. When nothing is ready
+---the clock jumps to the next deadline, so nothing ever sleeps. What happens outside has its own time: worker
+---jobs, file operations and processes in flight hold the clock back until they end; sockets, pipes and
+---signals, which may wait for ever, until no task became ready for `autojump_threshold` real seconds.
+---
+---`seed`: any task that is ready comes next, and equal deadlines fire in any order, as the seed decides; the same
+---seed gives the same course, every time. A failure writes the seed to standard error; an error that is a
+---string also ends with it, any other value is raised as it is. nil: the order of production, first in, first
+---out, unless the environment has COFLOW_SEED; false: that order, whatever the environment has.
+---
+---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
+---
+---Tasks started, timers armed and handles opened meanwhile must have ended. What is merely ready may still run
+---when `fn` returns; then what is left fails the test, and is closed, so that the next one starts clean: tasks
+---as if they had been abandoned, their `<close>` variables run.
+---Raises: the error of `fn`, first of all. InvalidOperation: what was left, each with its name, where it waits
+---and where it was made; or a deadlock; or inside a task, or inside another `testing.run`.
+---Source: trio's autojump clock and its checks; the seeds are those of loom and madsim.
+---@param fn fun(clock: coflow.testing.Clock | coflow.testing.FakeTimeProvider): ...
+---@param options? coflow.testing.Options
 ---@return any ... what `fn` returns
 function testing.run(fn, options)
-  for key in pairs(options or {}) do
-    if key ~= "start_time" then
-      error(("bad argument #2 to 'run' (unknown option '%s')"):format(tostring(key)), 2)
-    end
+  core.check_function(1, fn)
+  options = core.check_options(2, options, run_options)
+  local seed, start, threshold, provider = options.seed, options.start_time, options.autojump_threshold,
+    options.time_provider
+  if seed and not (math.type(seed) and math.tointeger(seed)) then
+    core.argument_error(2, "seed must be an integer, or false")
+  elseif start ~= nil and wrong_seconds(start) then
+    core.argument_error(2, "start_time: " .. wrong_seconds(start))
+  elseif threshold ~= nil and not (type(threshold) == "number" and threshold >= 0) then
+    core.argument_error(2, "autojump_threshold must be a number of seconds >= 0")
+  elseif provider ~= nil and getmetatable(provider) ~= FakeTimeProvider then
+    core.argument_error(2, "time_provider must be a FakeTimeProvider")
+  elseif provider and (start or provider._installed) then
+    core.argument_error(2, start and "start_time is the time_provider's own" or "time_provider is in use already")
   end
   if core.current_task() then
-    error(core.errors.InvalidOperation("testing.run inside a task: it drives the loop itself, "
-      .. "with a clock of its own"), 0)
+    error(InvalidOperation("testing.run inside a task: it drives the loop itself, with a clock of its own"), 0)
   end
-  core.virtual(options and options.start_time or 0)
-  local _ <close> = setmetatable({}, { __close = function() core.virtual(nil) end })
-  return core.run(fn, setmetatable({}, Clock))
+  seed = seed_of(seed)
+  begin(not provider, start or provider and provider._now or 0, threshold or DEFAULT_THRESHOLD, seed, library)
+  local _ <close> = ending
+  if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
+  provider._installed, provider._target = true, nil
+  local _ <close> = setmetatable({}, { __close = function()
+    provider._now, provider._installed = core.loop.now(), false
+  end })
+  return ended(seed, pcall(core.run, fn, provider))
+end
+
+---@class coflow.testing.ExploreOptions
+---@field runs? integer 100 by default
+---@field seed? integer the first one, 1 by default
+---@field start_time? number
+---@field autojump_threshold? number
+
+local explore_options = { runs = true, seed = true, start_time = true, autojump_threshold = true }
+
+---Runs `fn(clock)` under many seeds, one after the other, as `testing.run` does; ends with the first failure, which
+---tells its seed. So a failure is found again by `testing.run(fn, { seed = … })`.
+---@param fn fun(clock: coflow.testing.Clock)
+---@param options? coflow.testing.ExploreOptions
+function testing.explore(fn, options)
+  core.check_function(1, fn)
+  options = core.check_options(2, options, explore_options)
+  local runs, first = options.runs or 100, options.seed or 1
+  if not math.type(runs) or not math.tointeger(runs) or runs < 1 then
+    core.argument_error(2, "runs must be an integer > 0")
+  elseif not math.type(first) or not math.tointeger(first) then
+    core.argument_error(2, "seed must be an integer")
+  end
+  for seed = first, first + runs - 1 do
+    testing.run(fn, { seed = seed, start_time = options.start_time, autojump_threshold = options.autojump_threshold })
+  end
+end
+
+---busted's `it` whose function runs under `testing.run`: `local it = require("coflow.testing").it` above the
+---blocks is all that changes. The test framework is found when it is called: a global `it`, or busted's.
+---Raises: InvalidOperation where there is none.
+---@param name string
+---@param options? table those of `testing.run`; with `runs`, those of `testing.explore`, which then runs it
+---@param fn fun(clock: coflow.testing.Clock)
+---@overload fun(name: string, fn: fun(clock: coflow.testing.Clock))
+function testing.it(name, options, fn)
+  if fn == nil then options, fn = nil, options end
+  core.check_function(options == nil and 2 or 3, fn)
+  local run = options and options.runs and testing.explore or testing.run
+  core.check_options(2, options, run == testing.run and run_options or explore_options)
+  local it = rawget(_G, "it")
+  if it == nil and package.loaded.busted then it = package.loaded.busted.it end
+  if it == nil then
+    error(InvalidOperation("testing.it: there is no `it` here: it works in a spec that busted runs"), 0)
+  end
+  return it(name, function() run(fn, options) end) -- a tail call: busted looks at who called
 end
 
 return testing

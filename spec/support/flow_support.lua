@@ -3,19 +3,11 @@
 
 local assert = require "luassert"
 local flow = require "coflow"
-local testing = require "coflow.testing"
 local helper = require "spec.helper"
 
 local support = {}
 
--- The body of an `it` that runs as the root task under the virtual clock and leaves no timer behind.
-function support.in_task(fn)
-  return function()
-    testing.run(fn)
-    assert.is_false(flow.loop.is_alive(), "something is left alive")
-  end
-end
-
+support.in_task, support.in_order = helper.in_task, helper.in_order
 support.many = helper.many
 
 -- Calls fn(...), which must raise an error object called `name`; returns that object.

@@ -1,0 +1,371 @@
+/*
+** testing.c - what a test changes: another source of time and of choice, and that births are noted.
+**
+** A test runs on the scheduler, the timers and the poll of production. While one runs
+**
+** - time is virtual (loop.c). What waits until the loop is *idle*, a task of KIND_IDLE, comes before any
+**   jump of the clock: one at a time, the last one first, so that settling inside settling nests.
+** - with a seed, any of the first WINDOW ready tasks comes next, and equal deadlines fire in any order.
+**   Nothing but the seed decides: no address, no hash, no real clock. Nobody starves: the first of the
+**   list is passed over PATIENCE times at most.
+** - rt->births knows where each fiber, and each operation that may outlive the test, was made. What is in
+**   it and still waits in the end is what the test has left behind. It is an array over the slots of the
+**   anchors, so it grows with what is there at a time, not with what there ever was; and no object of Lua's,
+**   so that noting a birth creates nothing and may happen in the middle of making a task.
+**
+** With no test running this costs one untaken branch for each slice of ready tasks, each fiber made and
+** each deadline set.
+**
+** Invariants: a task in the list of idlers is held by its anchor and flagged TASK_LINKED.
+**             births.slots[slot] is of the last fiber or operation in that slot that said so, or 0.
+**
+** Source:    splitmix64 (Steele, Lea, Flood 2014); autojump clock and leak checks: trio.
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <string.h>
+
+enum { WINDOW = 64, PATIENCE = 256 };
+enum { HEADS = 256 };
+enum {
+  BEFORE_LIBRARY = 1
+}; /* in RUNTIME_BEFORE, besides address of handle -> true: births.library */
+
+/* ---- choice ---- */
+
+uint64_t testing_random(struct runtime *rt) {
+  uint64_t z = rt->random += 0x9E3779B97F4A7C15;
+  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+  z = (z ^ z >> 27) * 0x94D049BB133111EB;
+  return z ^ z >> 31;
+}
+
+void testing_choose(struct runtime *rt) {
+  struct task *seen[WINDOW], *first = rt->ready;
+  uint64_t n = 0;
+  for (struct task *t = first; t != NULL && n < WINDOW; t = t->next) seen[n++] = t;
+  uint64_t k = n == 1 || rt->passed_over >= PATIENCE ? 0 : (testing_random(rt) >> 32) * n >> 32;
+  if (k == 0) {
+    rt->passed_over = 0;
+    return;
+  }
+  rt->passed_over++;
+  seen[k - 1]->next = seen[k]->next;
+  if (rt->ready_last == seen[k]) rt->ready_last = seen[k - 1];
+  seen[k]->next = first;
+  rt->ready = seen[k];
+}
+
+/* ---- births ---- */
+
+struct place {
+  int line;
+  uint32_t next; /* with the same hash; 0: none */
+  char source[LUA_IDSIZE];
+};
+
+struct births {
+  const char *library; /* how the names of the library's own files begin, which are no places */
+  size_t library_length;
+  uint32_t *slots; /* slot -> number of its place, from 1 on; 0: from before the test */
+  size_t slot_size;
+  struct place *places;
+  uint32_t place_count, place_size;
+  uint32_t heads[HEADS]; /* of the lists of places */
+};
+
+static void *resize(lua_State *L, void *block, size_t old, size_t size) {
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  return alloc(ud, block, old, size);
+}
+
+/* the number of the innermost line that is not the library's own; 0: none, or no memory */
+static uint32_t find_place(lua_State *L, struct births *b) {
+  lua_Debug ar;
+  int level = 0;
+  do {
+    if (!lua_getstack(L, level++, &ar)) return 0;
+    lua_getinfo(L, "Sl", &ar);
+  } while (ar.currentline <= 0 || strncmp(ar.source, b->library, b->library_length) == 0);
+  uint32_t *head = &b->heads[((unsigned)ar.currentline + ar.srclen * 31) % HEADS];
+  for (uint32_t n = *head; n != 0; n = b->places[n - 1].next)
+    if (b->places[n - 1].line == ar.currentline &&
+        strcmp(b->places[n - 1].source, ar.short_src) == 0)
+      return n;
+  if (b->place_count == b->place_size) {
+    uint32_t size = b->place_size ? b->place_size * 2 : 16;
+    struct place *places =
+        (struct place *)resize(L, b->places, b->place_size * sizeof *places, size * sizeof *places);
+    if (places == NULL) return 0;
+    b->places = places;
+    b->place_size = size;
+  }
+  struct place *p = &b->places[b->place_count++];
+  p->line = ar.currentline;
+  memcpy(p->source, ar.short_src, sizeof p->source);
+  p->next = *head;
+  return *head = b->place_count;
+}
+
+/* What has no place, or no memory to note it, is not missed when it is left. */
+void testing_note(lua_State *L, struct runtime *rt, int slot) {
+  struct births *b = rt->births;
+  if ((size_t)slot >= b->slot_size) {
+    size_t old = b->slot_size, size = old * 2 > (size_t)slot ? old * 2 : (size_t)slot + 64;
+    uint32_t *slots = (uint32_t *)resize(L, b->slots, old * sizeof *slots, size * sizeof *slots);
+    if (slots == NULL) return;
+    memset(slots + old, 0, (size - old) * sizeof *slots);
+    b->slots = slots;
+    b->slot_size = size;
+  }
+  b->slots[slot] = find_place(L, b);
+}
+
+void testing_forget(lua_State *L, struct runtime *rt) {
+  struct births *b = rt->births;
+  if (b == NULL) return;
+  rt->births = NULL;
+  resize(L, b->slots, b->slot_size * sizeof *b->slots, 0);
+  resize(L, b->places, b->place_size * sizeof *b->places, 0);
+  resize(L, b, sizeof *b, 0);
+}
+
+/* ---- what is left ---- */
+
+/* the deadline of an operation that has one armed, or NULL */
+static const struct deadline *deadline_of(const struct task *t) {
+  if (!task_is(t, KIND_DELAY) && !task_is(t, KIND_WAIT) && !task_is(t, KIND_EXPIRY)) return NULL;
+  const struct deadline *d = &((const struct timed *)(const void *)t)->deadline;
+  return d->index >= 0 ? d : NULL;
+}
+
+/* [-0, +0 or +1, -] the task in that slot, if the running test has left it: a function that was started,
+** or an operation with its deadline armed */
+static struct task *push_left(lua_State *L, lua_Integer slot) {
+  struct runtime *rt = runtime(L);
+  struct births *b = rt->births;
+  if (b == NULL || (size_t)slot >= b->slot_size || b->slots[slot] == 0) return NULL;
+  int type = lua_rawgeti(L, UP_ANCHORS, slot);
+  struct task *t = (struct task *)lua_touserdata(L, -1);
+  if (type == LUA_TLIGHTUSERDATA && task_is(t, KIND_FIBER)) { /* parked */
+    lua_pop(L, 1);
+    task_push(L, t);
+  }
+  t = (struct task *)object_test(L, -1, TAG_TASK);
+  bool left = t != NULL && t != rt->outside && !task_done(t) && t->state != TASK_CREATED &&
+              !(t->flags & TASK_ABANDONED);
+  if (left && !task_is(t, KIND_FIBER)) left = deadline_of(t) != NULL;
+  if (left && task_is(t, KIND_FIBER) && t->state == TASK_WAITING && !(t->flags & TASK_STARTED))
+    left = false; /* a continuation: it will start when what it follows is complete, or never */
+  if (left) return t;
+  lua_pop(L, 1);
+  return NULL;
+}
+
+/* [-0, +0, -] tasks on the ready list are held themselves from now on, so that push_left finds them */
+static void hold_ready(lua_State *L, struct runtime *rt) {
+  for (struct task *t = rt->ready; t != NULL; t = t->next) {
+    task_push(L, t);
+    lua_pop(L, 1);
+  }
+}
+
+struct handles {
+  size_t count, size;
+  uv_handle_t **at;
+};
+
+static void note_handle(uv_handle_t *h, void *arg) {
+  struct handles *list = (struct handles *)arg;
+  if (uv_is_closing(h) || !uv_has_ref(h)) return;
+  if (list->count < list->size) list->at[list->count] = h;
+  list->count++;
+}
+
+/* [-0, +1, m] the open handles that keep a loop alive, without our timer; the userdata keeps the list */
+static struct handles list_handles(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct handles list = {0, 0, NULL};
+  if (rt->loop_open) uv_walk(&rt->loop, note_handle, &list);
+  list.size = list.count;
+  list.count = 0;
+  list.at = (uv_handle_t **)lua_newuserdatauv(L, (list.size + 1) * sizeof *list.at, 0);
+  if (rt->loop_open) uv_walk(&rt->loop, note_handle, &list);
+  if (list.count > list.size) list.count = list.size; /* a finalizer has made some */
+  for (size_t i = 0; i < list.count; i++)
+    if (list.at[i] == (uv_handle_t *)&rt->timer) list.at[i--] = list.at[--list.count];
+  return list;
+}
+
+/* ---- idle ---- */
+
+void testing_land(lua_State *L, int i) {
+  task_forget(L, (struct task *)lua_touserdata(L, i));
+  task_settle(L, runtime(L), i, 0);
+}
+
+/* idle() -> a task that is complete once nothing else is left to do */
+static int l_idle(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *t = task_new(L, KIND_IDLE, sizeof *t, TASK_WAITERS, false);
+  if (rt->clock == CLOCK_REAL)
+    return error_throw(L, ERROR_OPERATION, "only under testing.run is there such a moment");
+  task_hold(L, -1, t);
+  t->flags |= TASK_LINKED;
+  t->next = rt->idlers;
+  rt->idlers = t;
+  return 1;
+}
+
+/* ---- Lua face ---- */
+
+/* begin(jumping, start, quiet, seed or nil, library): time is virtual from now on */
+static int l_begin(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  double start = luaL_checknumber(L, 2), quiet = luaL_checknumber(L, 3);
+  luaL_checkstring(L, 5);
+  lua_settop(L, 5);
+  lua_newtable(L);
+  lua_pushvalue(L, 5);
+  lua_rawseti(L, 6, BEFORE_LIBRARY);
+  struct handles list = list_handles(L);
+  for (size_t i = 0; i < list.count; i++) { /* those that were there before */
+    lua_pushboolean(L, 1);
+    lua_rawsetp(L, 6, list.at[i]);
+  }
+  loop_check_outside(L, "testing.run");
+  if (rt->clock != CLOCK_REAL)
+    return error_throw(L, ERROR_OPERATION, "testing.run inside another testing.run");
+  struct births *b = (struct births *)resize(L, NULL, 0, sizeof *b);
+  if (b == NULL) return luaL_error(L, "not enough memory");
+  /* nothing raises from here */
+  memset(b, 0, sizeof *b);
+  b->library = lua_tolstring(L, 5, &b->library_length);
+  rt->births = b;
+  lua_settop(L, 6);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
+  timer_shift(rt, start - loop_now(rt)); /* deadlines from before have the same time left */
+  rt->clock = lua_toboolean(L, 1) ? CLOCK_JUMPING : CLOCK_HELD;
+  rt->virtual_now = start;
+  rt->quiet = quiet;
+  rt->seeded = !lua_isnil(L, 4);
+  rt->random = (uint64_t)lua_tointeger(L, 4);
+  rt->passed_over = 0;
+  return 0;
+}
+
+/* finish(): real time again */
+static int l_finish(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  rt->clock = CLOCK_REAL;
+  rt->seeded = false;
+  timer_shift(rt, loop_now(rt) - rt->virtual_now);
+  testing_forget(L, rt);
+  lua_pushnil(L);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
+  return 0;
+}
+
+/* step(target) -> is a deadline due by then? The clock stands at the first such one, else at the target */
+static int l_step(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  double to = luaL_checknumber(L, 1);
+  bool due = rt->timer_count > 0 && rt->timers[0].due <= to;
+  if (due) to = rt->timers[0].due;
+  if (to > rt->virtual_now) rt->virtual_now = to;
+  lua_pushboolean(L, due);
+  return 1;
+}
+
+/* settle(quietly): what is ready runs; quietly: what nobody observes, garbage included, is not reported */
+static int l_settle(lua_State *L) {
+  bool quietly = lua_toboolean(L, 1);
+  lua_settop(L, 0);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);
+  module_push_function(L, loop_settle);
+  if (quietly) {
+    lua_pushboolean(L, 0);
+    lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);
+  }
+  int status = lua_pcall(L, 0, 0, 0);
+  if (quietly) {
+    lua_gc(L, LUA_GCCOLLECT);
+    lua_gc(L, LUA_GCCOLLECT); /* the first one may only finalize what holds others */
+    lua_pushvalue(L, 1);
+    lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);
+  }
+  return status == LUA_OK ? 0 : lua_error(L);
+}
+
+/* left() -> a list of what the test has left behind, in words */
+static int l_left(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_Integer count = 0;
+  lua_settop(L, 0);
+  lua_newtable(L);
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE) != LUA_TTABLE) lua_newtable(L);
+  hold_ready(L, rt);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
+  for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 2)) {
+    struct task *t = push_left(L, slot);
+    if (t == NULL) continue;
+    const struct place *p = &rt->births->places[rt->births->slots[slot] - 1];
+    lua_pushfstring(L, "%s:%d", p->source, p->line);
+    task_push_name(L, 3); /* list before task place name */
+    if (task_is(t, KIND_FIBER)) {
+      loop_push_wait(L, 3);
+      lua_pushfstring(L, "task '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
+    } else
+      lua_pushfstring(L, "timer '%s', due in %f s", lua_tostring(L, -1),
+                      (LUAI_UACNUMBER)(rt->timers[deadline_of(t)->index].due - rt->virtual_now));
+    lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 4));
+    lua_rawseti(L, 1, ++count);
+  }
+  struct handles list = list_handles(L);
+  for (size_t i = 0; i < list.count; i++, lua_settop(L, 3)) {
+    if (lua_rawgetp(L, 2, list.at[i]) != LUA_TNIL) continue;
+    lua_pushfstring(L, "an open %s handle", uv_handle_type_name(list.at[i]->type));
+    lua_rawseti(L, 1, ++count);
+  }
+  lua_settop(L, 1);
+  return 1;
+}
+
+/* give_up(): tasks that are left are closed on a later turn; what the others wait for is canceled */
+static int l_give_up(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_settop(L, 0);
+  lua_pushliteral(L, "its test is over");
+  hold_ready(L, rt);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
+  for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 1)) {
+    struct task *t = push_left(L, slot);
+    if (t == NULL) continue;
+    t->flags |= TASK_OBSERVED;
+    if (task_is(t, KIND_FIBER))
+      fiber_abandon(L, 2, (struct fiber *)t);
+    else if (task_is(t, KIND_EXPIRY))
+      expiry_drop(L, 2);
+    else
+      operation_cancel(L, 2, 1);
+  }
+  while (rt->idlers != NULL) {
+    struct task *t = rt->idlers;
+    rt->idlers = t->next;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    loop_ready(rt, t);
+  }
+  return 0;
+}
+
+static const luaL_Reg functions[] = {{"begin", l_begin},     {"finish", l_finish}, {"idle", l_idle},
+                                     {"step", l_step},       {"settle", l_settle}, {"left", l_left},
+                                     {"give_up", l_give_up}, {NULL, NULL}};
+
+void testing_open(lua_State *L) {
+  lua_newtable(L);
+  module_functions(L, functions);
+  lua_setfield(L, -2, "testing");
+}
