@@ -756,10 +756,12 @@ describe("a direct wait for several", function()
           sources[i], tasks[i] = nil, nil
         end
         helper.collect()
-        local other = flow.spawn(flow.await_any, tasks[1], flow.delay(1))
+        local delay = flow.delay(1)
+        local other = flow.spawn(flow.await_any, tasks[1], delay)
         flow.yield()
         sources[1]:set_result("it")
         assert.equal(tasks[1], (other:await()))
+        delay:cancel()
         helper.collect()
       end
     end

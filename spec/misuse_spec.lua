@@ -596,6 +596,36 @@ describe("finalizers and metamethods", function()
     ]])
   end)
 
+  it("of users may close the coroutine of a task, which fails or is let go", function()
+    assert.equal("faulted\tInvalidOperation\nsurvived\n", helper.output [[
+      local flow = require "coflow"
+      flow.on_unobserved_exception(false)
+      flow.run(function()
+        local open = {}
+        local function park(wait)
+          return flow.spawn(function()
+            open[#open + 1] = coroutine.running()
+            wait()
+          end)
+        end
+        local gate = flow.TaskCompletionSource()
+        park(function() gate.task:await() end)
+        park(function() flow.sleep(math.huge) end)
+        park(function() flow.with_timeout(60, function() flow.await_any(gate.task, flow.delay(60)) end) end)
+        local timed = park(function() flow.with_timeout(60, function() gate.task:await() end) end)
+        flow.yield()
+        for i = 1, #open do coroutine.close(open[i]) end
+        open = nil
+        for _ = 1, 3 do collectgarbage() flow.yield() end
+        print(timed.status, timed.exception.name)
+        for _ = 1, 100 do flow.await_all(flow.spawn(flow.yield), flow.spawn(flow.yield)) end
+        gate:set_result()
+      end)
+      collectgarbage()
+      print("survived")
+    ]])
+  end)
+
   it("of users may use the library, whenever the collector runs them", function()
     assert.equal("survived\n", helper.output [[
       local flow = require "coflow"

@@ -22,7 +22,8 @@
 ** it, and lives by it (core.h, rule 2). The *watch* at the bottom of its coroutine has a finalizer:
 ** when the two die together the fiber is abandoned, is reported, and its `<close>` variables run on
 ** a later turn. Any other finalizer that may run first only makes objects inert, so closing them
-** afterwards is harmless.
+** afterwards is harmless. The watch is to be closed as well: so we know when somebody else, who has got hold
+** of the coroutine, closes it. The task then fails, or, when only that stack knew it, is let go.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -55,7 +56,8 @@ static bool idle_room(lua_State *L, struct runtime *rt) {
 static void idle_grow(lua_State *L, struct runtime *rt) {
   if (!idle_room(L, rt)) luaL_error(L, "not enough memory");
   lua_State *co = lua_newthread(L);
-  lua_newuserdatauv(L, 0, 1); /* co watch: no tag, to be small; it is told by its metatable */
+  int *slot_of =
+      (int *)lua_newuserdatauv(L, sizeof *slot_of, 1); /* co watch: told by its metatable */
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_WATCH));
   lua_setmetatable(L, -2);
   lua_pushvalue(L, -2);
@@ -63,7 +65,9 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
   lua_xmove(L, co, BOTTOM);
+  lua_toclose(co, 1);
   int slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
+  *slot_of = slot;
   rt->idle[rt->idle_count++] = (struct idle){co, slot};
 }
 
@@ -619,6 +623,8 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   loop_ready(rt, t);
 }
 
+static bool is_closed(lua_State *co) { return lua_status(co) == LUA_OK && lua_gettop(co) == 0; }
+
 void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
   task_push(L, &f->task);
   int i = lua_gettop(L);
@@ -627,8 +633,15 @@ void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
     wait_remove(L, -1, &f->u.wait);
     lua_pop(L, 1);
   }
-  f->task.flags |= TASK_OBSERVED;
-  push_abandoned(L, i);
+  if (is_closed(f->co)) {
+    task_push_name(L, i);
+    error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of task '%s'",
+               lua_tostring(L, -1));
+    lua_remove(L, -2);
+  } else {
+    f->task.flags |= TASK_OBSERVED;
+    push_abandoned(L, i);
+  }
   fiber_fail(L, rt, f);
   lua_settop(L, i - 1);
 }
@@ -643,12 +656,50 @@ static bool state_closes(lua_State *L, struct runtime *rt) {
   return ar.what[0] == 'C' && ar.name && strcmp(ar.name, "exit") == 0;
 }
 
-static int l_watch_gc(lua_State *L) {
-  struct runtime *rt = runtime(L);
+static bool is_watch(lua_State *L) {
   lua_settop(L, 1);
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_WATCH));
-  if (!lua_getmetatable(L, 1) || !lua_rawequal(L, 2, 3)) return 0;
+  bool is = lua_getmetatable(L, 1) && lua_rawequal(L, 2, 3);
   lua_settop(L, 1);
+  return is;
+}
+
+/* [-0, +0, -] a parked fiber whose coroutine is gone waits for nothing any more */
+static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (f->task.state != TASK_WAITING) return;
+  f->task.state = TASK_QUEUED;
+  if (fiber_naps(f)) {
+    link_drop(&f->u.nap.link);
+    timer_drop(rt, &f->u.nap.deadline);
+    return;
+  }
+  lua_pushnil(L); /* what it awaits may be gone soon: it was on that stack */
+  wait_remove(L, -1, &f->u.wait);
+  lua_pop(L, 1);
+}
+
+/* Somebody closes the coroutine. Runs on it, and creates nothing: nobody else may hold the task. */
+static int l_watch_close(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (rt->closed || !is_watch(L)) return 0;
+  int slot = *(int *)lua_touserdata(L, 1);
+  int type = lua_rawgeti(L, UP_ANCHORS, slot);
+  struct fiber *f = (struct fiber *)lua_touserdata(L, 2);
+  if ((type != LUA_TUSERDATA && type != LUA_TLIGHTUSERDATA) || rt->me == &f->task) return 0;
+  if (f->task.slot != slot || task_done(&f->task)) return 0;
+  withdraw(L, rt, f);
+  if (type == LUA_TUSERDATA) {
+    fiber_abandon(L, 2, f);
+    return 0;
+  }
+  scope_end_task(L, rt, f);
+  drop_coroutine(L, rt, f);
+  return 0;
+}
+
+static int l_watch_gc(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (!is_watch(L)) return 0;
   if (lua_getiuservalue(L, 1, WATCH_COROUTINE) != LUA_TTHREAD) return 0;
   lua_State *co = lua_tothread(L, 2);
   bool closes = state_closes(L, rt);
@@ -861,7 +912,8 @@ static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   if (status != LUA_OK) {
     fiber_resumed(L, runtime(L));
-    if (!task_done(on) || !fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+    if (!task_done(on) || !fiber_on_top(L, runtime(L)))
+      return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
   }
   return task_push_outcome(L, 1, on);
 }
@@ -1008,7 +1060,8 @@ static const luaL_Reg functions[] = {{"spawn", l_spawn},
                                      {"is_awaitable_here", l_is_awaitable_here},
                                      {NULL, NULL}};
 
-static const luaL_Reg watch_methods[] = {{"__gc", l_watch_gc}, {NULL, NULL}};
+static const luaL_Reg watch_methods[] = {
+    {"__gc", l_watch_gc}, {"__close", l_watch_close}, {NULL, NULL}};
 
 void fiber_open(lua_State *L) {
   struct runtime *rt = runtime(L);
