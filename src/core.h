@@ -359,6 +359,7 @@ struct runtime {
   int free_slot;       /* of the anchors */
   struct token *rearm; /* tokens that have just been armed or disarmed (cancel.c) */
   bool rearm_busy;
+  int resetting;          /* coroutines of tasks that we ourselves are closing */
   size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
 
   struct task *spares[2]; /* of await_all and await_any (combine.c), few inputs and many */
@@ -729,6 +730,8 @@ void scope_arm(lua_State *L, struct scope *s,
                double seconds);                       /* [-0, +0, m] unless it has a deadline */
 void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
 void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
+struct fiber *scope_find(struct runtime *rt,
+                         const lua_State *co); /* whose coroutine it is, or NULL */
 void scope_open_all(lua_State *L);
 
 /* ---- group.c: task groups ---- */

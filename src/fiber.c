@@ -56,8 +56,7 @@ static bool idle_room(lua_State *L, struct runtime *rt) {
 static void idle_grow(lua_State *L, struct runtime *rt) {
   if (!idle_room(L, rt)) luaL_error(L, "not enough memory");
   lua_State *co = lua_newthread(L);
-  int *slot_of =
-      (int *)lua_newuserdatauv(L, sizeof *slot_of, 1); /* co watch: told by its metatable */
+  lua_newuserdatauv(L, 0, 1); /* co watch: no tag, to be small; it is told by its metatable */
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_WATCH));
   lua_setmetatable(L, -2);
   lua_pushvalue(L, -2);
@@ -67,7 +66,6 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_xmove(L, co, BOTTOM);
   lua_toclose(co, 1);
   int slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
-  *slot_of = slot;
   rt->idle[rt->idle_count++] = (struct idle){co, slot};
 }
 
@@ -316,7 +314,9 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->me = &f->task;
   f->task.state = TASK_RUNNING;
   coroutine_close_inner(L, rt, f->co);
+  rt->resetting++;
   coroutine_reset(f->co, L);
+  rt->resetting--;
   if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, false);
   scope_end_task(L, rt, f);
   rt->me = me;
@@ -678,17 +678,15 @@ static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_pop(L, 1);
 }
 
-/* Somebody closes the coroutine. Runs on it, and creates nothing: nobody else may hold the task. */
+/* The coroutine L is being closed, by somebody else unless rt->resetting. Creates nothing: it may be that nobody
+** holds the task any more. */
 static int l_watch_close(lua_State *L) {
   struct runtime *rt = runtime(L);
-  if (rt->closed || !is_watch(L)) return 0;
-  int slot = *(int *)lua_touserdata(L, 1);
-  int type = lua_rawgeti(L, UP_ANCHORS, slot);
-  struct fiber *f = (struct fiber *)lua_touserdata(L, 2);
-  if ((type != LUA_TUSERDATA && type != LUA_TLIGHTUSERDATA) || rt->me == &f->task) return 0;
-  if (f->task.slot != slot || task_done(&f->task)) return 0;
+  if (rt->closed || rt->resetting > 0 || !is_watch(L)) return 0;
+  struct fiber *f = scope_find(rt, L);
+  if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
   withdraw(L, rt, f);
-  if (type == LUA_TUSERDATA) {
+  if (lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA) {
     fiber_abandon(L, 2, f);
     return 0;
   }
@@ -745,7 +743,9 @@ void fiber_dispose(lua_State *L, struct fiber *f) {
   f->co = NULL;
   rt->depth++;
   coroutine_close_inner(L, rt, co);
+  rt->resetting++;
   coroutine_reset(co, L);
+  rt->resetting--;
   rt->depth--;
   scope_end_task(L, rt, f);
   rt->me = me;

@@ -70,6 +70,18 @@ static struct scope *as_scope(struct pending *p) {
   return task_is(&p->task, KIND_SCOPE) ? (struct scope *)(void *)p : NULL;
 }
 
+struct fiber *scope_find(struct runtime *rt, const lua_State *co) {
+  struct walk w = walk_below(rt->root);
+  for (struct pending *p = walk_next(&w); p != NULL; p = walk_next(&w)) {
+    struct scope *s = as_scope(p);
+    if (s != NULL)
+      walk_into(&w, s);
+    else if (task_is(&p->task, KIND_FIBER) && ((struct fiber *)(void *)p)->co == co)
+      return (struct fiber *)(void *)p;
+  }
+  return NULL;
+}
+
 /* ---- life ---- */
 
 /* [-0, +0, m] a scope that is anchored, and not yet in the tree */
