@@ -862,7 +862,8 @@ static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   if (status != LUA_OK) {
     fiber_resumed(L, runtime(L));
-    if (!task_done(on) || !fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+    if (!task_done(on) || !fiber_on_top(L, runtime(L)))
+      return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
   }
   return task_push_outcome(L, 1, on);
 }
