@@ -143,7 +143,7 @@ end)
 
 describe("coflow.meta", function()
   local path = "lua/coflow/meta.lua"
-  local records = { Error = true, AsyncLocalOptions = true, ValueChanged = true } -- tables, without a class
+  local records = { Error = true, AsyncLocalOptions = true, ValueChanged = true, SelectOptions = true } -- tables, without a class
 
   -- "Class.name" of all that it declares, static or not; just "name" for what `flow` has itself.
   local function declared()
@@ -198,7 +198,11 @@ describe("coflow.meta", function()
     local source = flow.CancellationTokenSource()
     source:cancel("a reason to be read")
     local scope <close> = flow.AsyncLocal():with(1)
+    local channel = flow.Channel.unbounded()
     local objects = {
+      Channel = channel,
+      ChannelReader = channel.reader,
+      ChannelWriter = channel.writer,
       Task = flow.Task.from_exception("an exception to be read"),
       TaskCompletionSource = flow.TaskCompletionSource(),
       AsyncLocal = flow.AsyncLocal { name = "x", default = 1 },

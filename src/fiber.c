@@ -556,10 +556,23 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   return false;
 }
 
+/* [-0, +1, m] */
+static void push_closed(lua_State *L, int i) {
+  task_push_name(L, i);
+  error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of task '%s'",
+             lua_tostring(L, -1));
+  lua_remove(L, -2);
+}
+
 int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
                 lua_KFunction k) {
   struct task *me = &f->task;
   bool deaf = me->flags & TASK_DEAF;
+  if (on->slot == 0 && task_is(on, KIND_FIBER)) { /* its coroutine is gone: see l_watch_close */
+    push_closed(L, 1);
+    task_settle_faulted(L, rt, 1, 0);
+    return k(L, LUA_OK, (lua_KContext)on);
+  }
   if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);
   refuse_circle(L, me, on);
   if (can_run_in_place(rt, me, on)) {
@@ -613,7 +626,7 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   struct task *t = &f->task;
   if (t->state == TASK_WAITING &&
       fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
-    link_drop(&f->u.nap.link);
+    waiter_leave(L, f);
     timer_drop(rt, &f->u.nap.deadline);
   }
   if (t->traits & TRAIT_HANDED) t->flags &= (uint16_t)~TASK_LINKED; /* it is on no list */
@@ -633,12 +646,9 @@ void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
     wait_remove(L, -1, &f->u.wait);
     lua_pop(L, 1);
   }
-  if (is_closed(f->co)) {
-    task_push_name(L, i);
-    error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of task '%s'",
-               lua_tostring(L, -1));
-    lua_remove(L, -2);
-  } else {
+  if (is_closed(f->co))
+    push_closed(L, i);
+  else {
     f->task.flags |= TASK_OBSERVED;
     push_abandoned(L, i);
   }
@@ -679,14 +689,20 @@ static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
 }
 
 /* The coroutine L is being closed, by somebody else unless rt->resetting. Creates nothing: it may be that nobody
-** holds the task any more. */
+** holds the task any more. Should somebody do, it fails when it is awaited (fiber_await). */
 static int l_watch_close(lua_State *L) {
   struct runtime *rt = runtime(L);
   if (rt->closed || rt->resetting > 0 || !is_watch(L)) return 0;
   struct fiber *f = scope_find(rt, L);
   if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
   withdraw(L, rt, f);
-  if (lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA) {
+  bool known = lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA;
+  struct wait *w = task_waiters(&f->task);
+  if (!known && w != NULL && w->role == WAIT_FIBER) { /* who waits for it has it */
+    lua_settop(L, 1);
+    known = fiber_push_awaited(L, container_of(w, struct fiber, u.wait));
+  }
+  if (known) {
     fiber_abandon(L, 2, f);
     return 0;
   }
@@ -715,6 +731,7 @@ static int l_watch_gc(lua_State *L) {
     if (!closes) drop_coroutine(L, rt, f);
     return 0;
   }
+  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f);
   if (closes) {
     fiber_dispose(L, f);
     return 0;
