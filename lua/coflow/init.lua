@@ -77,4 +77,5 @@ return late(flow, {
   AsyncState = "async_state",
   pipeline = "pipeline",
   coroutine = "coroutine",
+  resilience = "resilience",
 })
