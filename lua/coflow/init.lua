@@ -79,4 +79,5 @@ return late(flow, {
   coroutine = "coroutine",
   channel = "channel",
   Channel = "channel",
+  resilience = "resilience",
 })
