@@ -786,8 +786,7 @@ static void arm(lua_State *L, int k, double seconds) {
     return;
   }
   struct timed *e = (struct timed *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN, false);
-  e->deadline = (struct deadline){-1, DEADLINE_TIMED};
-
+  e->deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
   disarm(L, k);
   timer_reserve(L);
   lua_pushvalue(L, k);

@@ -67,11 +67,14 @@ enum tag {
   TAG_AMBIENT = 0xC0F10F00, /* only names the metatable of the tokens of scopes */
   TAG_GROUP = 0xC0F11000,   /* of the scopes that are task groups */
   TAG_CONFIGURED = 0xC0F11100,
-  TAG_COROUTINE = 0xC0F11200
+  TAG_COROUTINE = 0xC0F11200,
+  TAG_CHANNEL = 0xC0F11300,
+  TAG_READER = 0xC0F11400, /* the halves of a channel */
+  TAG_WRITER = 0xC0F11500
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_COROUTINE)
+#define TAG_LAST TAG_CLASS(TAG_WRITER)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -84,6 +87,8 @@ enum task_kind {
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
   KIND_SCOPE,
   KIND_IDLE, /* complete once the loop has nothing to do: for tests */
+  KIND_QUEUED, /* it waits in a queue of waiters (waiter.c) */
+  KIND_SELECT, /* … in several, and for tasks, whichever comes first (channel.c) */
   KIND_COUNT
 };
 
@@ -156,10 +161,11 @@ struct member {
   struct scope *scope; /* NULL: of an operation that is not in flight */
 };
 
-enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE };
+enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE, DEADLINE_CLAUSE };
 struct deadline {
-  int32_t index; /* in the heap of timer.c, or -1 */
-  uint32_t kind; /* what it is part of: a fiber, a struct timed, a scope */
+  int32_t index;     /* in the heap of timer.c, or -1 */
+  uint32_t kind : 4; /* what it is part of: a fiber, a struct timed, a scope, a struct clause */
+  uint32_t pos : 28; /* of a waiter in a queue: where its holder holds it (waiter.c); else 0 */
 };
 
 /* What is special about a fiber. Of nearly all no bit is set. */
@@ -203,7 +209,9 @@ struct timed { /* operations with a deadline begin so */
   double seconds; /* HUGE_VAL: none, so that it may die while it is parked */
 };
 
-struct nap { /* a fiber asleep; laid over struct wait so that wait.on is NULL */
+/* A fiber asleep, or any waiter in a queue; laid over struct wait so that wait.on is NULL. The link is in the
+** list of the token that a sleep was given, or in the queue. */
+struct nap {
   struct link link;
   void *none;
   struct deadline deadline;
@@ -245,6 +253,29 @@ struct scope {
 enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with callbacks to run */
 enum { GROUP_FAILED = SCOPE_RUN + 1, GROUP_WINNER, GROUP_IDLE, GROUP_STOPPING, GROUP_QUEUE };
 enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
+
+/* What waiters can wait for begins so, and holds them in the slot table that is its first user value. */
+struct holder {
+  uint32_t tag;
+  int free_slot;
+};
+enum { HOLDER_WAITERS = 1 };
+
+/* An operation that waits in queues has one clause for each (and of a select, for each task). */
+struct clause {
+  union {
+    struct nap nap;
+    struct wait wait; /* `task`: for a task */
+  } u;
+  uint32_t index; /* in the operation */
+  uint8_t what;   /* for the holder to tell apart what it is asked for */
+  bool task;
+};
+struct queued {
+  struct timed timed;
+  uint32_t count;
+  struct clause clauses[];
+}; /* OP_INPUT: the holder, OP_KEYS: a value of its; of a select: lists of these, one for each clause */
 
 static inline bool fiber_naps(const struct fiber *f) { /* or has not suspended */
   return f->u.wait.on == NULL;
@@ -679,12 +710,15 @@ void cancel_open(lua_State *L);
 
 struct scope *scope_own(lua_State *L, struct runtime *rt,
                         struct fiber *f); /* [-0, +0, m] that of the task itself */
-/* [-0, +0, m] the one that what the running task starts becomes a member of */
-static inline struct scope *scope_flowing(lua_State *L, struct runtime *rt) {
+/* [-0, +0, m] the one of the running task that what it waits for becomes a member of */
+static inline struct scope *scope_ambient(lua_State *L, struct runtime *rt) {
   struct fiber *me = (struct fiber *)rt->me;
-  if (me->task.flags & TASK_SUPPRESSED) return rt->root;
   struct scope *s = me->member.scope;
   return s->owner == me ? s : (scope_own(L, rt, me), me->member.scope);
+}
+/* [-0, +0, m] … that what it starts becomes a member of */
+static inline struct scope *scope_flowing(lua_State *L, struct runtime *rt) {
+  return rt->me->flags & TASK_SUPPRESSED ? rt->root : scope_ambient(L, rt);
 }
 static inline void scope_join(struct scope *s, struct member *m) {
   m->scope = s;
@@ -784,7 +818,58 @@ void pending_hold(lua_State *L, struct pending *p,
                   bool hold); /* [-0, +0, -] if parked: whether the anchors hold it */
 bool operation_cancel(lua_State *L, int i,
                       int reason); /* [-0, +0, m] the operation at i, by hand */
+/* What all operations share. k: index of the token that it was given, or of nil. */
+struct scope *operation_scope(lua_State *L, int k); /* [-0, +0, m] that of a new one */
+void operation_start(lua_State *L, int i, struct timed *op, int k,
+                     struct scope *s);                            /* [-0, +0, m] in flight */
+void operation_stop(lua_State *L, int i, struct timed *op);       /* [-0, +0, -] about to be settled */
+bool operation_canceled(const struct token *k, const struct scope *s); /* before it started */
+void operation_push_canceled(lua_State *L, struct token *token, int k,
+                             struct scope *s);             /* [-0, +1, m] the error of that */
+int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s);
+void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
 void timer_open(lua_State *L);
+
+/* ---- waiter.c: queues of waiters under channels, semaphores, events; the contract is there ---- */
+
+enum waiter_end { WAITER_GRANTED, WAITER_EXPIRED, WAITER_STRAY };
+
+void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
+static inline void holder_drop(struct link *q) { /* in the finalizer of the holder */
+  while (q->next != q) link_drop(q->next);
+}
+static inline bool waiter_any(const struct link *q) { return q->next != q; }
+static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
+  return n->deadline.kind == DEADLINE_NAP ? NULL : container_of(n, struct clause, u.nap);
+}
+int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
+                lua_KFunction k); /* suspends the running fiber */
+enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
+struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
+                                double seconds); /* [-0, +1, m] */
+void waiter_start(lua_State *L, int i, struct link *q, int k,
+                  struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
+void waiter_enqueue(lua_State *L, int i, int holder, struct link *q,
+                    struct clause *c); /* [-0, +0, m] one clause of it */
+struct nap *waiter_take(lua_State *L, int holder,
+                        struct link *q);         /* [-0, +1, -] the first of q; NULL: [-0, +0] */
+void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
+void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k,
+                   bool failed); /* [-1, +0, m] the operation at i, by its clause k */
+void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n);   /* [-2, +0, m] */
+void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);    /* [-2, +0, m] */
+void waiter_leave(lua_State *L, struct fiber *f); /* [-0, +0, -] it naps no more, but for its deadline */
+void waiter_withdraw(lua_State *L, int i); /* [-0, +0, -] the operation at i leaves all queues */
+void waiter_land(lua_State *L, int i);
+bool waiter_push_name(lua_State *L,
+                      struct fiber *f); /* [-0, +1, m] what it waits for; false: [-0, +0] */
+static inline bool waiter_is_queued(const struct task *t) {
+  return task_is(t, KIND_QUEUED) || task_is(t, KIND_SELECT);
+}
+
+/* ---- channel.c ---- */
+
+void channel_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

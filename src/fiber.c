@@ -613,7 +613,7 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   struct task *t = &f->task;
   if (t->state == TASK_WAITING &&
       fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
-    link_drop(&f->u.nap.link);
+    waiter_leave(L, f);
     timer_drop(rt, &f->u.nap.deadline);
   }
   if (t->traits & TRAIT_HANDED) t->flags &= (uint16_t)~TASK_LINKED; /* it is on no list */
@@ -715,6 +715,7 @@ static int l_watch_gc(lua_State *L) {
     if (!closes) drop_coroutine(L, rt, f);
     return 0;
   }
+  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f);
   if (closes) {
     fiber_dispose(L, f);
     return 0;

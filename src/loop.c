@@ -68,6 +68,8 @@ static void land(lua_State *L, struct task *t) {
     case KIND_SCOPE: scope_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
     case KIND_IDLE: testing_land(L, i); break;
+    case KIND_QUEUED:
+    case KIND_SELECT: waiter_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
@@ -338,7 +340,9 @@ void loop_push_wait(lua_State *L, int i) {
   else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
     task_push_name(L, -1);
     what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
-  } else if (fiber_naps(f) && f->u.nap.deadline.index >= 0)
+  } else if (fiber_naps(f) && f->u.nap.deadline.pos != 0 && waiter_push_name(L, f))
+    what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
+  else if (fiber_naps(f) && f->u.nap.deadline.index >= 0)
     what = "sleeps";
   if (f->co != NULL && f->task.flags & TASK_STARTED) {
     fiber_push_place(L, f);

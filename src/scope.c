@@ -102,7 +102,7 @@ static struct scope *scope_new(lua_State *L, struct runtime *rt, enum scope_kind
   link_init(&s->members);
   s->outer = NULL;
   s->due = HUGE_VAL;
-  s->deadline = (struct deadline){-1, DEADLINE_SCOPE};
+  s->deadline = (struct deadline){.index = -1, .kind = DEADLINE_SCOPE};
   s->kind = (uint8_t)kind;
   return s;
 }

@@ -352,7 +352,7 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 void task_push_name(lua_State *L, int i) {
   static const char *const kinds[KIND_COUNT] = {"task",     "promise",  "delay",     "wait_async",
                                                 "when_all", "when_any", "when_each", "cancel_after",
-                                                "scope",    "idle"};
+                                                "scope",    "idle",     "operation", "select"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
@@ -510,9 +510,11 @@ static int l_operation_gc(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL || t->slot == 0 || runtime(L)->closed) return 0;
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return 0; /* held: called by hand */
-  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY)) {
+  bool queued = waiter_is_queued(t);
+  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY) || queued) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) return 0; /* the same */
+    if (queued) waiter_withdraw(L, 1);
     link_drop(&((struct pending *)t)->link);
     scope_leave(L, runtime(L), &((struct pending *)t)->member);
   }

@@ -136,7 +136,9 @@ void testing_forget(lua_State *L, struct runtime *rt) {
 
 /* the deadline of an operation that has one armed, or NULL */
 static const struct deadline *deadline_of(const struct task *t) {
-  if (!task_is(t, KIND_DELAY) && !task_is(t, KIND_WAIT) && !task_is(t, KIND_EXPIRY)) return NULL;
+  if (!task_is(t, KIND_DELAY) && !task_is(t, KIND_WAIT) && !task_is(t, KIND_EXPIRY) &&
+      !waiter_is_queued(t))
+    return NULL;
   const struct deadline *d = &((const struct timed *)(const void *)t)->deadline;
   return d->index >= 0 ? d : NULL;
 }

@@ -92,11 +92,18 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d) {
     case DEADLINE_NAP: {
       struct fiber *f = container_of(d, struct fiber, u.nap.deadline);
       t = &f->task;
-      link_drop(&f->u.nap.link);
+      waiter_leave(L, f);
       t->state = TASK_QUEUED;
       break;
     }
-    case DEADLINE_TIMED: t = &container_of(d, struct timed, deadline)->pending.task; break;
+    case DEADLINE_TIMED:
+      t = &container_of(d, struct timed, deadline)->pending.task;
+      if (waiter_is_queued(t)) {
+        task_push(L, t);
+        waiter_withdraw(L, -1);
+        lua_pop(L, 1);
+      }
+      break;
     default: scope_expire(L, container_of(d, struct scope, deadline)); return;
   }
   t->flags |= TASK_EXPIRED;
@@ -118,7 +125,7 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
 /* [-0, +0, -] a suspended fiber waits for nothing any more */
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (fiber_naps(f)) {
-    link_drop(&f->u.nap.link);
+    waiter_leave(L, f);
     timer_drop(rt, &f->u.nap.deadline);
     return;
   }
@@ -133,6 +140,7 @@ void pending_interrupt(lua_State *L, struct pending *p) {
   if (!task_is(t, KIND_FIBER)) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) { /* else it is about to be finalized */
+      if (waiter_is_queued(t)) waiter_withdraw(L, -1);
       t->flags |= TASK_INTERRUPTED;
       loop_land(L, rt, -1, t);
     }
@@ -176,21 +184,25 @@ void pending_hold(lua_State *L, struct pending *p, bool hold) {
 
 /* ---- operations: what delay and wait_async share ---- */
 
-/* [-0, +0, m] the scope of a new operation, given the token at k: `none` opts out of the ambient one */
-static struct scope *scope_for(lua_State *L, int k) {
+/* given the token at k: `none` opts out of the ambient one */
+struct scope *operation_scope(lua_State *L, int k) {
   struct runtime *rt = runtime(L);
   return token_none(L, k) ? rt->root : scope_flowing(L, rt);
 }
 
-/* [-0, +1, m] the error of an operation that its token (at k; NULL, k: none) or its scope has canceled */
-static void push_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
+bool operation_canceled(const struct token *k, const struct scope *s) {
+  return s->canceled || (k != NULL && token_canceled(k));
+}
+
+/* its token (at k; NULL, k: none) or its scope has canceled it */
+void operation_push_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
   if (token != NULL && token_canceled(token))
     token_push_error(L, k);
   else
     scope_push_error(L, s);
 }
 
-static int throw_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
+int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
   if (token != NULL && token_canceled(token)) {
     token_push_error(L, k);
     return lua_error(L);
@@ -198,17 +210,16 @@ static int throw_canceled(lua_State *L, struct token *token, int k, struct scope
   return scope_throw(L, s);
 }
 
-/* [-0, +1, m] that of the interrupted operation at i */
-static void push_interruption(lua_State *L, int i) {
+void operation_push_interruption(lua_State *L, int i) {
   struct pending *p = (struct pending *)lua_touserdata(L, i);
   lua_getiuservalue(L, i, OP_TOKEN);
-  push_canceled(L, token_opt(L, -1), lua_gettop(L), p->member.scope);
+  operation_push_canceled(L, token_opt(L, -1), lua_gettop(L), p->member.scope);
   lua_remove(L, -2);
 }
 
-/* [-0, +0, m] makes it a member of s, and of what the token at k interrupts; it may die while parked, unless
+/* makes it a member of s, and of what the token at k interrupts; it may die while parked, unless
 ** it is held by its deadline, or by one above it */
-static void start(lua_State *L, int i, struct timed *op, int k, struct scope *s) {
+void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope *s) {
   struct runtime *rt = runtime(L);
   struct task *t = &op->pending.task;
   struct token *token = token_opt(L, k);
@@ -230,8 +241,8 @@ static void start(lua_State *L, int i, struct timed *op, int k, struct scope *s)
     task_release(L, t);
 }
 
-/* [-0, +0, -] it has landed: nothing knows it any more */
-static void stop(lua_State *L, int i, struct timed *op) {
+/* it has landed: nothing knows it any more */
+void operation_stop(lua_State *L, int i, struct timed *op) {
   struct task *t = &op->pending.task;
   struct runtime *rt = runtime(L);
   timer_drop(rt, &op->deadline);
@@ -246,7 +257,7 @@ static void stop(lua_State *L, int i, struct timed *op) {
 /* [-0, +1, m] */
 static struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
   struct timed *op = (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
-  op->deadline = (struct deadline){-1, DEADLINE_TIMED};
+  op->deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
   op->seconds = seconds;
 
   return op;
@@ -268,6 +279,7 @@ bool operation_cancel(lua_State *L, int i, int reason) {
   }
   link_drop(&((struct pending *)t)->link);
   lua_setiuservalue(L, i, OP_TOKEN);
+  if (waiter_is_queued(t)) waiter_withdraw(L, i);
   t->flags |= TASK_INTERRUPTED;
   loop_land(L, rt, i, t);
   loop_land_all(L, rt);
@@ -280,12 +292,12 @@ void delay_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
   struct timed *op = (struct timed *)lua_touserdata(L, i);
   if (op->pending.task.flags & TASK_EXPIRED) {
-    stop(L, i, op);
+    operation_stop(L, i, op);
     task_settle(L, rt, i, 0);
   } else {
-    push_interruption(L, i);
+    operation_push_interruption(L, i);
     if (task_done(&op->pending.task)) return; /* by a finalizer */
-    stop(L, i, op);
+    operation_stop(L, i, op);
     task_settle_canceled(L, rt, i);
   }
 }
@@ -296,15 +308,15 @@ static int l_delay(lua_State *L) {
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   lua_settop(L, 2);
-  struct scope *s = scope_for(L, 2);
+  struct scope *s = operation_scope(L, 2);
   struct timed *op = operation_new(L, KIND_DELAY, OP_TOKEN, seconds);
-  if (s->canceled || (k != NULL && token_canceled(k))) {
-    push_canceled(L, k, 2, s);
+  if (operation_canceled(k, s)) {
+    operation_push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
   } else if (seconds == 0)
     task_settle(L, rt, 3, 0);
   else
-    start(L, 3, op, 2, s);
+    operation_start(L, 3, op, 2, s);
   return 1;
 }
 
@@ -317,7 +329,7 @@ static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
     return lua_yieldk(L, 0, 0, sleep_k); /* somebody else has resumed the coroutine: sleep on */
   me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
   if (!(flags & TASK_INTERRUPTED)) return 0;
-  return throw_canceled(L, token_opt(L, 2), 2, me->member.scope);
+  return operation_throw_canceled(L, token_opt(L, 2), 2, me->member.scope);
 }
 
 /* sleep(seconds, token) */
@@ -328,13 +340,13 @@ static int l_sleep(lua_State *L) {
   bool deaf = token_none(L, 2);
   struct fiber *me = (struct fiber *)rt->me;
   if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
-    return throw_canceled(L, k, 2, me->member.scope);
+    return operation_throw_canceled(L, k, 2, me->member.scope);
   if (seconds == 0) return 0;
   me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
   timer_reserve(L);
-  me->u.nap = (struct nap){.deadline = {-1, DEADLINE_NAP}};
+  me->u.nap = (struct nap){.deadline = {.index = -1, .kind = DEADLINE_NAP}};
   me->task.state = TASK_WAITING;
   if (deaf) me->task.flags |= TASK_DEAF;
   if (k != NULL) token_link(k, &me->u.nap.link);
@@ -353,7 +365,9 @@ struct wait_op {
 };
 
 void wait_op_fire(lua_State *L, struct runtime *rt, int i) {
-  loop_land(L, rt, i, (struct task *)lua_touserdata(L, i));
+  struct task *t = (struct task *)lua_touserdata(L, i);
+  if (waiter_is_queued(t)) waiter_withdraw(L, i);
+  loop_land(L, rt, i, t);
 }
 
 void wait_op_land(lua_State *L, int i) {
@@ -366,7 +380,7 @@ void wait_op_land(lua_State *L, int i) {
   bool quiet = t->flags & TASK_QUIET, done = task_done(on);
   if (!done) {
     if (t->flags & TASK_INTERRUPTED)
-      push_interruption(L, i);
+      operation_push_interruption(L, i);
     else if (quiet)
       lua_pushboolean(L, 0);
     else {
@@ -380,7 +394,7 @@ void wait_op_land(lua_State *L, int i) {
   if (done) lua_pushboolean(L, 1);
   /* nothing raises from here */
   wait_remove(L, input, &op->wait);
-  stop(L, i, &op->timed);
+  operation_stop(L, i, &op->timed);
   lua_pushnil(L);
   lua_setiuservalue(L, i, OP_INPUT);
   if (done && !quiet) {
@@ -401,14 +415,14 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
   struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT, true);
   struct task *t = &op->timed.pending.task;
-  op->timed.deadline = (struct deadline){-1, DEADLINE_TIMED};
+  op->timed.deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
   op->timed.seconds = seconds;
 
   if (quiet) t->flags |= TASK_QUIET;
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 4, OP_INPUT);
-  start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
-  bool canceled = s->canceled || (k != NULL && token_canceled(k));
+  operation_start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
+  bool canceled = operation_canceled(k, s);
   if (canceled) t->flags |= TASK_INTERRUPTED;
   if (canceled || seconds == 0 || !wait_add(L, 1, &op->wait, 4, WAIT_OP)) wait_op_land(L, 4);
 }
@@ -422,7 +436,7 @@ int timer_wait_async(lua_State *L) {
   if (task_done(on))
     lua_settop(L, 1);
   else
-    new_wait(L, scope_for(L, 3), false);
+    new_wait(L, operation_scope(L, 3), false);
   return 1;
 }
 

@@ -1,0 +1,368 @@
+/*
+** waiter.c - the FIFO of waiters under channels, semaphores, locks, events.
+**
+** A *holder* is a userdata that begins with struct holder (holder_new) and has any number of queues: heads of
+** circular lists (link_init). Waiters leave a queue in order, and are *handed* what they wait for: the holder
+** decides, and changes its state, while they are still suspended. So no newcomer overtakes, nobody is woken in
+** vain, and one that has been granted what it asked for is on the ready list, where no cancellation reaches
+** it: it resumes with what it was given, and its next suspension raises. A waiter that is canceled, or
+** expires, leaves its queue at once, in O(1), and takes nothing.
+**
+** There are two sorts. A *fiber* in direct style costs nothing but a slot: its node is laid over the wait that
+** it would have on a task. An *operation* (x_async, select) is a task with a node for each clause.
+**
+** Direct style, in the function of the holder at index 1, when what it asks for is not there:
+**
+**     me = fiber_here(L, rt);                 raises where nobody can suspend; NULL: fiber_outside(L, f)
+**     lua_settop / push:  [1] holder, [2] anything: what the holder may look at (waiter_push_value)
+**     if none was given: me->task.flags |= TASK_DEAF
+**     return waiter_wait(L, me, &h->queue, seconds or HUGE_VAL, ctx, k);
+**
+**     k: switch (waiter_resumed(L, rt)) {     raises if it was interrupted, or waiter_fail'ed
+**       case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, k);
+**       case WAITER_EXPIRED: …                its time is up; it is in no queue
+**       case WAITER_GRANTED: …                index 2 is the value that it was granted
+**     }
+**
+** With an explicit token direct style is await of the operation, started under scope_ambient.
+**
+** Operations: everything is created first, then the state is looked at, and from there to the end nothing is
+** created, so that no finalizer of a user comes between:
+**
+**     op = waiter_operation(L, KIND_QUEUED, 1, seconds);
+**     operation_canceled(token, scope)?       operation_push_canceled, task_settle_canceled
+**     it is there?                            task_settle
+**     op->clauses[0].what = …; waiter_start(L, i, &h->queue, k, scope);
+**
+** Handing over:    n = waiter_take(L, holder, q)    pushes the waiter, which is in no queue now
+**                  waiter_push_value(L, n)          if wanted: what it brought
+**                  push the value, which for one that came to an end may be nil
+**                  waiter_grant(L, rt, n)           last: other tasks may land in it
+**
+** Holding. The holder holds its waiters in a slot table, its first user value, and a waiter holds the holder, on
+** its stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
+** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
+** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
+**
+** Invariants: n->deadline.pos != 0 exactly while n is in a queue; then the table holds its task there.
+**             A fiber in a queue is TASK_WAITING and not TASK_LINKED; an operation in one is not TASK_LINKED.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <math.h>
+
+/* ---- holders ---- */
+
+void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
+  void *h = object_new(L, tag, size, uservalues);
+  lua_createtable(L, 1, 0);
+  lua_setiuservalue(L, -2, HOLDER_WAITERS);
+  return h;
+}
+
+/* [-1, +0, m] the waiter on top is held by the holder at i, and is the last in q */
+static void append(lua_State *L, int i, struct link *q, struct nap *n) {
+  lua_getiuservalue(L, i, HOLDER_WAITERS);
+  lua_insert(L, -2);
+  n->deadline.pos = (uint32_t)slots_add(L, -2, &((struct holder *)lua_touserdata(L, i))->free_slot);
+  lua_pop(L, 1);
+  link_append(q, &n->link);
+}
+
+/* [-0, +0, -] n leaves the queue; its holder's table of waiters is at i */
+static void drop(lua_State *L, int i, struct holder *h, struct nap *n) {
+  link_drop(&n->link);
+  slots_free(L, i, &h->free_slot, (int)n->deadline.pos);
+  n->deadline.pos = 0;
+}
+
+/* ---- fibers ---- */
+
+/* where f is suspended: in its own coroutine, or in one that it is in; NULL: nowhere, somebody has closed it */
+static lua_State *stack_of(struct fiber *f) {
+  lua_State *co = f->co;
+  if (co != NULL)
+    for (lua_State *inner; (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
+  return co != NULL && lua_status(co) == LUA_YIELD ? co : NULL;
+}
+
+/* [-0, +2, -] the holder at the bottom of the function that f is suspended in, and its table of waiters, if
+** f is held there: somebody may have closed the coroutine */
+static bool push_holder(lua_State *L, struct fiber *f) {
+  int top = lua_gettop(L);
+  lua_State *co = stack_of(f);
+  if (co != NULL && lua_checkstack(co, 1)) {
+    lua_pushvalue(co, 1);
+    lua_xmove(co, L, 1);
+    if (lua_type(L, -1) == LUA_TUSERDATA && lua_rawlen(L, -1) >= sizeof(struct holder) &&
+        lua_getiuservalue(L, -1, HOLDER_WAITERS) == LUA_TTABLE) {
+      lua_rawgeti(L, -1, (lua_Integer)f->u.nap.deadline.pos);
+      bool held = lua_touserdata(L, -1) == (void *)f;
+      lua_pop(L, 1);
+      if (held) return true;
+    }
+  }
+  lua_settop(L, top);
+  return false;
+}
+
+void waiter_leave(lua_State *L, struct fiber *f) {
+  struct nap *n = &f->u.nap;
+  if (n->deadline.pos != 0 && push_holder(L, f)) {
+    drop(L, -1, (struct holder *)lua_touserdata(L, -2), n);
+    lua_pop(L, 2);
+    return;
+  }
+  link_drop(&n->link);
+  n->deadline.pos = 0;
+}
+
+bool waiter_push_name(lua_State *L, struct fiber *f) {
+  if (!push_holder(L, f)) return false;
+  lua_pop(L, 1);
+  if (luaL_getmetafield(L, -1, "__name") != LUA_TSTRING) lua_pushliteral(L, "?");
+  lua_replace(L, -2);
+  return true;
+}
+
+int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
+                lua_KFunction k) {
+  struct task *t = &me->task;
+  if (seconds != HUGE_VAL) timer_reserve(L);
+  me->u.nap = (struct nap){.deadline = {.index = -1, .kind = DEADLINE_NAP}};
+  task_push(L, t);
+  append(L, 1, q, &me->u.nap);
+  t->state = TASK_WAITING;
+  if (seconds != HUGE_VAL)
+    timer_add(runtime(L), &me->u.nap.deadline, seconds);
+  else if (!me->member.scope->armed)
+    task_release(L, t);
+  return fiber_suspend(L, me, ctx, k);
+}
+
+enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {
+  struct fiber *me = (struct fiber *)rt->me;
+  uint16_t flags = me->task.flags;
+  if (!fiber_on_top(L, rt)) return WAITER_STRAY;
+  me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
+  if (flags & TASK_INTERRUPTED) scope_throw(L, me->member.scope);
+  if (flags & TASK_EXPIRED) return WAITER_EXPIRED;
+  if (!lua_isnil(L, 1)) return WAITER_GRANTED;
+  lua_settop(L, 2); /* failed, with that error */
+  lua_error(L);
+  return WAITER_STRAY;
+}
+
+/* ---- operations ---- */
+
+static struct queued *operation_of(struct clause *c) {
+  return container_of(c - c->index, struct queued, clauses);
+}
+
+struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds) {
+  size_t size = sizeof(struct queued) + clauses * sizeof(struct clause);
+  struct queued *op = (struct queued *)task_new(L, kind, size, OP_KEYS, seconds == HUGE_VAL);
+  op->timed.deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
+  op->timed.seconds = seconds;
+  op->count = clauses;
+  for (uint32_t k = 0; k < clauses; k++) {
+    op->clauses[k].index = k;
+    op->clauses[k].u.nap.deadline = (struct deadline){.index = -1, .kind = DEADLINE_CLAUSE};
+  }
+  return op;
+}
+
+void waiter_enqueue(lua_State *L, int i, int holder, struct link *q, struct clause *c) {
+  lua_pushvalue(L, i);
+  append(L, holder, q, &c->u.nap);
+}
+
+void waiter_start(lua_State *L, int i, struct link *q, int k, struct scope *s) {
+  struct queued *op = (struct queued *)lua_touserdata(L, i);
+  lua_pushvalue(L, 1);
+  lua_setiuservalue(L, i, OP_INPUT);
+  operation_start(L, i, &op->timed, k, s);
+  waiter_enqueue(L, i, 1, q, &op->clauses[0]);
+}
+
+/* [-0, +1, -] what clause k of the operation at i waits for */
+static void push_input(lua_State *L, int i, uint32_t k) {
+  const struct task *t = (const struct task *)lua_touserdata(L, i);
+  lua_getiuservalue(L, i, OP_INPUT);
+  if (task_is(t, KIND_QUEUED)) return;
+  lua_rawgeti(L, -1, (lua_Integer)k + 1);
+  lua_remove(L, -2);
+}
+
+void waiter_withdraw(lua_State *L, int i) {
+  struct queued *op = (struct queued *)lua_touserdata(L, i);
+  i = lua_absindex(L, i);
+  if (op == NULL) return;
+  for (uint32_t k = 0; k < op->count; k++) {
+    struct clause *c = &op->clauses[k];
+    if (c->task || c->u.nap.deadline.pos == 0) continue;
+    push_input(L, i, k);
+    lua_getiuservalue(L, -1, HOLDER_WAITERS);
+    drop(L, -1, (struct holder *)lua_touserdata(L, -2), &c->u.nap);
+    lua_pop(L, 2);
+  }
+}
+
+/* [-0, +0, -] the operation at i is about to be settled */
+static void finish(lua_State *L, int i, struct queued *op) {
+  i = lua_absindex(L, i);
+  for (uint32_t k = 0; k < op->count; k++) {
+    struct clause *c = &op->clauses[k];
+    if (!c->task || c->u.wait.on == NULL) continue;
+    push_input(L, i, k);
+    wait_remove(L, -1, &c->u.wait);
+    lua_pop(L, 1);
+  }
+  operation_stop(L, i, &op->timed);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, OP_INPUT);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, OP_KEYS);
+}
+
+/* with the value, or the error, on top; a select says of which clause it is */
+void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool failed) {
+  struct queued *op = (struct queued *)lua_touserdata(L, i);
+  struct task *t = &op->timed.pending.task;
+  i = lua_absindex(L, i);
+  waiter_withdraw(L, i);
+  finish(L, i, op);
+  if (failed) {
+    task_settle_error(L, rt, i, 0);
+    return;
+  }
+  if (task_is(t, KIND_SELECT)) {
+    lua_setiuservalue(L, i, OP_KEYS);
+    lua_pushinteger(L, (lua_Integer)k + 1);
+    t->flags |= TASK_MANY;
+  }
+  task_settle(L, rt, i, 1);
+}
+
+/* the first of its tasks that is complete, or NULL */
+static struct clause *complete_task(lua_State *L, int i, struct queued *op) {
+  for (uint32_t k = 0; k < op->count; k++) {
+    if (!op->clauses[k].task) continue;
+    push_input(L, i, k);
+    bool done = task_done((struct task *)lua_touserdata(L, -1));
+    lua_pop(L, 1);
+    if (done) return &op->clauses[k];
+  }
+  return NULL;
+}
+
+/* [-0, +0, m] the operation at i ends as the task of its clause did */
+static void end_like(lua_State *L, struct runtime *rt, int i, struct queued *op,
+                     const struct clause *c) {
+  push_input(L, i, c->index);
+  int input = lua_gettop(L);
+  struct task *t = (struct task *)lua_touserdata(L, input);
+  if (t->state == TASK_SUCCEEDED) {
+    if (task_push_outcome(L, input, t) == 0) lua_pushnil(L);
+    lua_settop(L, input + 1);
+    waiter_settle(L, rt, i, c->index, false);
+  } else {
+    task_push_error(L, input);
+    finish(L, i, op);
+    task_settle_error(L, rt, i, input);
+  }
+  lua_settop(L, input - 1);
+}
+
+/* It was canceled, or its time is up, or a task of a select is complete; it is in no queue. */
+void waiter_land(lua_State *L, int i) {
+  struct runtime *rt = runtime(L);
+  struct queued *op = (struct queued *)lua_touserdata(L, i);
+  struct task *t = &op->timed.pending.task;
+  struct clause *c = complete_task(L, i, op);
+  if (c != NULL)
+    end_like(L, rt, i, op, c);
+  else if (t->flags & TASK_EXPIRED) {
+    lua_pushliteral(L, "timeout");
+    if (task_done(t)) return; /* by a finalizer */
+    finish(L, i, op);
+    if (task_is(t, KIND_SELECT)) { /* nil, "timeout" */
+      lua_setiuservalue(L, i, OP_KEYS);
+      lua_pushnil(L);
+      t->flags |= TASK_MANY;
+    } else
+      lua_pushboolean(L, 0);
+    task_settle(L, rt, i, 1);
+  } else {
+    operation_push_interruption(L, i);
+    if (task_done(t)) return; /* by a finalizer */
+    finish(L, i, op);
+    task_settle_canceled(L, rt, i);
+  }
+}
+
+/* ---- handing over ---- */
+
+struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
+  struct holder *h = (struct holder *)lua_touserdata(L, holder);
+  while (q->next != q) {
+    struct nap *n = container_of(q->next, struct nap, link);
+    lua_getiuservalue(L, holder, HOLDER_WAITERS);
+    lua_rawgeti(L, -1, (lua_Integer)n->deadline.pos); /* waiters waiter */
+    if (waiter_clause(n) != NULL) {
+      lua_remove(L, -2);
+      waiter_withdraw(L, -1);
+      return n;
+    }
+    struct fiber *f = container_of(n, struct fiber, u.nap);
+    drop(L, -2, h, n);
+    lua_remove(L, -2);
+    timer_drop(runtime(L), &n->deadline);
+    if (stack_of(f) != NULL) return n;
+    fiber_wake(L, runtime(L), -1, f); /* somebody has closed its coroutine: it gets nothing */
+    lua_pop(L, 1);
+  }
+  return NULL;
+}
+
+void waiter_push_value(lua_State *L, struct nap *n) {
+  struct clause *c = waiter_clause(n);
+  if (c == NULL) {
+    lua_State *co = container_of(n, struct fiber, u.nap)->co;
+    lua_pushvalue(co, 2);
+    lua_xmove(co, L, 1);
+    return;
+  }
+  lua_getiuservalue(L, -1, OP_KEYS);
+  if (!task_is(&operation_of(c)->timed.pending.task, KIND_SELECT)) return;
+  lua_rawgeti(L, -1, (lua_Integer)c->index + 1);
+  lua_remove(L, -2);
+}
+
+void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n) {
+  struct clause *c = waiter_clause(n);
+  if (c == NULL) {
+    struct fiber *f = container_of(n, struct fiber, u.nap);
+    lua_xmove(L, f->co, 1);
+    lua_replace(f->co, 2);
+    fiber_wake(L, rt, -1, f);
+  } else
+    waiter_settle(L, rt, -2, c->index, false);
+  lua_pop(L, 1);
+}
+
+void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n) {
+  struct clause *c = waiter_clause(n);
+  if (c == NULL) {
+    struct fiber *f = container_of(n, struct fiber, u.nap);
+    lua_xmove(L, f->co, 1);
+    lua_replace(f->co, 2);
+    lua_pushnil(f->co);
+    lua_replace(f->co, 1);
+    fiber_wake(L, rt, -1, f);
+  } else
+    waiter_settle(L, rt, -2, c->index, true);
+  lua_pop(L, 1);
+}
