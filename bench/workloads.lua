@@ -146,6 +146,24 @@ for _, k in ipairs { 0, 1, 8, 64, 1000 } do
   end
 end
 
+-- ---- W7: an item through a channel, one writer and one reader
+
+local function channel(make, capacity)
+  return function(n)
+    local new = flow.Channel[make]
+    return time(function(k)
+      local ch = new(capacity)
+      local write, read = ch.write, ch.read
+      local writer = spawn(function() for i = 1, k do write(ch, i) end end)
+      local reader = spawn(function() for _ = 1, k do read(ch) end end)
+      await(writer)
+      await(reader)
+    end, n)
+  end
+end
+W.w7_chan_1, W.w7_chan_100 = channel("bounded", 1), channel("bounded", 100)
+W.w7_chan_unb = channel("unbounded")
+
 -- ---- W9: memory
 
 function W.w9_mem(n) -- n tasks parked on one completion source

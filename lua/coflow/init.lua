@@ -77,4 +77,6 @@ return late(flow, {
   AsyncState = "async_state",
   pipeline = "pipeline",
   coroutine = "coroutine",
+  channel = "channel",
+  Channel = "channel",
 })

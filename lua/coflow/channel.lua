@@ -1,0 +1,128 @@
+-- coflow.channel: queues of items between tasks, with back-pressure; and select.
+--
+-- The channels are C (src/channel.c). Here: the constructors, and the order of a prioritized channel.
+--
+-- Source: System.Threading.Channels.
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+local channel_new, version_of = core.channel_new, core.channel_version
+local move, insert = table.move, table.insert
+
+local Channel = {}
+local channel = { Channel = Channel, select = core.select, select_async = core.select_async }
+
+local modes = { wait = true, drop_newest = true, drop_oldest = true, drop_write = true }
+local unbounded_options = {}
+local bounded_options = { full_mode = true, item_dropped = true }
+local prioritized_options = { comparer = true }
+
+---A channel without a limit: a write never waits.
+---Raises: at once, if an option is unknown: there is none.
+---Source: .NET Channel.CreateUnbounded, without its single-reader mode.
+---@param options? table
+---@return coflow.Channel
+function Channel.unbounded(options)
+  core.check_options(1, options, unbounded_options)
+  return channel_new()
+end
+
+---A channel with room for `capacity` items. With 0, a rendezvous: every item goes from a writer to a reader,
+---and the one who comes first waits for the other.
+---`full_mode` says what a write does when there is no room: "wait" (the default), or, and then it never waits,
+---"drop_newest" and "drop_oldest", which drop a buffered item in favor of the new one, or "drop_write", which
+---drops the new one and reports success. `item_dropped(item)` is called with each item dropped, on the writer's
+---task; what it raises, the write raises. A rendezvous drops the new item unless a reader waits.
+---Source: .NET Channel.CreateBounded.
+---@param capacity integer
+---@param options? { full_mode?: "wait"|"drop_newest"|"drop_oldest"|"drop_write", item_dropped?: fun(item) }
+---@return coflow.Channel
+function Channel.bounded(capacity, options)
+  if math.type(capacity) == nil then
+    core.argument_error(1, "number expected, got " .. (capacity == nil and "no value" or type(capacity)))
+  end
+  local size = math.tointeger(capacity)
+  if not size or size < 0 then core.argument_error(1, "capacity must be an integer and not negative") end
+  options = core.check_options(2, options, bounded_options)
+  local mode, dropped = options.full_mode, options.item_dropped
+  if mode ~= nil and not modes[mode] then
+    core.argument_error(2, 'full_mode must be "wait", "drop_newest", "drop_oldest" or "drop_write"')
+  end
+  if dropped ~= nil and not core.is_callable(dropped) then
+    core.argument_error(2, "item_dropped must be a function")
+  end
+  return channel_new(size, mode, dropped)
+end
+
+-- The items of a prioritized channel: a list of pieces, each a list of at most PIECE items. All in one row
+-- they are sorted, the first to be read last, so that reading takes the end of the last piece, calls no comparer
+-- and cannot fail. No piece is empty.
+
+local PIECE = 128
+
+-- The first index of `list` from which on `item` goes before none; `last` gives what an element is compared by.
+local function search(list, count, item, comparer, last)
+  local low, high = 1, count + 1
+  while low < high do
+    local middle = (low + high) // 2
+    local other = list[middle]
+    if last then other = other[#other] end
+    if comparer(item, other) then low = middle + 1 else high = middle end
+  end
+  return low
+end
+
+-- Puts `item` before the piece's index `position`. Creates nothing: a finalizer could change the channel.
+local function place(pieces, at, position, spare, item)
+  local piece = pieces[at]
+  if not piece then
+    spare[1] = item
+    pieces[at] = spare
+  elseif not spare then
+    insert(piece, position, item)
+  else -- it is full: its upper half becomes a piece of its own
+    local half = PIECE // 2
+    move(piece, half + 1, PIECE, 1, spare)
+    insert(pieces, at + 1, spare)
+    for i = PIECE, half + 1, -1 do piece[i] = nil end
+    if position > half + 1 then
+      insert(spare, position - half, item)
+    else
+      insert(piece, position, item)
+    end
+  end
+end
+
+local function by_less(a, b) return a < b end
+
+---A channel without a limit whose items are read in order of priority; equal ones as they were written.
+---What `comparer` raises, the write raises, and the item is not there.
+---Source: .NET Channel.CreateUnboundedPrioritized; there the order of equal items is open.
+---@param options? { comparer?: fun(a, b): boolean } true if `a` goes first; by default a < b
+---@return coflow.Channel
+function Channel.prioritized(options)
+  local comparer = core.check_options(1, options, prioritized_options).comparer
+  if comparer == nil then
+    comparer = by_less
+  elseif not core.is_callable(comparer) then
+    core.argument_error(1, "comparer must be a function")
+  end
+  return channel_new(nil, nil, nil, function(self, pieces, item)
+    while true do
+      local version = version_of(self)
+      if not version then return false end -- a comparer has completed it
+      local count = #pieces
+      local at = math.min(search(pieces, count, item, comparer, true), math.max(count, 1))
+      local piece = pieces[at]
+      local position = piece and search(piece, #piece, item, comparer) or 1
+      local spare = (not piece or #piece >= PIECE) and {} or nil
+      if version_of(self) == version then -- else it is another one now
+        place(pieces, at, position, spare, item)
+        return true
+      end
+    end
+  end)
+end
+
+return channel

@@ -1,0 +1,1051 @@
+/*
+** channel.c - queues of items between tasks: bounded, unbounded, rendezvous, prioritized; select.
+**
+** Items lie in a ring, a Lua table (CHANNEL_ITEMS) whose size is a power of two and doubles when it is full; those
+** of a prioritized channel in sorted pieces, which lua/coflow/channel.lua makes. Writers that found the
+** channel full wait with their item; readers that found it empty wait to be handed one. Beside them wait
+** those who only asked to be told (wait_to_read, wait_to_write): they are told all at once, and only when
+** nobody waits for the thing itself.
+**
+** Callbacks of users (item_dropped, comparer) are called when the channel is in order and nothing is in our
+** hands but what the callback is about; whatever they do to the channel, they do to it as it is.
+**
+** Select tries its clauses in the order of the list, and takes the first that is there; else it waits in all
+** the queues, and whichever comes first takes it out of the others.
+**
+** Invariants: readers wait only while there is no item, writers only while there is no room and nobody
+**             reads; after completion nobody waits but for the end, which is when it is drained.
+**
+** Source:     System.Threading.Channels. There end of data is an exception too; here read returns nil.
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <math.h>
+#include <string.h>
+
+enum mode { MODE_WAIT, MODE_DROP_NEWEST, MODE_DROP_OLDEST, MODE_DROP_WRITE };
+
+struct channel {
+  struct holder holder;
+  uint8_t mode;
+  bool completed, failed; /* failed: with an error */
+  bool sorted;            /* prioritized */
+  bool drops;             /* CHANNEL_DROPPED is a function */
+  lua_Integer capacity, count;
+  lua_Integer head, size; /* of the ring */
+  lua_Integer peak;       /* the highest count since the ring was empty */
+  lua_Integer version;    /* of a prioritized one: counts the changes */
+  struct link readers, writers, can_read, can_write;
+};
+/* CHANNEL_ERROR: what it was completed with; CHANNEL_CLOSED: what read and write raise then.
+** CHANNEL_INSERT: of a prioritized one, a function that puts an item in its place. */
+enum {
+  CHANNEL_ITEMS = HOLDER_WAITERS + 1,
+  CHANNEL_COMPLETION,
+  CHANNEL_ERROR,
+  CHANNEL_CLOSED,
+  CHANNEL_DROPPED,
+  CHANNEL_INSERT,
+  CHANNEL_READER,
+  CHANNEL_WRITER
+};
+enum { HALF_CHANNEL = 1 };
+enum { MIN_RING = 8, SMALL_RING = 1024 };
+
+/* what is asked for; READ_NEXT: by iterate, which raises the error as it is */
+enum what { READ, READ_NEXT, READ_BATCH, WRITE, CAN_READ, CAN_WRITE };
+enum outcome { PENDING, VALUE, DROPPED, FAILURE };
+
+static struct link *queue_of(struct channel *c, enum what what) {
+  switch (what) {
+    case WRITE: return &c->writers;
+    case CAN_READ: return &c->can_read;
+    case CAN_WRITE: return &c->can_write;
+    default: return &c->readers;
+  }
+}
+
+/* ---- items ---- */
+
+/* [-0, +0, m] room for one more: the part of the ring that lies before the head moves behind it */
+static void grow(lua_State *L, struct channel *c, int items) {
+  lua_Integer size = c->size ? c->size * 2 : MIN_RING;
+  for (lua_Integer k = 1; k <= c->head; k++) {
+    lua_rawgeti(L, items, k);
+    lua_rawseti(L, items, c->size + k);
+  }
+  for (lua_Integer k = 1; k <= c->head; k++) {
+    lua_pushnil(L);
+    lua_rawseti(L, items, k);
+  }
+  c->size = size;
+}
+
+/* [-1, +0, m] the item on top is the last one */
+static void put(lua_State *L, int ch, struct channel *c) {
+  lua_getiuservalue(L, ch, CHANNEL_ITEMS); /* item items */
+  lua_insert(L, -2);
+  if (c->count == c->size) grow(L, c, lua_gettop(L) - 1);
+  lua_rawseti(L, -2, ((c->head + c->count) & (c->size - 1)) + 1);
+  lua_pop(L, 1);
+  if (++c->count > c->peak) c->peak = c->count;
+}
+
+/* [-0, +1, -] the first of a prioritized channel, the last one of its last piece */
+static void pop_sorted(lua_State *L, int ch, struct channel *c, bool remove) {
+  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
+  lua_Integer pieces = (lua_Integer)lua_rawlen(L, -1);
+  lua_rawgeti(L, -1, pieces); /* items piece */
+  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
+  lua_rawgeti(L, -1, n);
+  lua_insert(L, -3); /* item items piece */
+  if (remove) {
+    lua_pushnil(L);
+    lua_rawseti(L, -2, n);
+    if (n == 1) {
+      lua_pushnil(L);
+      lua_rawseti(L, -3, pieces);
+    }
+    c->count--;
+    c->version++;
+  }
+  lua_pop(L, 2);
+}
+
+/* [-0, +1, -] the item that came as number k of those that are there, from 0, which is removed if told: it
+** must be the first or the last then */
+static void fetch(lua_State *L, int ch, struct channel *c, lua_Integer k, bool remove) {
+  if (c->sorted) {
+    pop_sorted(L, ch, c, remove);
+    return;
+  }
+  lua_Integer at = ((c->head + k) & (c->size - 1)) + 1;
+  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
+  lua_rawgeti(L, -1, at);
+  if (remove) {
+    lua_pushnil(L);
+    lua_rawseti(L, -3, at);
+    c->count--;
+    if (k == 0) c->head = (c->head + 1) & (c->size - 1);
+  }
+  lua_remove(L, -2);
+}
+
+/* [-0, +0, m] a ring that had to be large once, and was not since, is given up. Creates. */
+static void shrink(lua_State *L, int ch, struct channel *c) {
+  if (c->peak <= c->size / 4) {
+    lua_createtable(L, MIN_RING, 0);
+    if (c->count == 0) {
+      lua_setiuservalue(L, ch, CHANNEL_ITEMS);
+      c->size = c->head = 0;
+    } else
+      lua_pop(L, 1);
+  }
+  c->peak = c->count;
+}
+
+/* ---- handing over ---- */
+
+/* [-2, +0, m] the waiter below the item on top gets it */
+static void hand(lua_State *L, struct runtime *rt, struct nap *n) {
+  const struct clause *clause = waiter_clause(n);
+  if (clause != NULL && clause->what == READ_BATCH) { /* it has brought a list with room for one */
+    lua_insert(L, -2);                                /* item waiter */
+    waiter_push_value(L, n);
+    lua_rotate(L, -3, 2); /* waiter list item */
+    lua_rawseti(L, -2, 1);
+  }
+  waiter_grant(L, rt, n);
+}
+
+/* [-0, +0, m] all who asked to be told are */
+static void tell(lua_State *L, struct runtime *rt, int ch, struct link *q) {
+  struct nap *n;
+  while ((n = waiter_take(L, ch, q)) != NULL) {
+    lua_pushboolean(L, 1);
+    waiter_grant(L, rt, n);
+  }
+}
+
+/* [-0, +1, -] takes the oldest blocked writer out and pushes it over its item */
+static struct nap *take_writer(lua_State *L, int ch, struct channel *c) {
+  struct nap *n = waiter_take(L, ch, &c->writers);
+  if (n == NULL) return NULL;
+  waiter_push_value(L, n);
+  lua_insert(L, -2); /* item writer */
+  return n;
+}
+
+/* [-2, +0, m] */
+static void release_writer(lua_State *L, struct runtime *rt, struct nap *n) {
+  lua_pushboolean(L, 1);
+  waiter_grant(L, rt, n);
+}
+
+/* [-0, +0, m] the channel is complete and drained */
+static void drained(lua_State *L, struct runtime *rt, int ch, const struct channel *c) {
+  lua_pushnil(L);
+  lua_setiuservalue(L, ch, CHANNEL_ITEMS);
+  if (lua_getiuservalue(L, ch, CHANNEL_COMPLETION) == LUA_TUSERDATA) {
+    int task = lua_gettop(L);
+    if (task_done((struct task *)lua_touserdata(L, task)))
+      ;
+    else if (!c->failed)
+      task_settle(L, rt, task, 0);
+    else {
+      lua_getiuservalue(L, ch, CHANNEL_ERROR);
+      task_settle_error(L, rt, task, 0);
+    }
+  }
+  lua_pop(L, 1);
+}
+
+/* [-0, +1, m] an item, if there is one */
+static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
+  struct nap *n;
+  if (c->count == 0) { /* of a rendezvous */
+    if (!waiter_any(&c->writers) || (n = take_writer(L, ch, c)) == NULL) return false;
+    release_writer(L, rt, n);
+    return true;
+  }
+  fetch(L, ch, c, 0, true);
+  if (waiter_any(&c->writers)) {
+    if ((n = take_writer(L, ch, c)) != NULL) {
+      lua_insert(L, -2); /* writer item */
+      put(L, ch, c);
+      release_writer(L, rt, n);
+    }
+  } else if (waiter_any(&c->can_write))
+    tell(L, rt, ch, &c->can_write);
+  if (c->count == 0 && c->completed) drained(L, rt, ch, c);
+  return true;
+}
+
+/* [-0, +0, m] gives the item at v to a reader, or stores it; false: there is no room */
+static bool offer(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
+  struct nap *n;
+  if (waiter_any(&c->readers) && (n = waiter_take(L, ch, &c->readers)) != NULL) {
+    lua_pushvalue(L, v);
+    hand(L, rt, n);
+    return true;
+  }
+  if (c->count >= c->capacity) return false;
+  lua_pushvalue(L, v);
+  put(L, ch, c);
+  if (waiter_any(&c->can_read)) tell(L, rt, ch, &c->can_read);
+  return true;
+}
+
+/* [-0, +1, m] there is no room for the item at v: leaves the one that is dropped */
+static void drop(lua_State *L, int ch, struct channel *c, int v) {
+  if (c->capacity == 0 || c->mode == MODE_DROP_WRITE) {
+    lua_pushvalue(L, v);
+    return;
+  }
+  fetch(L, ch, c, c->mode == MODE_DROP_NEWEST ? c->count - 1 : 0, true);
+  lua_pushvalue(L, v);
+  put(L, ch, c);
+}
+
+/* [-0, +0, e] the item at v into a prioritized channel; false: it was completed meanwhile */
+static bool insert(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
+  struct nap *n;
+  lua_getiuservalue(L, ch, CHANNEL_INSERT);
+  lua_pushvalue(L, ch);
+  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
+  lua_pushvalue(L, v);
+  lua_call(L, 3, 1); /* comparers run in it; the last thing that it does is to put the item there */
+  bool done = lua_toboolean(L, -1);
+  lua_pop(L, 1);
+  if (!done) return false;
+  c->count++;
+  c->version++;
+  while (c->count > 0 && (n = waiter_take(L, ch, &c->readers)) != NULL) {
+    fetch(L, ch, c, 0, true);
+    hand(L, rt, n);
+  }
+  if (c->count > 0) tell(L, rt, ch, &c->can_read);
+  return true;
+}
+
+/* ---- the end ---- */
+
+/* [-0, +1, -] what `what` has come to after completion; true: an error */
+static bool push_end(lua_State *L, int ch, const struct channel *c, enum what what) {
+  if (what == WRITE || (c->failed && (what == READ || what == READ_BATCH))) {
+    lua_getiuservalue(L, ch, CHANNEL_CLOSED);
+    return true;
+  }
+  if (c->failed)
+    lua_getiuservalue(L, ch, CHANNEL_ERROR);
+  else if (what == CAN_READ || what == CAN_WRITE)
+    lua_pushboolean(L, 0);
+  else
+    lua_pushnil(L);
+  return c->failed;
+}
+
+/* [-0, +0, m] ends the waits of a queue */
+static void end_waits(lua_State *L, struct runtime *rt, int ch, struct channel *c, struct link *q) {
+  struct nap *n;
+  while ((n = waiter_take(L, ch, q)) != NULL) {
+    const struct clause *clause = waiter_clause(n);
+    if (clause == NULL) { /* it will look itself */
+      lua_pushnil(L);
+      waiter_grant(L, rt, n);
+    } else if (push_end(L, ch, c, (enum what)clause->what))
+      waiter_fail(L, rt, n);
+    else
+      waiter_grant(L, rt, n);
+  }
+}
+
+/* [-0, +0, m] with the error at index 2, or nil; false: it was completed before. The channel is at 1. */
+static bool complete(lua_State *L, struct channel *c) {
+  struct runtime *rt = runtime(L);
+  bool failed = !lua_isnil(L, 2);
+  if (c->completed) return false;
+  if (failed && error_is(L, 2, ERROR_CANCELED))
+    lua_pushvalue(L, 2);
+  else {
+    error_push(L, ERROR_CHANNEL,
+               failed ? "the channel has been completed with an error"
+                      : "the channel has been completed");
+    if (failed) {
+      lua_pushvalue(L, 2);
+      lua_setfield(L, -2, "inner");
+    }
+  }
+  if (c->completed) return false; /* by a finalizer */
+  lua_setiuservalue(L, 1, CHANNEL_CLOSED);
+  lua_pushvalue(L, 2);
+  lua_setiuservalue(L, 1, CHANNEL_ERROR);
+  c->completed = true;
+  c->failed = failed;
+  end_waits(L, rt, 1, c, &c->writers);
+  end_waits(L, rt, 1, c, &c->readers);
+  end_waits(L, rt, 1, c, &c->can_write);
+  end_waits(L, rt, 1, c, &c->can_read);
+  if (c->count == 0) drained(L, rt, 1, c);
+  return true;
+}
+
+/* ---- what is asked for ---- */
+
+/* [-0, +0, m] adds items to the list at i, which has n; how many it has then */
+static lua_Integer fill(lua_State *L, struct runtime *rt, int ch, struct channel *c, int i,
+                        lua_Integer n, lua_Integer max) {
+  while (n < max && take(L, rt, ch, c)) lua_rawseti(L, i, ++n);
+  return n;
+}
+
+/* [-0, +1, e] the result, the dropped item, or the error, as the outcome says; PENDING: [-0, +0].
+** v: the item to be written */
+static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct channel *c,
+                            enum what what, int v) {
+  switch (what) {
+    case READ:
+    case READ_NEXT:
+      if (take(L, rt, ch, c)) return VALUE;
+      break;
+    case WRITE:
+      if (c->completed) break;
+      if (c->size > SMALL_RING && c->count == 0 && !c->sorted) {
+        shrink(L, ch, c);
+        if (c->completed) break; /* by a finalizer */
+      }
+      if (c->sorted) {
+        if (!insert(L, rt, ch, c, v)) break;
+      } else if (!offer(L, rt, ch, c, v)) {
+        if (c->mode == MODE_WAIT) return PENDING;
+        drop(L, ch, c, v);
+        return DROPPED;
+      }
+      lua_pushboolean(L, 1);
+      return VALUE;
+    case CAN_READ:
+      if (c->count == 0 && !waiter_any(&c->writers)) break;
+      lua_pushboolean(L, 1);
+      return VALUE;
+    case CAN_WRITE:
+      if (c->completed) break;
+      if (c->mode == MODE_WAIT && c->count >= c->capacity && !waiter_any(&c->readers))
+        return PENDING;
+      lua_pushboolean(L, 1);
+      return VALUE;
+    default: return PENDING; /* READ_BATCH has a list to fill */
+  }
+  if (!c->completed) return PENDING;
+  return push_end(L, ch, c, what) ? FAILURE : VALUE;
+}
+
+/* [-0, +0, m] somebody is going to wait: in a rendezvous, those who ask for such a one are told */
+static void announce(lua_State *L, struct runtime *rt, int ch, struct channel *c, enum what what) {
+  if (c->capacity != 0) return;
+  if (what == WRITE && waiter_any(&c->can_read))
+    tell(L, rt, ch, &c->can_read);
+  else if (what < WRITE && waiter_any(&c->can_write))
+    tell(L, rt, ch, &c->can_write);
+}
+
+static int dropped_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status, (void)ctx;
+  lua_pushboolean(L, 1);
+  return 1;
+}
+
+/* [-1, +1, e] tells the user about the dropped item on top; the result of the write */
+static int tell_dropped(lua_State *L, int ch, const struct channel *c) {
+  if (c->drops) {
+    lua_getiuservalue(L, ch, CHANNEL_DROPPED);
+    lua_insert(L, -2);
+    lua_callk(L, 1, 0, 0, dropped_k);
+  }
+  return dropped_k(L, LUA_OK, 0);
+}
+
+/* [-1, +1, m] the same for an operation, whose result is on top then; false: the callback's error */
+static bool try_tell_dropped(lua_State *L, int ch, const struct channel *c) {
+  if (c->drops) {
+    lua_getiuservalue(L, ch, CHANNEL_DROPPED);
+    lua_insert(L, -2);
+    if (lua_pcall(L, 1, 0, 0) != LUA_OK) return false;
+  } else
+    lua_pop(L, 1);
+  lua_pushboolean(L, 1);
+  return true;
+}
+
+/* the channel at index 1, or that of the half there, which it replaces */
+static struct channel *check(lua_State *L, uint32_t half) {
+  struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
+  if (c != NULL) return c;
+  if (half == 0 || object_test(L, 1, half) == NULL) object_refuse(L, 1, TAG_CHANNEL);
+  lua_getiuservalue(L, 1, HALF_CHANNEL);
+  lua_replace(L, 1);
+  return (struct channel *)lua_touserdata(L, 1);
+}
+
+static void check_item(lua_State *L, int v) {
+  if (lua_isnoneornil(L, v)) luaL_argerror(L, v, "nil is not an item: it means the end");
+}
+
+/* the greatest number of items that argument 2 asks for */
+static lua_Integer opt_max(lua_State *L) {
+  if (lua_isnoneornil(L, 2) || (lua_type(L, 2) == LUA_TNUMBER && lua_tonumber(L, 2) == HUGE_VAL))
+    return INT32_MAX;
+  lua_Integer max = luaL_checkinteger(L, 2);
+  luaL_argcheck(L, max >= 1, 2, "at least one item must be asked for");
+  return max < INT32_MAX ? max : INT32_MAX;
+}
+
+/* ---- operations ---- */
+
+/* [-0, +1, m] the operation at i is complete, with that outcome of its only clause, or of clause k of a select */
+static void settle(lua_State *L, struct runtime *rt, int i, int ch, struct channel *c, uint32_t k,
+                   enum outcome outcome) {
+  if (outcome == DROPPED) outcome = try_tell_dropped(L, ch, c) ? VALUE : FAILURE;
+  waiter_settle(L, rt, i, k, outcome == FAILURE);
+}
+
+/* [-0, +1, e] an operation on the channel at 1, with the value (or the list) at 2 and the token at 3 */
+static struct task *start(lua_State *L, struct channel *c, enum what what, lua_Integer max,
+                          struct scope *s) {
+  struct runtime *rt = runtime(L);
+  struct token *token = token_opt(L, 3);
+  lua_settop(L, 3);
+  struct queued *op = waiter_operation(L, KIND_QUEUED, 1, HUGE_VAL);
+  struct task *t = &op->timed.pending.task;
+  enum outcome outcome;
+  if (operation_canceled(token, s)) {
+    operation_push_canceled(L, token, 3, s);
+    task_settle_canceled(L, rt, 4);
+    return t;
+  }
+  if (what == READ_BATCH && fill(L, rt, 1, c, 2, 0, max) > 0) {
+    lua_pushvalue(L, 2);
+    outcome = VALUE;
+  } else if (what == READ_BATCH && c->completed)
+    outcome = push_end(L, 1, c, what) ? FAILURE : VALUE;
+  else
+    outcome = attempt(L, rt, 1, c, what, 2);
+  if (outcome != PENDING) {
+    settle(L, rt, 4, 1, c, 0, outcome);
+    return t;
+  }
+  lua_pushvalue(L, 2);
+  lua_setiuservalue(L, 4, OP_KEYS);
+  op->clauses[0].what = (uint8_t)what;
+  waiter_start(L, 4, queue_of(c, what), 3, s);
+  announce(L, rt, 1, c, what);
+  return t;
+}
+
+static int operation_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  (void)status;
+  if (me->co != L) return lua_yieldk(L, 0, ctx, operation_k); /* not resumed by us: wait on */
+  me->task.flags &= (uint16_t)~TASK_DEAF;
+  fiber_resumed(L, rt);
+  return task_push_outcome(L, 1, (struct task *)ctx);
+}
+
+/* the operation on top, at once or in time */
+static int await_operation(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  if (task_done(op)) return task_push_outcome(L, 1, op);
+  if (deaf) me->task.flags |= TASK_DEAF;
+  return fiber_await(L, runtime(L), me, op, operation_k);
+}
+
+/* x_async: the arguments are the channel, for WRITE the item or for READ_BATCH the number, and the token */
+static int twin(lua_State *L, enum what what) {
+  struct channel *c = check(L, what == WRITE || what == CAN_WRITE ? TAG_WRITER : TAG_READER);
+  lua_Integer max = 0;
+  if (what == WRITE)
+    check_item(L, 2);
+  else if (what == READ_BATCH) {
+    max = opt_max(L);
+    lua_settop(L, 3);
+    lua_createtable(L, 1, 0);
+    lua_replace(L, 2);
+  } else {
+    lua_settop(L, 2);
+    lua_pushnil(L);
+    lua_insert(L, 2);
+  }
+  lua_settop(L, 3);
+  start(L, c, what, max, operation_scope(L, 3));
+  return 1;
+}
+
+/* ---- direct style ---- */
+
+static int wait_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  struct channel *c = (struct channel *)lua_touserdata(L, 1);
+  enum what what = (enum what)(ctx & 0xff);
+  (void)status;
+  if (waiter_resumed(L, rt) == WAITER_STRAY) {
+    lua_settop(L, 3);
+    return lua_yieldk(L, 0, ctx, wait_k);
+  }
+  if (lua_isnil(L, 2)) return push_end(L, 1, c, what) ? lua_error(L) : 1;
+  if (what == READ_BATCH) {
+    lua_settop(L, 3);
+    lua_pushvalue(L, 2);
+    lua_rawseti(L, 3, 1);
+    fill(L, rt, 1, c, 3, 1, ctx >> 8);
+  } else
+    lua_settop(L, 2);
+  return 1;
+}
+
+/* what cannot be had at once. Arguments as of twin, for READ_BATCH with the list at 4; f: from the start */
+static int wait_for(lua_State *L, struct channel *c, enum what what, lua_Integer max, int k,
+                    lua_CFunction f) {
+  struct runtime *rt = runtime(L);
+  struct token *token = token_opt(L, k);
+  bool deaf = token_none(L, k);
+  struct fiber *me = fiber_here(L, rt);
+  if (me == NULL) {
+    lua_settop(L, k);
+    return fiber_outside(L, f);
+  }
+  lua_settop(L, 4);
+  if (token != NULL) { /* as an operation, whose scope is ours whatever flows to others */
+    lua_pushvalue(L, k);
+    if (what == READ_BATCH || what == WRITE)
+      lua_pushvalue(L, what == WRITE ? 2 : 4);
+    else
+      lua_pushnil(L);
+    lua_replace(L, 2);
+    lua_replace(L, 3);
+    struct scope *s = scope_ambient(L, rt);
+    return await_operation(L, me, start(L, c, what, max, s), false);
+  }
+  lua_replace(L, 3); /* channel …  list */
+  if (what != WRITE) {
+    lua_pushnil(L);
+    lua_replace(L, 2);
+  }
+  if (c->capacity == 0 && what != CAN_READ && what != CAN_WRITE) {
+    announce(L, rt, 1, c, what);
+    enum outcome outcome = attempt(L, rt, 1, c, what == READ_BATCH ? READ : what, 2);
+    if (outcome == FAILURE) return lua_error(L);
+    if (outcome == DROPPED) return tell_dropped(L, 1, c);
+    if (outcome == VALUE) { /* a finalizer was here */
+      if (what != READ_BATCH || lua_isnil(L, -1)) return 1;
+      lua_rawseti(L, 3, 1);
+      lua_settop(L, 3);
+      return 1;
+    }
+  }
+  if (deaf) me->task.flags |= TASK_DEAF;
+  return waiter_wait(L, me, queue_of(c, what), HUGE_VAL, (lua_KContext)(what | max << 8), wait_k);
+}
+
+/* raises if the token at k, or the ambient one, is canceled */
+static inline void check_tokens(lua_State *L, int k) {
+  struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
+  if (lua_gettop(L) < k) {
+    if (s->canceled) scope_throw(L, s);
+    return;
+  }
+  struct token *token = token_opt(L, k);
+  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
+}
+
+static inline int direct(lua_State *L, enum what what, int k, lua_CFunction f) {
+  struct channel *c = check(L, what == WRITE || what == CAN_WRITE ? TAG_WRITER : TAG_READER);
+  if (what == WRITE) check_item(L, 2);
+  check_tokens(L, k);
+  switch (attempt(L, runtime(L), 1, c, what, 2)) {
+    case PENDING: return wait_for(L, c, what, 0, k, f);
+    case DROPPED: return tell_dropped(L, 1, c);
+    case FAILURE: return lua_error(L);
+    default: return 1;
+  }
+}
+
+static int l_read(lua_State *L) { return direct(L, READ, 2, l_read); }
+static int l_write(lua_State *L) { return direct(L, WRITE, 3, l_write); }
+static int l_wait_to_read(lua_State *L) { return direct(L, CAN_READ, 2, l_wait_to_read); }
+static int l_wait_to_write(lua_State *L) { return direct(L, CAN_WRITE, 2, l_wait_to_write); }
+
+/* read_batch(max, token) */
+static int l_read_batch(lua_State *L) {
+  struct channel *c = check(L, TAG_READER);
+  lua_Integer max = opt_max(L);
+  check_tokens(L, 3);
+  lua_settop(L, 3);
+  lua_createtable(L, (int)(c->count < max ? c->count : max) + 1, 0);
+  if (fill(L, runtime(L), 1, c, 4, 0, max) > 0) return 1;
+  if (c->completed) return push_end(L, 1, c, READ_BATCH) ? lua_error(L) : 1;
+  return wait_for(L, c, READ_BATCH, max, 3, l_read_batch);
+}
+
+static int l_read_async(lua_State *L) { return twin(L, READ); }
+static int l_write_async(lua_State *L) { return twin(L, WRITE); }
+static int l_wait_to_read_async(lua_State *L) { return twin(L, CAN_READ); }
+static int l_wait_to_write_async(lua_State *L) { return twin(L, CAN_WRITE); }
+static int l_read_batch_async(lua_State *L) { return twin(L, READ_BATCH); }
+
+static int next_item(lua_State *L) { return direct(L, READ_NEXT, 2, next_item); }
+
+/* next(channel, the item before) */
+static int l_next(lua_State *L) {
+  lua_settop(L, 1);
+  return next_item(L);
+}
+
+/* next(); upvalues: runtime, anchors, channel, token */
+static int l_next_under(lua_State *L) {
+  lua_settop(L, 0);
+  lua_pushvalue(L, lua_upvalueindex(3));
+  lua_pushvalue(L, lua_upvalueindex(4));
+  return next_item(L);
+}
+
+/* iterate(token) */
+static int l_iterate(lua_State *L) {
+  check(L, TAG_READER);
+  lua_settop(L, 2);
+  if (lua_isnil(L, 2)) {
+    module_push_function(L, l_next);
+    lua_pushvalue(L, 1);
+    return 2;
+  }
+  token_opt(L, 2);
+  lua_pushvalue(L, UP_RUNTIME);
+  lua_pushvalue(L, UP_ANCHORS);
+  lua_rotate(L, 1, 2);
+  lua_pushcclosure(L, l_next_under, 4);
+  return 1;
+}
+
+static int l_try_read(lua_State *L) {
+  struct channel *c = check(L, TAG_READER);
+  if (!take(L, runtime(L), 1, c)) lua_pushnil(L);
+  return 1;
+}
+
+static int l_try_write(lua_State *L) {
+  struct channel *c = check(L, TAG_WRITER);
+  check_item(L, 2);
+  switch (attempt(L, runtime(L), 1, c, WRITE, 2)) {
+    case VALUE: return 1;
+    case DROPPED: return tell_dropped(L, 1, c);
+    default: lua_pushboolean(L, 0); return 1;
+  }
+}
+
+static int l_peek(lua_State *L) {
+  struct channel *c = check(L, TAG_READER);
+  if (c->count > 0)
+    fetch(L, 1, c, 0, false);
+  else
+    lua_pushnil(L);
+  return 1;
+}
+
+static int l_try_complete(lua_State *L) {
+  struct channel *c = check(L, TAG_WRITER);
+  lua_settop(L, 2);
+  lua_pushboolean(L, complete(L, c));
+  return 1;
+}
+
+static int l_complete(lua_State *L) {
+  struct channel *c = check(L, TAG_WRITER);
+  lua_settop(L, 2);
+  if (!complete(L, c))
+    return error_throw(L, ERROR_CHANNEL,
+                       "the channel has been completed before: use try_complete "
+                       "where several may complete it");
+  return 0;
+}
+
+/* ---- select ---- */
+
+enum { SELECT_LIST = 1, SELECT_INPUTS, SELECT_VALUES, SELECT_TOKEN, SELECT_OP };
+
+/* [-0, +2, e] element k, on top, becomes what it waits for and the item to be written or nil */
+static enum what check_clause(lua_State *L, lua_Integer k, bool *task) {
+  static const char *const names[] = {"read", "write", NULL};
+  enum what what = READ;
+  int i = lua_gettop(L);
+  *task = !lua_istable(L, i) || lua_getmetatable(L, i);
+  lua_settop(L, i);
+  if (*task) {
+    if (task_awaitable(L, i) == NULL)
+      luaL_argerror(L, 1,
+                    lua_pushfstring(L,
+                                    "element %d is neither a clause {channel, \"read\" or "
+                                    "\"write\", item} nor awaitable (a %s value)",
+                                    (int)k, luaL_typename(L, i)));
+    lua_pushnil(L);
+    return READ;
+  }
+  lua_rawgeti(L, i, 1);
+  lua_rawgeti(L, i, 2);
+  lua_rawgeti(L, i, 3); /* element channel what item */
+  const char *name = lua_type(L, i + 2) == LUA_TSTRING ? lua_tostring(L, i + 2) : "";
+  while (names[what == WRITE] != NULL && strcmp(name, names[what == WRITE]) != 0) {
+    if (what == WRITE)
+      luaL_argerror(L, 1, lua_pushfstring(L, "element %d must say \"read\" or \"write\"", (int)k));
+    what = WRITE;
+  }
+  if (object_test(L, i + 1, TAG_CHANNEL) == NULL) {
+    if (object_test(L, i + 1, what == WRITE ? TAG_WRITER : TAG_READER) == NULL)
+      luaL_argerror(L, 1, lua_pushfstring(L, "element %d has no channel to %s", (int)k, name));
+    lua_getiuservalue(L, i + 1, HALF_CHANNEL);
+    lua_replace(L, i + 1);
+  }
+  if (what == WRITE && lua_isnil(L, i + 3))
+    luaL_argerror(L, 1, lua_pushfstring(L, "element %d: nil is not an item", (int)k));
+  lua_remove(L, i + 2);
+  lua_remove(L, i);
+  return what;
+}
+
+/* [-0, +0, v] the number of clauses of the list at 1, and its options; only the token stays, at SELECT_TOKEN */
+static lua_Integer check_list(lua_State *L, double *seconds) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_settop(L, 1);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, 1);
+  luaL_argcheck(L, n >= 1, 1, "a clause or a task is needed");
+  luaL_argcheck(L, n < INT32_MAX, 1, "too many clauses");
+  for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) {
+    if (lua_isinteger(L, -2) && lua_tointeger(L, -2) >= 1 && lua_tointeger(L, -2) <= n) continue;
+    if (lua_type(L, -2) == LUA_TSTRING &&
+        (strcmp(lua_tostring(L, -2), "timeout") == 0 || strcmp(lua_tostring(L, -2), "token") == 0))
+      continue;
+    luaL_argerror(L, 1, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -2, NULL)));
+  }
+  *seconds = HUGE_VAL;
+  lua_pushliteral(L, "timeout");
+  if (lua_rawget(L, 1) != LUA_TNIL) {
+    luaL_argcheck(L, lua_type(L, -1) == LUA_TNUMBER && lua_tonumber(L, -1) >= 0, 1,
+                  "timeout must be a number of seconds");
+    *seconds = (double)lua_tonumber(L, -1);
+  }
+  lua_settop(L, 1);
+  lua_createtable(L, (int)n, 0);
+  lua_createtable(L, (int)n, 0);
+  lua_pushliteral(L, "token");
+  lua_rawget(L, 1);
+  luaL_argcheck(L, lua_isnil(L, -1) || object_test(L, -1, TAG_TOKEN), 1,
+                "token must be a CancellationToken");
+  return n;
+}
+
+/* [-n, +5, e] */
+static struct queued *select_new(lua_State *L) {
+  double seconds;
+  lua_Integer n = check_list(L, &seconds);
+  struct queued *op = waiter_operation(L, KIND_SELECT, (uint32_t)n, seconds);
+  for (lua_Integer k = 1; k <= n; k++) {
+    struct clause *c = &op->clauses[k - 1];
+    lua_rawgeti(L, 1, k);
+    c->what = (uint8_t)check_clause(L, k, &c->task);
+    lua_rawseti(L, SELECT_VALUES, k);
+    lua_rawseti(L, SELECT_INPUTS, k);
+  }
+  lua_pushvalue(L, SELECT_INPUTS);
+  lua_setiuservalue(L, SELECT_OP, OP_INPUT);
+  lua_pushvalue(L, SELECT_VALUES);
+  lua_setiuservalue(L, SELECT_OP, OP_KEYS);
+  return op;
+}
+
+/* [-0, +0, e] settles it by the first clause that is there; false: none is */
+static bool select_poll(lua_State *L, struct queued *op) {
+  struct runtime *rt = runtime(L);
+  for (uint32_t k = 0; k < op->count; k++) {
+    struct clause *clause = &op->clauses[k];
+    lua_settop(L, SELECT_OP);
+    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
+    lua_rawgeti(L, SELECT_VALUES, (lua_Integer)k + 1);
+    if (clause->task) {
+      if (!task_done((struct task *)lua_touserdata(L, SELECT_OP + 1))) continue;
+      waiter_land(L, SELECT_OP); /* it is the first of them */
+      return true;
+    }
+    struct channel *c = (struct channel *)lua_touserdata(L, SELECT_OP + 1);
+    enum outcome outcome = attempt(L, rt, SELECT_OP + 1, c, (enum what)clause->what, SELECT_OP + 2);
+    if (outcome == PENDING) continue;
+    settle(L, rt, SELECT_OP, SELECT_OP + 1, c, k, outcome);
+    return true;
+  }
+  return false;
+}
+
+/* [-0, +0, e] none of its clauses was there: waits for all. Waits on tasks may create, so they come first. */
+static void select_start(lua_State *L, struct queued *op, struct scope *s) {
+  struct runtime *rt = runtime(L);
+  struct task *t = &op->timed.pending.task;
+  lua_settop(L, SELECT_OP);
+  operation_start(L, SELECT_OP, &op->timed, SELECT_TOKEN, s);
+  for (uint32_t k = 0; k < op->count; k++) {
+    struct clause *clause = &op->clauses[k];
+    if (!clause->task) continue;
+    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
+    memset(&clause->u, 0, sizeof clause->u);
+    wait_add(L, SELECT_OP + 1, &clause->u.wait, SELECT_OP, WAIT_OP);
+    lua_settop(L, SELECT_OP);
+  }
+  if (t->flags & TASK_LINKED || task_done(t)) return; /* a finalizer has been here */
+  t->flags |= TASK_LINKED; /* so that it cannot land while we may have an item for it */
+  bool settled = select_poll(L, op);
+  t->flags &= (uint16_t)~TASK_LINKED;
+  lua_settop(L, SELECT_OP);
+  if (settled) return;
+  if (t->flags & TASK_INTERRUPTED) { /* in the meantime */
+    waiter_land(L, SELECT_OP);
+    return;
+  }
+  for (uint32_t k = 0; k < op->count; k++) {
+    struct clause *clause = &op->clauses[k];
+    if (clause->task) continue;
+    lua_settop(L, SELECT_OP);
+    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
+    struct channel *c = (struct channel *)lua_touserdata(L, -1);
+    waiter_enqueue(L, SELECT_OP, SELECT_OP + 1, queue_of(c, (enum what)clause->what), clause);
+  }
+  for (uint32_t k = 0; k < op->count; k++) {
+    if (op->clauses[k].task) continue;
+    lua_settop(L, SELECT_OP);
+    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
+    announce(L, rt, SELECT_OP + 1, (struct channel *)lua_touserdata(L, -1),
+             (enum what)op->clauses[k].what);
+  }
+}
+
+/* [-0, +0, e] canceled before, or there already, or without the time to wait */
+static bool select_at_once(lua_State *L, struct queued *op, struct scope *s) {
+  struct runtime *rt = runtime(L);
+  struct token *token = token_opt(L, SELECT_TOKEN);
+  struct task *t = &op->timed.pending.task;
+  if (operation_canceled(token, s)) {
+    operation_push_canceled(L, token, SELECT_TOKEN, s);
+    task_settle_canceled(L, rt, SELECT_OP);
+    return true;
+  }
+  if (select_poll(L, op)) return true;
+  if (op->timed.seconds > 0) return false;
+  lua_settop(L, SELECT_OP);
+  t->flags |= TASK_EXPIRED;
+  waiter_land(L, SELECT_OP);
+  return true;
+}
+
+static int l_select_async(lua_State *L) {
+  struct queued *op = select_new(L);
+  struct scope *s = operation_scope(L, SELECT_TOKEN);
+  if (!select_at_once(L, op, s)) select_start(L, op, s);
+  lua_settop(L, SELECT_OP);
+  return 1;
+}
+
+static int l_select(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct queued *op = select_new(L);
+  struct task *t = &op->timed.pending.task;
+  struct fiber *me = (struct fiber *)rt->me;
+  bool deaf = token_none(L, SELECT_TOKEN);
+  struct scope *s = deaf ? rt->root : scope_ambient(L, rt);
+  if (!select_at_once(L, op, s)) {
+    me = fiber_here(L, rt);
+    if (me == NULL) {
+      lua_settop(L, 1);
+      return fiber_outside(L, l_select);
+    }
+    select_start(L, op, s);
+  }
+  lua_settop(L, SELECT_OP);
+  return await_operation(L, me, t, deaf);
+}
+
+/* ---- Lua face ---- */
+
+static int l_count(lua_State *L) {
+  lua_pushinteger(L, check(L, TAG_READER)->count);
+  return 1;
+}
+
+static int l_completion(lua_State *L) {
+  struct channel *c = check(L, TAG_READER);
+  lua_settop(L, 1);
+  if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1;
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1; /* by a finalizer */
+  lua_settop(L, 3);
+  lua_pushvalue(L, 3);
+  lua_setiuservalue(L, 1, CHANNEL_COMPLETION);
+  if (c->completed && c->count == 0) drained(L, runtime(L), 1, c);
+  lua_settop(L, 3);
+  return 1;
+}
+
+/* [-0, +1, m] the half of the channel at 1 */
+static int push_half(lua_State *L, uint32_t tag, int uservalue) {
+  check(L, 0);
+  if (lua_getiuservalue(L, 1, uservalue) != LUA_TNIL) return 1;
+  object_new(L, tag, sizeof(uint32_t), HALF_CHANNEL);
+  lua_pushvalue(L, 1);
+  lua_setiuservalue(L, -2, HALF_CHANNEL);
+  if (lua_getiuservalue(L, 1, uservalue) != LUA_TNIL) return 1;
+  lua_pop(L, 1);
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, 1, uservalue);
+  return 1;
+}
+
+static int l_reader(lua_State *L) { return push_half(L, TAG_READER, CHANNEL_READER); }
+static int l_writer(lua_State *L) { return push_half(L, TAG_WRITER, CHANNEL_WRITER); }
+
+static int l_tostring(lua_State *L) {
+  const struct channel *c = check(L, 0);
+  if (c->capacity == LUA_MAXINTEGER)
+    lua_pushfstring(L, "coflow.Channel (%I items%s)", (LUAI_UACINT)c->count,
+                    c->completed ? ", completed" : "");
+  else
+    lua_pushfstring(L, "coflow.Channel (%I of %I items%s)", (LUAI_UACINT)c->count,
+                    (LUAI_UACINT)c->capacity, c->completed ? ", completed" : "");
+  return 1;
+}
+
+static int l_gc(lua_State *L) {
+  struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
+  if (c == NULL || c->readers.next == NULL) return 0;
+  holder_drop(&c->readers);
+  holder_drop(&c->writers);
+  holder_drop(&c->can_read);
+  holder_drop(&c->can_write);
+  return 0;
+}
+
+/* channel_new(capacity or nil, mode or nil, item_dropped, insert): checked by the library. insert(channel, item):
+** of a prioritized one */
+static int l_new(lua_State *L) {
+  static const char *const modes[] = {"wait", "drop_newest", "drop_oldest", "drop_write", NULL};
+  lua_settop(L, 4);
+  lua_Integer capacity = luaL_optinteger(L, 1, LUA_MAXINTEGER);
+  int mode = luaL_checkoption(L, 2, "wait", modes);
+  struct channel *c =
+      (struct channel *)holder_new(L, TAG_CHANNEL, sizeof *c, CHANNEL_WRITER); /* at 5 */
+  link_init(&c->readers);
+  link_init(&c->writers);
+  link_init(&c->can_read);
+  link_init(&c->can_write);
+  c->capacity = capacity;
+  c->mode = (uint8_t)mode;
+  c->drops = !lua_isnil(L, 3);
+  c->sorted = !lua_isnil(L, 4);
+  lua_createtable(L, capacity > 0 && !c->sorted ? MIN_RING : 0, 0);
+  lua_setiuservalue(L, 5, CHANNEL_ITEMS);
+  lua_pushvalue(L, 3);
+  lua_setiuservalue(L, 5, CHANNEL_DROPPED);
+  lua_pushvalue(L, 4);
+  lua_setiuservalue(L, 5, CHANNEL_INSERT);
+  return 1;
+}
+
+/* channel_version(channel): counts the changes of a prioritized one; nil once it is complete */
+static int l_version(lua_State *L) {
+  const struct channel *c = check(L, 0);
+  if (c->completed)
+    lua_pushnil(L);
+  else
+    lua_pushinteger(L, c->version);
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"channel_new", l_new},
+                                     {"channel_version", l_version},
+                                     {"select", l_select},
+                                     {"select_async", l_select_async},
+                                     {NULL, NULL}};
+
+static const luaL_Reg reading[] = {{"read", l_read},
+                                   {"read_async", l_read_async},
+                                   {"read_batch", l_read_batch},
+                                   {"read_batch_async", l_read_batch_async},
+                                   {"try_read", l_try_read},
+                                   {"peek", l_peek},
+                                   {"wait_to_read", l_wait_to_read},
+                                   {"wait_to_read_async", l_wait_to_read_async},
+                                   {"iterate", l_iterate},
+                                   {NULL, NULL}};
+static const luaL_Reg writing[] = {{"write", l_write},
+                                   {"write_async", l_write_async},
+                                   {"try_write", l_try_write},
+                                   {"wait_to_write", l_wait_to_write},
+                                   {"wait_to_write_async", l_wait_to_write_async},
+                                   {"complete", l_complete},
+                                   {"try_complete", l_try_complete},
+                                   {NULL, NULL}};
+static const luaL_Reg methods[] = {{"__gc", l_gc}, {"__tostring", l_tostring}, {NULL, NULL}};
+static const luaL_Reg reader_properties[] = {
+    {"count", l_count}, {"completion", l_completion}, {NULL, NULL}};
+static const luaL_Reg properties[] = {{"count", l_count},
+                                      {"completion", l_completion},
+                                      {"reader", l_reader},
+                                      {"writer", l_writer},
+                                      {NULL, NULL}};
+
+void channel_open(lua_State *L) {
+  module_functions(L, functions);
+  module_class(L, TAG_READER, "coflow.ChannelReader", reading, reader_properties);
+  module_class(L, TAG_WRITER, "coflow.ChannelWriter", writing, NULL);
+  module_class(L, TAG_CHANNEL, "coflow.Channel", methods, properties);
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CHANNEL));
+  lua_getfield(L, -1, "methods"); /* a channel has those of both halves */
+  module_functions(L, reading);
+  module_functions(L, writing);
+  lua_pop(L, 2);
+}
