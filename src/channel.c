@@ -31,12 +31,14 @@ struct channel {
   uint8_t mode;
   bool completed, failed; /* failed: with an error */
   bool sorted;            /* prioritized */
+  bool plain;             /* neither completed nor prioritized */
   bool drops;             /* CHANNEL_DROPPED is a function */
   lua_Integer capacity, count;
   lua_Integer head, size; /* of the ring */
   lua_Integer peak;       /* the highest count since the ring was empty */
   lua_Integer version;    /* of a prioritized one: counts the changes */
   struct link readers, writers, can_read, can_write;
+  struct runtime *rt;
 };
 /* CHANNEL_ERROR: what it was completed with; CHANNEL_CLOSED: what read and write raise then.
 ** CHANNEL_INSERT: of a prioritized one, a function that puts an item in its place. */
@@ -71,6 +73,7 @@ static struct link *queue_of(struct channel *c, enum what what) {
 /* [-0, +0, m] room for one more: the part of the ring that lies before the head moves behind it */
 static void grow(lua_State *L, struct channel *c, int items) {
   lua_Integer size = c->size ? c->size * 2 : MIN_RING;
+  if (c->size > 0) c->head &= c->size - 1;
   for (lua_Integer k = 1; k <= c->head; k++) {
     lua_rawgeti(L, items, k);
     lua_rawseti(L, items, c->size + k);
@@ -82,12 +85,17 @@ static void grow(lua_State *L, struct channel *c, int items) {
   c->size = size;
 }
 
-/* [-1, +0, m] the item on top is the last one */
-static void put(lua_State *L, int ch, struct channel *c) {
-  lua_getiuservalue(L, ch, CHANNEL_ITEMS); /* item items */
-  lua_insert(L, -2);
-  if (c->count == c->size) grow(L, c, lua_gettop(L) - 1);
-  lua_rawseti(L, -2, ((c->head + c->count) & (c->size - 1)) + 1);
+/* the place in the ring of item k of those that are there, from 0 */
+static inline lua_Integer place(const struct channel *c, lua_Integer k) {
+  return ((c->head + k) & (c->size - 1)) + 1;
+}
+
+/* [-1, +0, m] the item at v becomes the last one. A negative v counts from the top as it is. */
+static void put(lua_State *L, int ch, struct channel *c, int v) {
+  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
+  if (c->count == c->size) grow(L, c, lua_gettop(L));
+  lua_pushvalue(L, v < 0 ? v - 1 : v);
+  lua_rawseti(L, -2, place(c, c->count));
   lua_pop(L, 1);
   if (++c->count > c->peak) c->peak = c->count;
 }
@@ -120,16 +128,16 @@ static void fetch(lua_State *L, int ch, struct channel *c, lua_Integer k, bool r
     pop_sorted(L, ch, c, remove);
     return;
   }
-  lua_Integer at = ((c->head + k) & (c->size - 1)) + 1;
+  lua_Integer at = place(c, k);
   lua_getiuservalue(L, ch, CHANNEL_ITEMS);
   lua_rawgeti(L, -1, at);
   if (remove) {
     lua_pushnil(L);
     lua_rawseti(L, -3, at);
     c->count--;
-    if (k == 0) c->head = (c->head + 1) & (c->size - 1);
+    if (k == 0) c->head++;
   }
-  lua_remove(L, -2);
+  lua_replace(L, -2);
 }
 
 /* [-0, +0, m] a ring that had to be large once, and was not since, is given up. Creates. */
@@ -168,21 +176,6 @@ static void tell(lua_State *L, struct runtime *rt, int ch, struct link *q) {
   }
 }
 
-/* [-0, +1, -] takes the oldest blocked writer out and pushes it over its item */
-static struct nap *take_writer(lua_State *L, int ch, struct channel *c) {
-  struct nap *n = waiter_take(L, ch, &c->writers);
-  if (n == NULL) return NULL;
-  waiter_push_value(L, n);
-  lua_insert(L, -2); /* item writer */
-  return n;
-}
-
-/* [-2, +0, m] */
-static void release_writer(lua_State *L, struct runtime *rt, struct nap *n) {
-  lua_pushboolean(L, 1);
-  waiter_grant(L, rt, n);
-}
-
 /* [-0, +0, m] the channel is complete and drained */
 static void drained(lua_State *L, struct runtime *rt, int ch, const struct channel *c) {
   lua_pushnil(L);
@@ -205,16 +198,21 @@ static void drained(lua_State *L, struct runtime *rt, int ch, const struct chann
 static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
   struct nap *n;
   if (c->count == 0) { /* of a rendezvous */
-    if (!waiter_any(&c->writers) || (n = take_writer(L, ch, c)) == NULL) return false;
-    release_writer(L, rt, n);
+    if (!waiter_any(&c->writers) || (n = waiter_take(L, ch, &c->writers)) == NULL) return false;
+    waiter_push_value(L, n);
+    lua_insert(L, -2); /* item writer */
+    lua_pushboolean(L, 1);
+    waiter_grant(L, rt, n);
     return true;
   }
   fetch(L, ch, c, 0, true);
   if (waiter_any(&c->writers)) {
-    if ((n = take_writer(L, ch, c)) != NULL) {
-      lua_insert(L, -2); /* writer item */
-      put(L, ch, c);
-      release_writer(L, rt, n);
+    if ((n = waiter_take(L, ch, &c->writers)) != NULL) {
+      waiter_push_value(L, n);
+      put(L, ch, c, -1);
+      lua_pop(L, 1);
+      lua_pushboolean(L, 1);
+      waiter_grant(L, rt, n);
     }
   } else if (waiter_any(&c->can_write))
     tell(L, rt, ch, &c->can_write);
@@ -231,8 +229,7 @@ static bool offer(lua_State *L, struct runtime *rt, int ch, struct channel *c, i
     return true;
   }
   if (c->count >= c->capacity) return false;
-  lua_pushvalue(L, v);
-  put(L, ch, c);
+  put(L, ch, c, v);
   if (waiter_any(&c->can_read)) tell(L, rt, ch, &c->can_read);
   return true;
 }
@@ -244,8 +241,7 @@ static void drop(lua_State *L, int ch, struct channel *c, int v) {
     return;
   }
   fetch(L, ch, c, c->mode == MODE_DROP_NEWEST ? c->count - 1 : 0, true);
-  lua_pushvalue(L, v);
-  put(L, ch, c);
+  put(L, ch, c, v);
 }
 
 /* [-0, +0, e] the item at v into a prioritized channel; false: it was completed meanwhile */
@@ -322,6 +318,7 @@ static bool complete(lua_State *L, struct channel *c) {
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 1, CHANNEL_ERROR);
   c->completed = true;
+  c->plain = false;
   c->failed = failed;
   end_waits(L, rt, 1, c, &c->writers);
   end_waits(L, rt, 1, c, &c->readers);
@@ -525,8 +522,8 @@ static int twin(lua_State *L, enum what what) {
 /* ---- direct style ---- */
 
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
   struct channel *c = (struct channel *)lua_touserdata(L, 1);
+  struct runtime *rt = runtime(L);
   enum what what = (enum what)(ctx & 0xff);
   (void)status;
   if (waiter_resumed(L, rt) == WAITER_STRAY) {
@@ -589,8 +586,8 @@ static int wait_for(lua_State *L, struct channel *c, enum what what, lua_Integer
 }
 
 /* raises if the token at k, or the ambient one, is canceled */
-static inline void check_tokens(lua_State *L, int k) {
-  struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
+static void check_tokens(lua_State *L, const struct runtime *rt, int k) {
+  struct scope *s = ((struct fiber *)rt->me)->member.scope;
   if (lua_gettop(L) < k) {
     if (s->canceled) scope_throw(L, s);
     return;
@@ -601,9 +598,10 @@ static inline void check_tokens(lua_State *L, int k) {
 
 static inline int direct(lua_State *L, enum what what, int k, lua_CFunction f) {
   struct channel *c = check(L, what == WRITE || what == CAN_WRITE ? TAG_WRITER : TAG_READER);
+  struct runtime *rt = runtime(L);
   if (what == WRITE) check_item(L, 2);
-  check_tokens(L, k);
-  switch (attempt(L, runtime(L), 1, c, what, 2)) {
+  check_tokens(L, rt, k);
+  switch (attempt(L, rt, 1, c, what, 2)) {
     case PENDING: return wait_for(L, c, what, 0, k, f);
     case DROPPED: return tell_dropped(L, 1, c);
     case FAILURE: return lua_error(L);
@@ -611,8 +609,72 @@ static inline int direct(lua_State *L, enum what what, int k, lua_CFunction f) {
   }
 }
 
-static int l_read(lua_State *L) { return direct(L, READ, 2, l_read); }
-static int l_write(lua_State *L) { return direct(L, WRITE, 3, l_write); }
+/* The common cases of read and write, without what the others need: no token, nobody to be told, and an item or
+** room there, or the wait for it. The same as direct. */
+
+static inline bool is_canceled(const struct runtime *rt) {
+  return ((const struct fiber *)rt->me)->member.scope->canceled;
+}
+
+/* [-0, +0, e] whether the running task may wait here and now */
+static inline bool can_wait(lua_State *L, const struct channel *c, const struct runtime *rt) {
+  return c->capacity > 0 && rt->me != rt->outside && ((const struct fiber *)rt->me)->co == L &&
+         lua_isyieldable(L);
+}
+
+static int l_read(lua_State *L) {
+  struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
+  if (c == NULL || !c->plain || lua_gettop(L) != 1) return direct(L, READ, 2, l_read);
+  struct runtime *rt = c->rt;
+  if (is_canceled(rt)) return direct(L, READ, 2, l_read);
+  if (c->count > 0 && !waiter_any(&c->writers) && !waiter_any(&c->can_write)) {
+    lua_Integer at = place(c, 0);
+    lua_getiuservalue(L, 1, CHANNEL_ITEMS);
+    lua_rawgeti(L, 2, at);
+    lua_pushnil(L);
+    lua_rawseti(L, 2, at);
+    c->head++;
+    c->count--;
+    return 1;
+  }
+  if (c->count > 0) {
+    take(L, rt, 1, c);
+    return 1;
+  }
+  if (!can_wait(L, c, rt)) return direct(L, READ, 2, l_read);
+  lua_pushnil(L);
+  return waiter_wait(L, (struct fiber *)rt->me, &c->readers, HUGE_VAL, READ, wait_k);
+}
+
+static int l_write(lua_State *L) {
+  struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
+  if (c == NULL || !c->plain || lua_gettop(L) != 2 || lua_isnil(L, 2))
+    return direct(L, WRITE, 3, l_write);
+  struct runtime *rt = c->rt;
+  if (is_canceled(rt)) return direct(L, WRITE, 3, l_write);
+  if (c->count == 0) {
+    struct nap *n;
+    if (waiter_any(&c->readers) && (n = waiter_take(L, 1, &c->readers)) != NULL) {
+      lua_pushvalue(L, 2);
+      hand(L, rt, n);
+      lua_pushboolean(L, 1);
+      return 1;
+    }
+    if (waiter_any(&c->can_read) || c->size > SMALL_RING) return direct(L, WRITE, 3, l_write);
+  }
+  if (c->count < c->size && c->count < c->capacity) {
+    lua_getiuservalue(L, 1, CHANNEL_ITEMS);
+    lua_pushvalue(L, 2);
+    lua_rawseti(L, 3, place(c, c->count));
+    if (++c->count > c->peak) c->peak = c->count;
+    lua_pushboolean(L, 1);
+    return 1;
+  }
+  if (c->count < c->capacity || c->mode != MODE_WAIT || !can_wait(L, c, rt))
+    return direct(L, WRITE, 3, l_write);
+  return waiter_wait(L, (struct fiber *)rt->me, &c->writers, HUGE_VAL, WRITE, wait_k);
+}
+
 static int l_wait_to_read(lua_State *L) { return direct(L, CAN_READ, 2, l_wait_to_read); }
 static int l_wait_to_write(lua_State *L) { return direct(L, CAN_WRITE, 2, l_wait_to_write); }
 
@@ -620,7 +682,7 @@ static int l_wait_to_write(lua_State *L) { return direct(L, CAN_WRITE, 2, l_wait
 static int l_read_batch(lua_State *L) {
   struct channel *c = check(L, TAG_READER);
   lua_Integer max = opt_max(L);
-  check_tokens(L, 3);
+  check_tokens(L, runtime(L), 3);
   lua_settop(L, 3);
   lua_createtable(L, (int)(c->count < max ? c->count : max) + 1, 0);
   if (fill(L, runtime(L), 1, c, 4, 0, max) > 0) return 1;
@@ -986,6 +1048,8 @@ static int l_new(lua_State *L) {
   c->mode = (uint8_t)mode;
   c->drops = !lua_isnil(L, 3);
   c->sorted = !lua_isnil(L, 4);
+  c->plain = !c->sorted;
+  c->rt = runtime(L);
   lua_createtable(L, capacity > 0 && !c->sorted ? MIN_RING : 0, 0);
   lua_setiuservalue(L, 5, CHANNEL_ITEMS);
   lua_pushvalue(L, 3);

@@ -165,7 +165,7 @@ enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE, DEADLINE_CLAU
 struct deadline {
   int32_t index;     /* in the heap of timer.c, or -1 */
   uint32_t kind : 4; /* what it is part of: a fiber, a struct timed, a scope, a struct clause */
-  uint32_t pos : 28; /* of a waiter in a queue: where its holder holds it (waiter.c); else 0 */
+  uint32_t pos : 28; /* of a waiter in a queue: where its holder holds it (waiter.c), or 0 */
 };
 
 /* What is special about a fiber. Of nearly all no bit is set. */
@@ -254,12 +254,13 @@ enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with cal
 enum { GROUP_FAILED = SCOPE_RUN + 1, GROUP_WINNER, GROUP_IDLE, GROUP_STOPPING, GROUP_QUEUE };
 enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 
-/* What waiters can wait for begins so, and holds them in the slot table that is its first user value. */
+/* What waiters can wait for begins so, and holds them: one in a user value, others in a slot table. */
 struct holder {
   uint32_t tag;
-  int free_slot;
+  int free_slot : 31;
+  bool one : 1; /* HOLDER_ONE is taken */
 };
-enum { HOLDER_WAITERS = 1 };
+enum { HOLDER_ONE = 1, HOLDER_WAITERS };
 
 /* An operation that waits in queues has one clause for each (and of a select, for each task). */
 struct clause {

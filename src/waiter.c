@@ -39,12 +39,12 @@
 **                  push the value, which for one that came to an end may be nil
 **                  waiter_grant(L, rt, n)           last: other tasks may land in it
 **
-** Holding. The holder holds its waiters in a slot table, its first user value, and a waiter holds the holder, on
-** its stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
+** Holding. The holder holds its waiters, in its first two user values, and a waiter holds the holder, on its
+** stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
 ** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
 ** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
 **
-** Invariants: n->deadline.pos != 0 exactly while n is in a queue; then the table holds its task there.
+** Invariants: n->deadline.pos != 0 exactly while n is in a queue; then the holder holds its task there.
 **             A fiber in a queue is TASK_WAITING and not TASK_LINKED; an operation in one is not TASK_LINKED.
 **
 ** SPDX-License-Identifier: MIT
@@ -62,19 +62,53 @@ void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   return h;
 }
 
+/* pos is ONE, or that of a slot and ONE */
+enum { ONE = 1 };
+
 /* [-1, +0, m] the waiter on top is held by the holder at i, and is the last in q */
 static void append(lua_State *L, int i, struct link *q, struct nap *n) {
-  lua_getiuservalue(L, i, HOLDER_WAITERS);
-  lua_insert(L, -2);
-  n->deadline.pos = (uint32_t)slots_add(L, -2, &((struct holder *)lua_touserdata(L, i))->free_slot);
-  lua_pop(L, 1);
+  struct holder *h = (struct holder *)lua_touserdata(L, i);
+  if (!h->one) {
+    h->one = true;
+    n->deadline.pos = ONE;
+    lua_setiuservalue(L, i, HOLDER_ONE);
+  } else {
+    int free_slot = h->free_slot;
+    lua_getiuservalue(L, i, HOLDER_WAITERS);
+    lua_insert(L, -2);
+    n->deadline.pos = ONE + (uint32_t)slots_add(L, -2, &free_slot);
+    h->free_slot = free_slot;
+    lua_pop(L, 1);
+  }
   link_append(q, &n->link);
 }
 
-/* [-0, +0, -] n leaves the queue; its holder's table of waiters is at i */
-static void drop(lua_State *L, int i, struct holder *h, struct nap *n) {
+/* [-0, +1, -] the waiter whose node is n */
+static void push_waiter(lua_State *L, int i, const struct nap *n) {
+  if (n->deadline.pos == ONE) {
+    lua_getiuservalue(L, i, HOLDER_ONE);
+    return;
+  }
+  lua_getiuservalue(L, i, HOLDER_WAITERS);
+  lua_rawgeti(L, -1, (lua_Integer)n->deadline.pos - ONE);
+  lua_remove(L, -2);
+}
+
+/* [-0, +0, -] n leaves the queue, and the holder at i holds it no more */
+static void drop(lua_State *L, int i, struct nap *n) {
+  struct holder *h = (struct holder *)lua_touserdata(L, i);
   link_drop(&n->link);
-  slots_free(L, i, &h->free_slot, (int)n->deadline.pos);
+  if (n->deadline.pos == ONE) {
+    h->one = false;
+    lua_pushnil(L);
+    lua_setiuservalue(L, i < 0 ? i - 1 : i, HOLDER_ONE);
+  } else {
+    int free_slot = h->free_slot;
+    lua_getiuservalue(L, i, HOLDER_WAITERS);
+    slots_free(L, -1, &free_slot, (int)n->deadline.pos - ONE);
+    h->free_slot = free_slot;
+    lua_pop(L, 1);
+  }
   n->deadline.pos = 0;
 }
 
@@ -88,8 +122,8 @@ static lua_State *stack_of(struct fiber *f) {
   return co != NULL && lua_status(co) == LUA_YIELD ? co : NULL;
 }
 
-/* [-0, +2, -] the holder at the bottom of the function that f is suspended in, and its table of waiters, if
-** f is held there: somebody may have closed the coroutine */
+/* [-0, +1, -] the holder at the bottom of the function that f is suspended in, if f is held there: somebody
+** may have closed the coroutine; false: [-0, +0] */
 static bool push_holder(lua_State *L, struct fiber *f) {
   int top = lua_gettop(L);
   lua_State *co = stack_of(f);
@@ -98,7 +132,8 @@ static bool push_holder(lua_State *L, struct fiber *f) {
     lua_xmove(co, L, 1);
     if (lua_type(L, -1) == LUA_TUSERDATA && lua_rawlen(L, -1) >= sizeof(struct holder) &&
         lua_getiuservalue(L, -1, HOLDER_WAITERS) == LUA_TTABLE) {
-      lua_rawgeti(L, -1, (lua_Integer)f->u.nap.deadline.pos);
+      lua_pop(L, 1);
+      push_waiter(L, -1, &f->u.nap);
       bool held = lua_touserdata(L, -1) == (void *)f;
       lua_pop(L, 1);
       if (held) return true;
@@ -111,8 +146,8 @@ static bool push_holder(lua_State *L, struct fiber *f) {
 void waiter_leave(lua_State *L, struct fiber *f) {
   struct nap *n = &f->u.nap;
   if (n->deadline.pos != 0 && push_holder(L, f)) {
-    drop(L, -1, (struct holder *)lua_touserdata(L, -2), n);
-    lua_pop(L, 2);
+    drop(L, -1, n);
+    lua_pop(L, 1);
     return;
   }
   link_drop(&n->link);
@@ -121,7 +156,6 @@ void waiter_leave(lua_State *L, struct fiber *f) {
 
 bool waiter_push_name(lua_State *L, struct fiber *f) {
   if (!push_holder(L, f)) return false;
-  lua_pop(L, 1);
   if (luaL_getmetafield(L, -1, "__name") != LUA_TSTRING) lua_pushliteral(L, "?");
   lua_replace(L, -2);
   return true;
@@ -137,8 +171,10 @@ int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, 
   t->state = TASK_WAITING;
   if (seconds != HUGE_VAL)
     timer_add(runtime(L), &me->u.nap.deadline, seconds);
-  else if (!me->member.scope->armed)
-    task_release(L, t);
+  else if (!me->member.scope->armed) {
+    lua_pushlightuserdata(L, t); /* as task_release */
+    lua_rawseti(L, UP_ANCHORS, t->slot);
+  }
   return fiber_suspend(L, me, ctx, k);
 }
 
@@ -204,9 +240,8 @@ void waiter_withdraw(lua_State *L, int i) {
     struct clause *c = &op->clauses[k];
     if (c->task || c->u.nap.deadline.pos == 0) continue;
     push_input(L, i, k);
-    lua_getiuservalue(L, -1, HOLDER_WAITERS);
-    drop(L, -1, (struct holder *)lua_touserdata(L, -2), &c->u.nap);
-    lua_pop(L, 2);
+    drop(L, -1, &c->u.nap);
+    lua_pop(L, 1);
   }
 }
 
@@ -306,20 +341,16 @@ void waiter_land(lua_State *L, int i) {
 /* ---- handing over ---- */
 
 struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
-  struct holder *h = (struct holder *)lua_touserdata(L, holder);
   while (q->next != q) {
     struct nap *n = container_of(q->next, struct nap, link);
-    lua_getiuservalue(L, holder, HOLDER_WAITERS);
-    lua_rawgeti(L, -1, (lua_Integer)n->deadline.pos); /* waiters waiter */
+    push_waiter(L, holder, n);
     if (waiter_clause(n) != NULL) {
-      lua_remove(L, -2);
       waiter_withdraw(L, -1);
       return n;
     }
     struct fiber *f = container_of(n, struct fiber, u.nap);
-    drop(L, -2, h, n);
-    lua_remove(L, -2);
-    timer_drop(runtime(L), &n->deadline);
+    drop(L, holder, n);
+    if (n->deadline.index >= 0) timer_drop(runtime(L), &n->deadline);
     if (stack_of(f) != NULL) return n;
     fiber_wake(L, runtime(L), -1, f); /* somebody has closed its coroutine: it gets nothing */
     lua_pop(L, 1);
@@ -347,9 +378,12 @@ void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
     lua_xmove(L, f->co, 1);
     lua_replace(f->co, 2);
-    fiber_wake(L, rt, -1, f);
-  } else
-    waiter_settle(L, rt, -2, c->index, false);
+    lua_rawseti(L, UP_ANCHORS, f->task.slot); /* as fiber_wake */
+    f->task.state = TASK_QUEUED;
+    loop_ready(rt, &f->task);
+    return;
+  }
+  waiter_settle(L, rt, -2, c->index, false);
   lua_pop(L, 1);
 }
 
