@@ -55,7 +55,8 @@ enum {
 enum { HALF_CHANNEL = 1 };
 enum { MIN_RING = 8, SMALL_RING = 1024 };
 
-/* what is asked for; READ_NEXT: by iterate, which raises the error as it is */
+/* What is asked for. READ_NEXT: by iterate, which raises the error as it is. READ_BATCH: by read_batch_async;
+** it brings a list. */
 enum what { READ, READ_NEXT, READ_BATCH, WRITE, CAN_READ, CAN_WRITE };
 enum outcome { PENDING, VALUE, DROPPED, FAILURE };
 
@@ -155,13 +156,13 @@ static void shrink(lua_State *L, int ch, struct channel *c) {
 
 /* ---- handing over ---- */
 
-/* [-2, +0, m] the waiter below the item on top gets it */
+/* [-2, +0, m] the reader below the item on top gets it */
 static void hand(lua_State *L, struct runtime *rt, struct nap *n) {
   const struct clause *clause = waiter_clause(n);
-  if (clause != NULL && clause->what == READ_BATCH) { /* it has brought a list with room for one */
-    lua_insert(L, -2);                                /* item waiter */
+  if (clause != NULL && clause->what == READ_BATCH) {
+    lua_insert(L, -2); /* item reader */
     waiter_push_value(L, n);
-    lua_rotate(L, -3, 2); /* waiter list item */
+    lua_rotate(L, -3, 2); /* reader list item */
     lua_rawseti(L, -2, 1);
   }
   waiter_grant(L, rt, n);
@@ -330,18 +331,23 @@ static bool complete(lua_State *L, struct channel *c) {
 
 /* ---- what is asked for ---- */
 
-/* [-0, +0, m] adds items to the list at i, which has n; how many it has then */
-static lua_Integer fill(lua_State *L, struct runtime *rt, int ch, struct channel *c, int i,
-                        lua_Integer n, lua_Integer max) {
+/* [-0, +1, m] the list at i with at most max items, if there are any */
+static bool fill(lua_State *L, struct runtime *rt, int ch, struct channel *c, int i,
+                 lua_Integer max) {
+  lua_Integer n = 0;
   while (n < max && take(L, rt, ch, c)) lua_rawseti(L, i, ++n);
-  return n;
+  if (n > 0) lua_pushvalue(L, i);
+  return n > 0;
 }
 
 /* [-0, +1, e] the result, the dropped item, or the error, as the outcome says; PENDING: [-0, +0].
-** v: the item to be written */
+** v: the item to be written, or the list to be filled with at most max items */
 static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct channel *c,
-                            enum what what, int v) {
+                            enum what what, int v, lua_Integer max) {
   switch (what) {
+    case READ_BATCH:
+      if (fill(L, rt, ch, c, v, max)) return VALUE;
+      break;
     case READ:
     case READ_NEXT:
       if (take(L, rt, ch, c)) return VALUE;
@@ -365,13 +371,12 @@ static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct cha
       if (c->count == 0 && !waiter_any(&c->writers)) break;
       lua_pushboolean(L, 1);
       return VALUE;
-    case CAN_WRITE:
+    default:
       if (c->completed) break;
       if (c->mode == MODE_WAIT && c->count >= c->capacity && !waiter_any(&c->readers))
         return PENDING;
       lua_pushboolean(L, 1);
       return VALUE;
-    default: return PENDING; /* READ_BATCH has a list to fill */
   }
   if (!c->completed) return PENDING;
   return push_end(L, ch, c, what) ? FAILURE : VALUE;
@@ -428,15 +433,6 @@ static void check_item(lua_State *L, int v) {
   if (lua_isnoneornil(L, v)) luaL_argerror(L, v, "nil is not an item: it means the end");
 }
 
-/* the greatest number of items that argument 2 asks for */
-static lua_Integer opt_max(lua_State *L) {
-  if (lua_isnoneornil(L, 2) || (lua_type(L, 2) == LUA_TNUMBER && lua_tonumber(L, 2) == HUGE_VAL))
-    return INT32_MAX;
-  lua_Integer max = luaL_checkinteger(L, 2);
-  luaL_argcheck(L, max >= 1, 2, "at least one item must be asked for");
-  return max < INT32_MAX ? max : INT32_MAX;
-}
-
 /* ---- operations ---- */
 
 /* [-0, +1, m] the operation at i is complete, with that outcome of its only clause, or of clause k of a select */
@@ -446,7 +442,7 @@ static void settle(lua_State *L, struct runtime *rt, int i, int ch, struct chann
   waiter_settle(L, rt, i, k, outcome == FAILURE);
 }
 
-/* [-0, +1, e] an operation on the channel at 1, with the value (or the list) at 2 and the token at 3 */
+/* [-0, +1, e] an operation on the channel at 1, with the item, the list or nil at 2 and the token at 3 */
 static struct task *start(lua_State *L, struct channel *c, enum what what, lua_Integer max,
                           struct scope *s) {
   struct runtime *rt = runtime(L);
@@ -454,19 +450,12 @@ static struct task *start(lua_State *L, struct channel *c, enum what what, lua_I
   lua_settop(L, 3);
   struct queued *op = waiter_operation(L, KIND_QUEUED, 1, HUGE_VAL);
   struct task *t = &op->timed.pending.task;
-  enum outcome outcome;
   if (operation_canceled(token, s)) {
     operation_push_canceled(L, token, 3, s);
     task_settle_canceled(L, rt, 4);
     return t;
   }
-  if (what == READ_BATCH && fill(L, rt, 1, c, 2, 0, max) > 0) {
-    lua_pushvalue(L, 2);
-    outcome = VALUE;
-  } else if (what == READ_BATCH && c->completed)
-    outcome = push_end(L, 1, c, what) ? FAILURE : VALUE;
-  else
-    outcome = attempt(L, rt, 1, c, what, 2);
+  enum outcome outcome = attempt(L, rt, 1, c, what, 2, max);
   if (outcome != PENDING) {
     settle(L, rt, 4, 1, c, 0, outcome);
     return t;
@@ -498,91 +487,75 @@ static int await_operation(lua_State *L, struct fiber *me, struct task *op, bool
   return fiber_await(L, runtime(L), me, op, operation_k);
 }
 
-/* x_async: the arguments are the channel, for WRITE the item or for READ_BATCH the number, and the token */
+/* x_async: the arguments are the channel, for WRITE the item, and the token */
 static int twin(lua_State *L, enum what what) {
   struct channel *c = check(L, what == WRITE || what == CAN_WRITE ? TAG_WRITER : TAG_READER);
-  lua_Integer max = 0;
   if (what == WRITE)
     check_item(L, 2);
-  else if (what == READ_BATCH) {
-    max = opt_max(L);
-    lua_settop(L, 3);
-    lua_createtable(L, 1, 0);
-    lua_replace(L, 2);
-  } else {
+  else {
     lua_settop(L, 2);
     lua_pushnil(L);
     lua_insert(L, 2);
   }
   lua_settop(L, 3);
-  start(L, c, what, max, operation_scope(L, 3));
+  start(L, c, what, 0, operation_scope(L, 3));
+  return 1;
+}
+
+/* read_batch_async(max, token) */
+static int l_read_batch_async(lua_State *L) {
+  struct channel *c = check(L, TAG_READER);
+  lua_Integer max = LUA_MAXINTEGER;
+  if (!lua_isnoneornil(L, 2) && lua_tonumber(L, 2) != HUGE_VAL) max = luaL_checkinteger(L, 2);
+  luaL_argcheck(L, max >= 1, 2, "at least one item must be asked for");
+  lua_settop(L, 3);
+  lua_createtable(L, 1, 0);
+  lua_replace(L, 2);
+  start(L, c, READ_BATCH, max, operation_scope(L, 3));
   return 1;
 }
 
 /* ---- direct style ---- */
 
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
-  struct channel *c = (struct channel *)lua_touserdata(L, 1);
-  struct runtime *rt = runtime(L);
-  enum what what = (enum what)(ctx & 0xff);
   (void)status;
-  if (waiter_resumed(L, rt) == WAITER_STRAY) {
-    lua_settop(L, 3);
+  if (waiter_resumed(L, runtime(L)) == WAITER_STRAY) {
+    lua_settop(L, 2);
     return lua_yieldk(L, 0, ctx, wait_k);
   }
-  if (lua_isnil(L, 2)) return push_end(L, 1, c, what) ? lua_error(L) : 1;
-  if (what == READ_BATCH) {
-    lua_settop(L, 3);
-    lua_pushvalue(L, 2);
-    lua_rawseti(L, 3, 1);
-    fill(L, rt, 1, c, 3, 1, ctx >> 8);
-  } else
-    lua_settop(L, 2);
-  return 1;
+  lua_settop(L, 2);
+  if (!lua_isnil(L, 2)) return 1;
+  return push_end(L, 1, (struct channel *)lua_touserdata(L, 1), (enum what)ctx) ? lua_error(L) : 1;
 }
 
-/* what cannot be had at once. Arguments as of twin, for READ_BATCH with the list at 4; f: from the start */
-static int wait_for(lua_State *L, struct channel *c, enum what what, lua_Integer max, int k,
-                    lua_CFunction f) {
+/* what cannot be had at once, with the arguments as of twin, the token at k; f: from the start */
+static int wait_for(lua_State *L, struct channel *c, enum what what, int k, lua_CFunction f) {
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, k);
   bool deaf = token_none(L, k);
   struct fiber *me = fiber_here(L, rt);
-  if (me == NULL) {
-    lua_settop(L, k);
-    return fiber_outside(L, f);
-  }
-  lua_settop(L, 4);
-  if (token != NULL) { /* as an operation, whose scope is ours whatever flows to others */
-    lua_pushvalue(L, k);
-    if (what == READ_BATCH || what == WRITE)
-      lua_pushvalue(L, what == WRITE ? 2 : 4);
-    else
-      lua_pushnil(L);
-    lua_replace(L, 2);
-    lua_replace(L, 3);
-    struct scope *s = scope_ambient(L, rt);
-    return await_operation(L, me, start(L, c, what, max, s), false);
-  }
-  lua_replace(L, 3); /* channel …  list */
+  lua_settop(L, k);
+  if (me == NULL) return fiber_outside(L, f);
   if (what != WRITE) {
     lua_pushnil(L);
-    lua_replace(L, 2);
+    lua_insert(L, 2);
+  }                    /* channel item token */
+  if (token != NULL) { /* as an operation, whose scope is ours whatever flows to others */
+    struct scope *s = scope_ambient(L, rt);
+    return await_operation(L, me, start(L, c, what, 0, s), false);
   }
-  if (c->capacity == 0 && what != CAN_READ && what != CAN_WRITE) {
+  lua_settop(L, 2);
+  if (c->capacity == 0) {
     announce(L, rt, 1, c, what);
-    enum outcome outcome = attempt(L, rt, 1, c, what == READ_BATCH ? READ : what, 2);
-    if (outcome == FAILURE) return lua_error(L);
-    if (outcome == DROPPED) return tell_dropped(L, 1, c);
-    if (outcome == VALUE) { /* a finalizer was here */
-      if (what != READ_BATCH || lua_isnil(L, -1)) return 1;
-      lua_rawseti(L, 3, 1);
-      lua_settop(L, 3);
-      return 1;
+    switch (attempt(L, rt, 1, c, what, 2, 0)) { /* a finalizer may have been here */
+      case PENDING: break;
+      case DROPPED: return tell_dropped(L, 1, c);
+      case FAILURE: return lua_error(L);
+      default: return 1;
     }
   }
   if (deaf) me->task.flags |= TASK_DEAF;
-  return waiter_wait(L, me, queue_of(c, what), HUGE_VAL, (lua_KContext)(what | max << 8), wait_k);
+  return waiter_wait(L, me, queue_of(c, what), HUGE_VAL, what, wait_k);
 }
 
 /* raises if the token at k, or the ambient one, is canceled */
@@ -601,8 +574,8 @@ static inline int direct(lua_State *L, enum what what, int k, lua_CFunction f) {
   struct runtime *rt = runtime(L);
   if (what == WRITE) check_item(L, 2);
   check_tokens(L, rt, k);
-  switch (attempt(L, rt, 1, c, what, 2)) {
-    case PENDING: return wait_for(L, c, what, 0, k, f);
+  switch (attempt(L, rt, 1, c, what, 2, 0)) {
+    case PENDING: return wait_for(L, c, what, k, f);
     case DROPPED: return tell_dropped(L, 1, c);
     case FAILURE: return lua_error(L);
     default: return 1;
@@ -678,23 +651,10 @@ static int l_write(lua_State *L) {
 static int l_wait_to_read(lua_State *L) { return direct(L, CAN_READ, 2, l_wait_to_read); }
 static int l_wait_to_write(lua_State *L) { return direct(L, CAN_WRITE, 2, l_wait_to_write); }
 
-/* read_batch(max, token) */
-static int l_read_batch(lua_State *L) {
-  struct channel *c = check(L, TAG_READER);
-  lua_Integer max = opt_max(L);
-  check_tokens(L, runtime(L), 3);
-  lua_settop(L, 3);
-  lua_createtable(L, (int)(c->count < max ? c->count : max) + 1, 0);
-  if (fill(L, runtime(L), 1, c, 4, 0, max) > 0) return 1;
-  if (c->completed) return push_end(L, 1, c, READ_BATCH) ? lua_error(L) : 1;
-  return wait_for(L, c, READ_BATCH, max, 3, l_read_batch);
-}
-
 static int l_read_async(lua_State *L) { return twin(L, READ); }
 static int l_write_async(lua_State *L) { return twin(L, WRITE); }
 static int l_wait_to_read_async(lua_State *L) { return twin(L, CAN_READ); }
 static int l_wait_to_write_async(lua_State *L) { return twin(L, CAN_WRITE); }
-static int l_read_batch_async(lua_State *L) { return twin(L, READ_BATCH); }
 
 static int next_item(lua_State *L) { return direct(L, READ_NEXT, 2, next_item); }
 
@@ -738,7 +698,7 @@ static int l_try_read(lua_State *L) {
 static int l_try_write(lua_State *L) {
   struct channel *c = check(L, TAG_WRITER);
   check_item(L, 2);
-  switch (attempt(L, runtime(L), 1, c, WRITE, 2)) {
+  switch (attempt(L, runtime(L), 1, c, WRITE, 2, 0)) {
     case VALUE: return 1;
     case DROPPED: return tell_dropped(L, 1, c);
     default: lua_pushboolean(L, 0); return 1;
@@ -878,7 +838,8 @@ static bool select_poll(lua_State *L, struct queued *op) {
       return true;
     }
     struct channel *c = (struct channel *)lua_touserdata(L, SELECT_OP + 1);
-    enum outcome outcome = attempt(L, rt, SELECT_OP + 1, c, (enum what)clause->what, SELECT_OP + 2);
+    enum outcome outcome =
+        attempt(L, rt, SELECT_OP + 1, c, (enum what)clause->what, SELECT_OP + 2, 0);
     if (outcome == PENDING) continue;
     settle(L, rt, SELECT_OP, SELECT_OP + 1, c, k, outcome);
     return true;
@@ -1059,6 +1020,23 @@ static int l_new(lua_State *L) {
   return 1;
 }
 
+/* check_batch(reader, max, token): checks the arguments of read_batch; the greatest number of items */
+static int l_check_batch(lua_State *L) {
+  lua_settop(L, 3);
+  if (object_test(L, 1, TAG_CHANNEL) == NULL && object_test(L, 1, TAG_READER) == NULL)
+    return module_blame_type(L, 1, "coflow.Channel", 1);
+  if (!lua_isnil(L, 3) && object_test(L, 3, TAG_TOKEN) == NULL)
+    return module_blame_type(L, 3, "coflow.CancellationToken", 3);
+  int integer = 1;
+  lua_Integer max = LUA_MAXINTEGER;
+  if (!lua_isnil(L, 2) && !(lua_type(L, 2) == LUA_TNUMBER && lua_tonumber(L, 2) == HUGE_VAL))
+    max = lua_tointegerx(L, 2, &integer);
+  if (!integer && lua_type(L, 2) != LUA_TNUMBER) return module_blame_type(L, 2, "number", 2);
+  if (!integer || max < 1) return module_blame(L, 2, "at least one item must be asked for");
+  lua_pushinteger(L, max);
+  return 1;
+}
+
 /* channel_version(channel): counts the changes of a prioritized one; nil once it is complete */
 static int l_version(lua_State *L) {
   const struct channel *c = check(L, 0);
@@ -1069,15 +1047,12 @@ static int l_version(lua_State *L) {
   return 1;
 }
 
-static const luaL_Reg functions[] = {{"channel_new", l_new},
-                                     {"channel_version", l_version},
-                                     {"select", l_select},
-                                     {"select_async", l_select_async},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"channel_new", l_new}, {"channel_version", l_version},   {"check_batch", l_check_batch},
+    {"select", l_select},   {"select_async", l_select_async}, {NULL, NULL}};
 
 static const luaL_Reg reading[] = {{"read", l_read},
                                    {"read_async", l_read_async},
-                                   {"read_batch", l_read_batch},
                                    {"read_batch_async", l_read_batch_async},
                                    {"try_read", l_try_read},
                                    {"peek", l_peek},

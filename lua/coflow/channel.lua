@@ -125,4 +125,31 @@ function Channel.prioritized(options)
   end)
 end
 
+-- Batches ---------------------------------------------------------------------------------------------
+
+local reading = core.methods("coflow.Channel")
+local read, try_read, check_batch = reading.read, reading.try_read, core.check_batch
+
+---Waits for the first item, as `read` does, and returns it with those that are there then: a list of at most `max`.
+---nil at the end.
+---Cancellation: consumes no item.
+---Raises: as `read`.
+---@param max? integer nil: all that are there
+---@param token? coflow.CancellationToken
+---@return any[]? items
+function reading:read_batch(max, token)
+  max = check_batch(self, max, token)
+  local list = { false }
+  list[1] = read(self, token)
+  if list[1] == nil then return nil end
+  for i = 2, max do
+    local item = try_read(self)
+    if item == nil then break end
+    list[i] = item
+  end
+  return list
+end
+
+core.methods("coflow.ChannelReader").read_batch = reading.read_batch
+
 return channel
