@@ -1,5 +1,5 @@
 /*
-** channel.c - queues of items between tasks: bounded, unbounded, rendezvous, prioritized; select.
+** channel.c - queues of items between tasks: bounded, unbounded, rendezvous, prioritized.
 **
 ** Items lie in a ring, a Lua table (CHANNEL_ITEMS) whose size is a power of two and doubles when it is full; those
 ** of a prioritized channel in sorted pieces, which lua/coflow/channel.lua makes. Writers that found the
@@ -10,9 +10,6 @@
 ** Callbacks of users (item_dropped, comparer) are called when the channel is in order and nothing is in our
 ** hands but what the callback is about; whatever they do to the channel, they do to it as it is.
 **
-** Select tries its clauses in the order of the list, and takes the first that is there; else it waits in all
-** the queues, and whichever comes first takes it out of the others.
-**
 ** Invariants: readers wait only while there is no item, writers only while there is no room and nobody
 **             reads; after completion nobody waits but for the end, which is when it is drained.
 **
@@ -22,7 +19,6 @@
 #include "core.h"
 
 #include <math.h>
-#include <string.h>
 
 enum mode { MODE_WAIT, MODE_DROP_NEWEST, MODE_DROP_OLDEST, MODE_DROP_WRITE };
 
@@ -55,16 +51,13 @@ enum {
 enum { HALF_CHANNEL = 1 };
 enum { MIN_RING = 8, SMALL_RING = 1024 };
 
-/* What is asked for. READ_NEXT: by iterate, which raises the error as it is. READ_BATCH: by read_batch_async;
-** it brings a list. */
-enum what { READ, READ_NEXT, READ_BATCH, WRITE, CAN_READ, CAN_WRITE };
 enum outcome { PENDING, VALUE, DROPPED, FAILURE };
 
-static struct link *queue_of(struct channel *c, enum what what) {
+static struct link *queue_of(struct channel *c, enum ask what) {
   switch (what) {
-    case WRITE: return &c->writers;
-    case CAN_READ: return &c->can_read;
-    case CAN_WRITE: return &c->can_write;
+    case ASK_WRITE: return &c->writers;
+    case ASK_CAN_READ: return &c->can_read;
+    case ASK_CAN_WRITE: return &c->can_write;
     default: return &c->readers;
   }
 }
@@ -91,7 +84,7 @@ static inline lua_Integer place(const struct channel *c, lua_Integer k) {
   return ((c->head + k) & (c->size - 1)) + 1;
 }
 
-/* [-1, +0, m] the item at v becomes the last one. A negative v counts from the top as it is. */
+/* [-0, +0, m] the item at v becomes the last one */
 static void put(lua_State *L, int ch, struct channel *c, int v) {
   lua_getiuservalue(L, ch, CHANNEL_ITEMS);
   if (c->count == c->size) grow(L, c, lua_gettop(L));
@@ -159,7 +152,7 @@ static void shrink(lua_State *L, int ch, struct channel *c) {
 /* [-2, +0, m] the reader below the item on top gets it */
 static void hand(lua_State *L, struct runtime *rt, struct nap *n) {
   const struct clause *clause = waiter_clause(n);
-  if (clause != NULL && clause->what == READ_BATCH) {
+  if (clause != NULL && clause->what == ASK_BATCH) {
     lua_insert(L, -2); /* item reader */
     waiter_push_value(L, n);
     lua_rotate(L, -3, 2); /* reader list item */
@@ -207,14 +200,12 @@ static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
     return true;
   }
   fetch(L, ch, c, 0, true);
-  if (waiter_any(&c->writers)) {
-    if ((n = waiter_take(L, ch, &c->writers)) != NULL) {
-      waiter_push_value(L, n);
-      put(L, ch, c, -1);
-      lua_pop(L, 1);
-      lua_pushboolean(L, 1);
-      waiter_grant(L, rt, n);
-    }
+  if (waiter_any(&c->writers) && (n = waiter_take(L, ch, &c->writers)) != NULL) {
+    waiter_push_value(L, n);
+    put(L, ch, c, -1);
+    lua_pop(L, 1);
+    lua_pushboolean(L, 1);
+    waiter_grant(L, rt, n);
   } else if (waiter_any(&c->can_write))
     tell(L, rt, ch, &c->can_write);
   if (c->count == 0 && c->completed) drained(L, rt, ch, c);
@@ -269,14 +260,14 @@ static bool insert(lua_State *L, struct runtime *rt, int ch, struct channel *c, 
 /* ---- the end ---- */
 
 /* [-0, +1, -] what `what` has come to after completion; true: an error */
-static bool push_end(lua_State *L, int ch, const struct channel *c, enum what what) {
-  if (what == WRITE || (c->failed && (what == READ || what == READ_BATCH))) {
+static bool push_end(lua_State *L, int ch, const struct channel *c, enum ask what) {
+  if (what == ASK_WRITE || (c->failed && (what == ASK_READ || what == ASK_BATCH))) {
     lua_getiuservalue(L, ch, CHANNEL_CLOSED);
     return true;
   }
   if (c->failed)
     lua_getiuservalue(L, ch, CHANNEL_ERROR);
-  else if (what == CAN_READ || what == CAN_WRITE)
+  else if (what == ASK_CAN_READ || what == ASK_CAN_WRITE)
     lua_pushboolean(L, 0);
   else
     lua_pushnil(L);
@@ -291,7 +282,7 @@ static void end_waits(lua_State *L, struct runtime *rt, int ch, struct channel *
     if (clause == NULL) { /* it will look itself */
       lua_pushnil(L);
       waiter_grant(L, rt, n);
-    } else if (push_end(L, ch, c, (enum what)clause->what))
+    } else if (push_end(L, ch, c, (enum ask)clause->what))
       waiter_fail(L, rt, n);
     else
       waiter_grant(L, rt, n);
@@ -343,16 +334,16 @@ static bool fill(lua_State *L, struct runtime *rt, int ch, struct channel *c, in
 /* [-0, +1, e] the result, the dropped item, or the error, as the outcome says; PENDING: [-0, +0].
 ** v: the item to be written, or the list to be filled with at most max items */
 static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct channel *c,
-                            enum what what, int v, lua_Integer max) {
+                            enum ask what, int v, lua_Integer max) {
   switch (what) {
-    case READ_BATCH:
+    case ASK_BATCH:
       if (fill(L, rt, ch, c, v, max)) return VALUE;
       break;
-    case READ:
-    case READ_NEXT:
+    case ASK_READ:
+    case ASK_NEXT:
       if (take(L, rt, ch, c)) return VALUE;
       break;
-    case WRITE:
+    case ASK_WRITE:
       if (c->completed) break;
       if (c->size > SMALL_RING && c->count == 0 && !c->sorted) {
         shrink(L, ch, c);
@@ -367,7 +358,7 @@ static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct cha
       }
       lua_pushboolean(L, 1);
       return VALUE;
-    case CAN_READ:
+    case ASK_CAN_READ:
       if (c->count == 0 && !waiter_any(&c->writers)) break;
       lua_pushboolean(L, 1);
       return VALUE;
@@ -382,12 +373,12 @@ static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct cha
   return push_end(L, ch, c, what) ? FAILURE : VALUE;
 }
 
-/* [-0, +0, m] somebody is going to wait: in a rendezvous, those who ask for such a one are told */
-static void announce(lua_State *L, struct runtime *rt, int ch, struct channel *c, enum what what) {
+void channel_announce(lua_State *L, struct runtime *rt, int ch, enum ask what) {
+  struct channel *c = (struct channel *)lua_touserdata(L, ch);
   if (c->capacity != 0) return;
-  if (what == WRITE && waiter_any(&c->can_read))
+  if (what == ASK_WRITE && waiter_any(&c->can_read))
     tell(L, rt, ch, &c->can_read);
-  else if (what < WRITE && waiter_any(&c->can_write))
+  else if (what < ASK_WRITE && waiter_any(&c->can_write))
     tell(L, rt, ch, &c->can_write);
 }
 
@@ -435,15 +426,37 @@ static void check_item(lua_State *L, int v) {
 
 /* ---- operations ---- */
 
-/* [-0, +1, m] the operation at i is complete, with that outcome of its only clause, or of clause k of a select */
-static void settle(lua_State *L, struct runtime *rt, int i, int ch, struct channel *c, uint32_t k,
-                   enum outcome outcome) {
+/* [-0, +0, e] as declared, for at most max items */
+static bool poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what, int v,
+                 lua_Integer max) {
+  struct channel *c = (struct channel *)lua_touserdata(L, ch);
+  enum outcome outcome = attempt(L, rt, ch, c, what, v, max);
+  if (outcome == PENDING) return false;
   if (outcome == DROPPED) outcome = try_tell_dropped(L, ch, c) ? VALUE : FAILURE;
   waiter_settle(L, rt, i, k, outcome == FAILURE);
+  return true;
+}
+
+bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what,
+                  int v) {
+  return poll(L, rt, i, k, ch, what, v, 1);
+}
+
+void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause) {
+  struct channel *c = (struct channel *)lua_touserdata(L, ch);
+  waiter_enqueue(L, i, ch, queue_of(c, (enum ask)clause->what), clause);
+}
+
+bool channel_check(lua_State *L, int i, enum ask what) {
+  if (object_test(L, i, TAG_CHANNEL) != NULL) return true;
+  if (object_test(L, i, what == ASK_WRITE ? TAG_WRITER : TAG_READER) == NULL) return false;
+  lua_getiuservalue(L, i, HALF_CHANNEL);
+  lua_replace(L, i);
+  return true;
 }
 
 /* [-0, +1, e] an operation on the channel at 1, with the item, the list or nil at 2 and the token at 3 */
-static struct task *start(lua_State *L, struct channel *c, enum what what, lua_Integer max,
+static struct task *start(lua_State *L, struct channel *c, enum ask what, lua_Integer max,
                           struct scope *s) {
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, 3);
@@ -455,42 +468,20 @@ static struct task *start(lua_State *L, struct channel *c, enum what what, lua_I
     task_settle_canceled(L, rt, 4);
     return t;
   }
-  enum outcome outcome = attempt(L, rt, 1, c, what, 2, max);
-  if (outcome != PENDING) {
-    settle(L, rt, 4, 1, c, 0, outcome);
-    return t;
-  }
+  if (poll(L, rt, 4, 0, 1, what, 2, max)) return t;
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 4, OP_KEYS);
   op->clauses[0].what = (uint8_t)what;
   waiter_start(L, 4, queue_of(c, what), 3, s);
-  announce(L, rt, 1, c, what);
+  channel_announce(L, rt, 1, what);
   return t;
 }
 
-static int operation_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
-  struct fiber *me = (struct fiber *)rt->me;
-  (void)status;
-  if (me->co != L) return lua_yieldk(L, 0, ctx, operation_k); /* not resumed by us: wait on */
-  me->task.flags &= (uint16_t)~TASK_DEAF;
-  fiber_resumed(L, rt);
-  return task_push_outcome(L, 1, (struct task *)ctx);
-}
-
-/* the operation on top, at once or in time */
-static int await_operation(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
-  lua_replace(L, 1);
-  lua_settop(L, 1);
-  if (task_done(op)) return task_push_outcome(L, 1, op);
-  if (deaf) me->task.flags |= TASK_DEAF;
-  return fiber_await(L, runtime(L), me, op, operation_k);
-}
-
-/* x_async: the arguments are the channel, for WRITE the item, and the token */
-static int twin(lua_State *L, enum what what) {
-  struct channel *c = check(L, what == WRITE || what == CAN_WRITE ? TAG_WRITER : TAG_READER);
-  if (what == WRITE)
+/* x_async: the arguments are the channel, for ASK_WRITE the item, and the token */
+static int twin(lua_State *L, enum ask what) {
+  struct channel *c =
+      check(L, what == ASK_WRITE || what == ASK_CAN_WRITE ? TAG_WRITER : TAG_READER);
+  if (what == ASK_WRITE)
     check_item(L, 2);
   else {
     lua_settop(L, 2);
@@ -511,7 +502,7 @@ static int l_read_batch_async(lua_State *L) {
   lua_settop(L, 3);
   lua_createtable(L, 1, 0);
   lua_replace(L, 2);
-  start(L, c, READ_BATCH, max, operation_scope(L, 3));
+  start(L, c, ASK_BATCH, max, operation_scope(L, 3));
   return 1;
 }
 
@@ -525,28 +516,28 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   }
   lua_settop(L, 2);
   if (!lua_isnil(L, 2)) return 1;
-  return push_end(L, 1, (struct channel *)lua_touserdata(L, 1), (enum what)ctx) ? lua_error(L) : 1;
+  return push_end(L, 1, (struct channel *)lua_touserdata(L, 1), (enum ask)ctx) ? lua_error(L) : 1;
 }
 
 /* what cannot be had at once, with the arguments as of twin, the token at k; f: from the start */
-static int wait_for(lua_State *L, struct channel *c, enum what what, int k, lua_CFunction f) {
+static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_CFunction f) {
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, k);
   bool deaf = token_none(L, k);
   struct fiber *me = fiber_here(L, rt);
   lua_settop(L, k);
   if (me == NULL) return fiber_outside(L, f);
-  if (what != WRITE) {
+  if (what != ASK_WRITE) {
     lua_pushnil(L);
     lua_insert(L, 2);
   }                    /* channel item token */
   if (token != NULL) { /* as an operation, whose scope is ours whatever flows to others */
     struct scope *s = scope_ambient(L, rt);
-    return await_operation(L, me, start(L, c, what, 0, s), false);
+    return waiter_await(L, me, start(L, c, what, 0, s), false);
   }
   lua_settop(L, 2);
   if (c->capacity == 0) {
-    announce(L, rt, 1, c, what);
+    channel_announce(L, rt, 1, what);
     switch (attempt(L, rt, 1, c, what, 2, 0)) { /* a finalizer may have been here */
       case PENDING: break;
       case DROPPED: return tell_dropped(L, 1, c);
@@ -569,10 +560,11 @@ static void check_tokens(lua_State *L, const struct runtime *rt, int k) {
   if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
 }
 
-static inline int direct(lua_State *L, enum what what, int k, lua_CFunction f) {
-  struct channel *c = check(L, what == WRITE || what == CAN_WRITE ? TAG_WRITER : TAG_READER);
+static inline int direct(lua_State *L, enum ask what, int k, lua_CFunction f) {
+  struct channel *c =
+      check(L, what == ASK_WRITE || what == ASK_CAN_WRITE ? TAG_WRITER : TAG_READER);
   struct runtime *rt = runtime(L);
-  if (what == WRITE) check_item(L, 2);
+  if (what == ASK_WRITE) check_item(L, 2);
   check_tokens(L, rt, k);
   switch (attempt(L, rt, 1, c, what, 2, 0)) {
     case PENDING: return wait_for(L, c, what, k, f);
@@ -597,9 +589,9 @@ static inline bool can_wait(lua_State *L, const struct channel *c, const struct 
 
 static int l_read(lua_State *L) {
   struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
-  if (c == NULL || !c->plain || lua_gettop(L) != 1) return direct(L, READ, 2, l_read);
+  if (c == NULL || !c->plain || lua_gettop(L) != 1) return direct(L, ASK_READ, 2, l_read);
   struct runtime *rt = c->rt;
-  if (is_canceled(rt)) return direct(L, READ, 2, l_read);
+  if (is_canceled(rt)) return direct(L, ASK_READ, 2, l_read);
   if (c->count > 0 && !waiter_any(&c->writers) && !waiter_any(&c->can_write)) {
     lua_Integer at = place(c, 0);
     lua_getiuservalue(L, 1, CHANNEL_ITEMS);
@@ -614,17 +606,17 @@ static int l_read(lua_State *L) {
     take(L, rt, 1, c);
     return 1;
   }
-  if (!can_wait(L, c, rt)) return direct(L, READ, 2, l_read);
+  if (!can_wait(L, c, rt)) return direct(L, ASK_READ, 2, l_read);
   lua_pushnil(L);
-  return waiter_wait(L, (struct fiber *)rt->me, &c->readers, HUGE_VAL, READ, wait_k);
+  return waiter_wait(L, (struct fiber *)rt->me, &c->readers, HUGE_VAL, ASK_READ, wait_k);
 }
 
 static int l_write(lua_State *L) {
   struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
   if (c == NULL || !c->plain || lua_gettop(L) != 2 || lua_isnil(L, 2))
-    return direct(L, WRITE, 3, l_write);
+    return direct(L, ASK_WRITE, 3, l_write);
   struct runtime *rt = c->rt;
-  if (is_canceled(rt)) return direct(L, WRITE, 3, l_write);
+  if (is_canceled(rt)) return direct(L, ASK_WRITE, 3, l_write);
   if (c->count == 0) {
     struct nap *n;
     if (waiter_any(&c->readers) && (n = waiter_take(L, 1, &c->readers)) != NULL) {
@@ -633,7 +625,7 @@ static int l_write(lua_State *L) {
       lua_pushboolean(L, 1);
       return 1;
     }
-    if (waiter_any(&c->can_read) || c->size > SMALL_RING) return direct(L, WRITE, 3, l_write);
+    if (waiter_any(&c->can_read) || c->size > SMALL_RING) return direct(L, ASK_WRITE, 3, l_write);
   }
   if (c->count < c->size && c->count < c->capacity) {
     lua_getiuservalue(L, 1, CHANNEL_ITEMS);
@@ -644,19 +636,19 @@ static int l_write(lua_State *L) {
     return 1;
   }
   if (c->count < c->capacity || c->mode != MODE_WAIT || !can_wait(L, c, rt))
-    return direct(L, WRITE, 3, l_write);
-  return waiter_wait(L, (struct fiber *)rt->me, &c->writers, HUGE_VAL, WRITE, wait_k);
+    return direct(L, ASK_WRITE, 3, l_write);
+  return waiter_wait(L, (struct fiber *)rt->me, &c->writers, HUGE_VAL, ASK_WRITE, wait_k);
 }
 
-static int l_wait_to_read(lua_State *L) { return direct(L, CAN_READ, 2, l_wait_to_read); }
-static int l_wait_to_write(lua_State *L) { return direct(L, CAN_WRITE, 2, l_wait_to_write); }
+static int l_wait_to_read(lua_State *L) { return direct(L, ASK_CAN_READ, 2, l_wait_to_read); }
+static int l_wait_to_write(lua_State *L) { return direct(L, ASK_CAN_WRITE, 2, l_wait_to_write); }
 
-static int l_read_async(lua_State *L) { return twin(L, READ); }
-static int l_write_async(lua_State *L) { return twin(L, WRITE); }
-static int l_wait_to_read_async(lua_State *L) { return twin(L, CAN_READ); }
-static int l_wait_to_write_async(lua_State *L) { return twin(L, CAN_WRITE); }
+static int l_read_async(lua_State *L) { return twin(L, ASK_READ); }
+static int l_write_async(lua_State *L) { return twin(L, ASK_WRITE); }
+static int l_wait_to_read_async(lua_State *L) { return twin(L, ASK_CAN_READ); }
+static int l_wait_to_write_async(lua_State *L) { return twin(L, ASK_CAN_WRITE); }
 
-static int next_item(lua_State *L) { return direct(L, READ_NEXT, 2, next_item); }
+static int next_item(lua_State *L) { return direct(L, ASK_NEXT, 2, next_item); }
 
 /* next(channel, the item before) */
 static int l_next(lua_State *L) {
@@ -698,7 +690,7 @@ static int l_try_read(lua_State *L) {
 static int l_try_write(lua_State *L) {
   struct channel *c = check(L, TAG_WRITER);
   check_item(L, 2);
-  switch (attempt(L, runtime(L), 1, c, WRITE, 2, 0)) {
+  switch (attempt(L, runtime(L), 1, c, ASK_WRITE, 2, 0)) {
     case VALUE: return 1;
     case DROPPED: return tell_dropped(L, 1, c);
     default: lua_pushboolean(L, 0); return 1;
@@ -729,208 +721,6 @@ static int l_complete(lua_State *L) {
                        "the channel has been completed before: use try_complete "
                        "where several may complete it");
   return 0;
-}
-
-/* ---- select ---- */
-
-enum { SELECT_LIST = 1, SELECT_INPUTS, SELECT_VALUES, SELECT_TOKEN, SELECT_OP };
-
-/* [-0, +2, e] element k, on top, becomes what it waits for and the item to be written or nil */
-static enum what check_clause(lua_State *L, lua_Integer k, bool *task) {
-  static const char *const names[] = {"read", "write", NULL};
-  enum what what = READ;
-  int i = lua_gettop(L);
-  *task = !lua_istable(L, i) || lua_getmetatable(L, i);
-  lua_settop(L, i);
-  if (*task) {
-    if (task_awaitable(L, i) == NULL)
-      luaL_argerror(L, 1,
-                    lua_pushfstring(L,
-                                    "element %d is neither a clause {channel, \"read\" or "
-                                    "\"write\", item} nor awaitable (a %s value)",
-                                    (int)k, luaL_typename(L, i)));
-    lua_pushnil(L);
-    return READ;
-  }
-  lua_rawgeti(L, i, 1);
-  lua_rawgeti(L, i, 2);
-  lua_rawgeti(L, i, 3); /* element channel what item */
-  const char *name = lua_type(L, i + 2) == LUA_TSTRING ? lua_tostring(L, i + 2) : "";
-  while (names[what == WRITE] != NULL && strcmp(name, names[what == WRITE]) != 0) {
-    if (what == WRITE)
-      luaL_argerror(L, 1, lua_pushfstring(L, "element %d must say \"read\" or \"write\"", (int)k));
-    what = WRITE;
-  }
-  if (object_test(L, i + 1, TAG_CHANNEL) == NULL) {
-    if (object_test(L, i + 1, what == WRITE ? TAG_WRITER : TAG_READER) == NULL)
-      luaL_argerror(L, 1, lua_pushfstring(L, "element %d has no channel to %s", (int)k, name));
-    lua_getiuservalue(L, i + 1, HALF_CHANNEL);
-    lua_replace(L, i + 1);
-  }
-  if (what == WRITE && lua_isnil(L, i + 3))
-    luaL_argerror(L, 1, lua_pushfstring(L, "element %d: nil is not an item", (int)k));
-  lua_remove(L, i + 2);
-  lua_remove(L, i);
-  return what;
-}
-
-/* [-0, +0, v] the number of clauses of the list at 1, and its options; only the token stays, at SELECT_TOKEN */
-static lua_Integer check_list(lua_State *L, double *seconds) {
-  luaL_checktype(L, 1, LUA_TTABLE);
-  lua_settop(L, 1);
-  lua_Integer n = (lua_Integer)lua_rawlen(L, 1);
-  luaL_argcheck(L, n >= 1, 1, "a clause or a task is needed");
-  luaL_argcheck(L, n < INT32_MAX, 1, "too many clauses");
-  for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) {
-    if (lua_isinteger(L, -2) && lua_tointeger(L, -2) >= 1 && lua_tointeger(L, -2) <= n) continue;
-    if (lua_type(L, -2) == LUA_TSTRING &&
-        (strcmp(lua_tostring(L, -2), "timeout") == 0 || strcmp(lua_tostring(L, -2), "token") == 0))
-      continue;
-    luaL_argerror(L, 1, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -2, NULL)));
-  }
-  *seconds = HUGE_VAL;
-  lua_pushliteral(L, "timeout");
-  if (lua_rawget(L, 1) != LUA_TNIL) {
-    luaL_argcheck(L, lua_type(L, -1) == LUA_TNUMBER && lua_tonumber(L, -1) >= 0, 1,
-                  "timeout must be a number of seconds");
-    *seconds = (double)lua_tonumber(L, -1);
-  }
-  lua_settop(L, 1);
-  lua_createtable(L, (int)n, 0);
-  lua_createtable(L, (int)n, 0);
-  lua_pushliteral(L, "token");
-  lua_rawget(L, 1);
-  luaL_argcheck(L, lua_isnil(L, -1) || object_test(L, -1, TAG_TOKEN), 1,
-                "token must be a CancellationToken");
-  return n;
-}
-
-/* [-n, +5, e] */
-static struct queued *select_new(lua_State *L) {
-  double seconds;
-  lua_Integer n = check_list(L, &seconds);
-  struct queued *op = waiter_operation(L, KIND_SELECT, (uint32_t)n, seconds);
-  for (lua_Integer k = 1; k <= n; k++) {
-    struct clause *c = &op->clauses[k - 1];
-    lua_rawgeti(L, 1, k);
-    c->what = (uint8_t)check_clause(L, k, &c->task);
-    lua_rawseti(L, SELECT_VALUES, k);
-    lua_rawseti(L, SELECT_INPUTS, k);
-  }
-  lua_pushvalue(L, SELECT_INPUTS);
-  lua_setiuservalue(L, SELECT_OP, OP_INPUT);
-  lua_pushvalue(L, SELECT_VALUES);
-  lua_setiuservalue(L, SELECT_OP, OP_KEYS);
-  return op;
-}
-
-/* [-0, +0, e] settles it by the first clause that is there; false: none is */
-static bool select_poll(lua_State *L, struct queued *op) {
-  struct runtime *rt = runtime(L);
-  for (uint32_t k = 0; k < op->count; k++) {
-    struct clause *clause = &op->clauses[k];
-    lua_settop(L, SELECT_OP);
-    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
-    lua_rawgeti(L, SELECT_VALUES, (lua_Integer)k + 1);
-    if (clause->task) {
-      if (!task_done((struct task *)lua_touserdata(L, SELECT_OP + 1))) continue;
-      waiter_land(L, SELECT_OP); /* it is the first of them */
-      return true;
-    }
-    struct channel *c = (struct channel *)lua_touserdata(L, SELECT_OP + 1);
-    enum outcome outcome =
-        attempt(L, rt, SELECT_OP + 1, c, (enum what)clause->what, SELECT_OP + 2, 0);
-    if (outcome == PENDING) continue;
-    settle(L, rt, SELECT_OP, SELECT_OP + 1, c, k, outcome);
-    return true;
-  }
-  return false;
-}
-
-/* [-0, +0, e] none of its clauses was there: waits for all. Waits on tasks may create, so they come first. */
-static void select_start(lua_State *L, struct queued *op, struct scope *s) {
-  struct runtime *rt = runtime(L);
-  struct task *t = &op->timed.pending.task;
-  lua_settop(L, SELECT_OP);
-  operation_start(L, SELECT_OP, &op->timed, SELECT_TOKEN, s);
-  for (uint32_t k = 0; k < op->count; k++) {
-    struct clause *clause = &op->clauses[k];
-    if (!clause->task) continue;
-    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
-    memset(&clause->u, 0, sizeof clause->u);
-    wait_add(L, SELECT_OP + 1, &clause->u.wait, SELECT_OP, WAIT_OP);
-    lua_settop(L, SELECT_OP);
-  }
-  if (t->flags & TASK_LINKED || task_done(t)) return; /* a finalizer has been here */
-  t->flags |= TASK_LINKED; /* so that it cannot land while we may have an item for it */
-  bool settled = select_poll(L, op);
-  t->flags &= (uint16_t)~TASK_LINKED;
-  lua_settop(L, SELECT_OP);
-  if (settled) return;
-  if (t->flags & TASK_INTERRUPTED) { /* in the meantime */
-    waiter_land(L, SELECT_OP);
-    return;
-  }
-  for (uint32_t k = 0; k < op->count; k++) {
-    struct clause *clause = &op->clauses[k];
-    if (clause->task) continue;
-    lua_settop(L, SELECT_OP);
-    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
-    struct channel *c = (struct channel *)lua_touserdata(L, -1);
-    waiter_enqueue(L, SELECT_OP, SELECT_OP + 1, queue_of(c, (enum what)clause->what), clause);
-  }
-  for (uint32_t k = 0; k < op->count; k++) {
-    if (op->clauses[k].task) continue;
-    lua_settop(L, SELECT_OP);
-    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
-    announce(L, rt, SELECT_OP + 1, (struct channel *)lua_touserdata(L, -1),
-             (enum what)op->clauses[k].what);
-  }
-}
-
-/* [-0, +0, e] canceled before, or there already, or without the time to wait */
-static bool select_at_once(lua_State *L, struct queued *op, struct scope *s) {
-  struct runtime *rt = runtime(L);
-  struct token *token = token_opt(L, SELECT_TOKEN);
-  struct task *t = &op->timed.pending.task;
-  if (operation_canceled(token, s)) {
-    operation_push_canceled(L, token, SELECT_TOKEN, s);
-    task_settle_canceled(L, rt, SELECT_OP);
-    return true;
-  }
-  if (select_poll(L, op)) return true;
-  if (op->timed.seconds > 0) return false;
-  lua_settop(L, SELECT_OP);
-  t->flags |= TASK_EXPIRED;
-  waiter_land(L, SELECT_OP);
-  return true;
-}
-
-static int l_select_async(lua_State *L) {
-  struct queued *op = select_new(L);
-  struct scope *s = operation_scope(L, SELECT_TOKEN);
-  if (!select_at_once(L, op, s)) select_start(L, op, s);
-  lua_settop(L, SELECT_OP);
-  return 1;
-}
-
-static int l_select(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  struct queued *op = select_new(L);
-  struct task *t = &op->timed.pending.task;
-  struct fiber *me = (struct fiber *)rt->me;
-  bool deaf = token_none(L, SELECT_TOKEN);
-  struct scope *s = deaf ? rt->root : scope_ambient(L, rt);
-  if (!select_at_once(L, op, s)) {
-    me = fiber_here(L, rt);
-    if (me == NULL) {
-      lua_settop(L, 1);
-      return fiber_outside(L, l_select);
-    }
-    select_start(L, op, s);
-  }
-  lua_settop(L, SELECT_OP);
-  return await_operation(L, me, t, deaf);
 }
 
 /* ---- Lua face ---- */
@@ -1047,9 +837,10 @@ static int l_version(lua_State *L) {
   return 1;
 }
 
-static const luaL_Reg functions[] = {
-    {"channel_new", l_new}, {"channel_version", l_version},   {"check_batch", l_check_batch},
-    {"select", l_select},   {"select_async", l_select_async}, {NULL, NULL}};
+static const luaL_Reg functions[] = {{"channel_new", l_new},
+                                     {"channel_version", l_version},
+                                     {"check_batch", l_check_batch},
+                                     {NULL, NULL}};
 
 static const luaL_Reg reading[] = {{"read", l_read},
                                    {"read_async", l_read_async},

@@ -850,6 +850,8 @@ struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
                                 double seconds); /* [-0, +1, m] */
 void waiter_start(lua_State *L, int i, struct link *q, int k,
                   struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
+int waiter_await(lua_State *L, struct fiber *me, struct task *op,
+                 bool deaf); /* [-1, …, e] in direct style: the operation on top */
 void waiter_enqueue(lua_State *L, int i, int holder, struct link *q,
                     struct clause *c); /* [-0, +0, m] one clause of it */
 struct nap *waiter_take(lua_State *L, int holder,
@@ -868,9 +870,21 @@ static inline bool waiter_is_queued(const struct task *t) {
   return task_is(t, KIND_QUEUED) || task_is(t, KIND_SELECT);
 }
 
-/* ---- channel.c ---- */
+/* ---- channel.c, select.c ---- */
 
+/* What is asked for. ASK_NEXT: by iterate, which raises the error as it is; ASK_BATCH: by read_batch_async, which
+** brings a list. */
+enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE };
+
+bool channel_check(lua_State *L, int i,
+                   enum ask what); /* [-0, +0, -] a half at i becomes its channel; false: no such */
+bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what, int v);
+/* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
+void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause); /* [-0, +0, m] … else it waits */
+void channel_announce(lua_State *L, struct runtime *rt, int ch,
+                      enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
 void channel_open(lua_State *L);
+void select_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

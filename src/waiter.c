@@ -24,7 +24,8 @@
 **       case WAITER_GRANTED: …                index 2 is the value that it was granted
 **     }
 **
-** With an explicit token direct style is await of the operation, started under scope_ambient.
+** With an explicit token direct style is waiter_await of the operation, started under scope_ambient after
+** fiber_here.
 **
 ** Operations: everything is created first, then the state is looked at, and from there to the end nothing is
 ** created, so that no finalizer of a user comes between:
@@ -336,6 +337,24 @@ void waiter_land(lua_State *L, int i) {
     finish(L, i, op);
     task_settle_canceled(L, rt, i);
   }
+}
+
+static int await_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
+  (void)status;
+  if (me->co != L) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+  me->task.flags &= (uint16_t)~TASK_DEAF;
+  fiber_resumed(L, rt);
+  return task_push_outcome(L, 1, (struct task *)ctx);
+}
+
+int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  if (task_done(op)) return task_push_outcome(L, 1, op);
+  if (deaf) me->task.flags |= TASK_DEAF;
+  return fiber_await(L, runtime(L), me, op, await_k);
 }
 
 /* ---- handing over ---- */
