@@ -13,11 +13,11 @@
 #include <math.h>
 #include <string.h>
 
-/* the stack of the functions below */
+/* what stands where on the stack in the functions below */
 enum { SELECT_LIST = 1, SELECT_INPUTS, SELECT_VALUES, SELECT_TOKEN, SELECT_OP };
 
 /* [-0, +2, e] element k, on top, becomes what it waits for and the item to be written or nil */
-static enum what check_clause(lua_State *L, lua_Integer k, bool *task) {
+static enum ask check_clause(lua_State *L, lua_Integer k, bool *task) {
   int i = lua_gettop(L);
   *task = !lua_istable(L, i) || lua_getmetatable(L, i);
   lua_settop(L, i);
