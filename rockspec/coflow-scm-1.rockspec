@@ -21,6 +21,7 @@ build = {
     ["coflow.core"] = {
       sources = {
         "src/cancel.c",
+        "src/channel.c",
         "src/combine.c",
         "src/context.c",
         "src/coroutine.c",
@@ -31,9 +32,11 @@ build = {
         "src/module.c",
         "src/schedule.c",
         "src/scope.c",
+        "src/select.c",
         "src/task.c",
         "src/testing.c",
         "src/timer.c",
+        "src/waiter.c",
       },
       defines = { "_GNU_SOURCE" },
       incdirs = { "$(LIBUV_INCDIR)" },
@@ -42,6 +45,7 @@ build = {
     },
     ["coflow.async_state"] = "lua/coflow/async_state.lua",
     ["coflow.cache"] = "lua/coflow/cache.lua",
+    ["coflow.channel"] = "lua/coflow/channel.lua",
     ["coflow.context"] = "lua/coflow/context.lua",
     ["coflow.coroutine"] = "lua/coflow/coroutine.lua",
     ["coflow.flight"] = "lua/coflow/flight.lua",

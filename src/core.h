@@ -86,7 +86,7 @@ enum task_kind {
   KIND_EACH,   /* what an iteration of when_each waits on */
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
   KIND_SCOPE,
-  KIND_IDLE, /* complete once the loop has nothing to do: for tests */
+  KIND_IDLE,   /* complete once the loop has nothing to do: for tests */
   KIND_QUEUED, /* it waits in a queue of waiters (waiter.c) */
   KIND_SELECT, /* … in several, and for tasks, whichever comes first (channel.c) */
   KIND_COUNT
@@ -822,11 +822,11 @@ bool operation_cancel(lua_State *L, int i,
 /* What all operations share. k: index of the token that it was given, or of nil. */
 struct scope *operation_scope(lua_State *L, int k); /* [-0, +0, m] that of a new one */
 void operation_start(lua_State *L, int i, struct timed *op, int k,
-                     struct scope *s);                            /* [-0, +0, m] in flight */
-void operation_stop(lua_State *L, int i, struct timed *op);       /* [-0, +0, -] about to be settled */
+                     struct scope *s);                      /* [-0, +0, m] in flight */
+void operation_stop(lua_State *L, int i, struct timed *op); /* [-0, +0, -] about to be settled */
 bool operation_canceled(const struct token *k, const struct scope *s); /* before it started */
 void operation_push_canceled(lua_State *L, struct token *token, int k,
-                             struct scope *s);             /* [-0, +1, m] the error of that */
+                             struct scope *s); /* [-0, +1, m] the error of that */
 int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s);
 void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
 void timer_open(lua_State *L);
@@ -844,24 +844,26 @@ static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind == DEADLINE_NAP ? NULL : container_of(n, struct clause, u.nap);
 }
 int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
-                lua_KFunction k); /* suspends the running fiber */
+                lua_KFunction k);                                 /* suspends the running fiber */
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
                                 double seconds); /* [-0, +1, m] */
-void waiter_start(lua_State *L, int i, struct link *q, int k,
-                  struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
+void waiter_start(
+    lua_State *L, int i, struct link *q, int k,
+    struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
 int waiter_await(lua_State *L, struct fiber *me, struct task *op,
                  bool deaf); /* [-1, …, e] in direct style: the operation on top */
 void waiter_enqueue(lua_State *L, int i, int holder, struct link *q,
                     struct clause *c); /* [-0, +0, m] one clause of it */
 struct nap *waiter_take(lua_State *L, int holder,
-                        struct link *q);         /* [-0, +1, -] the first of q; NULL: [-0, +0] */
+                        struct link *q); /* [-0, +1, -] the first of q; NULL: [-0, +0] */
 void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
 void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k,
                    bool failed); /* [-1, +0, m] the operation at i, by its clause k */
-void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n);   /* [-2, +0, m] */
-void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);    /* [-2, +0, m] */
-void waiter_leave(lua_State *L, struct fiber *f); /* [-0, +0, -] it naps no more, but for its deadline */
+void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
+void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
+void waiter_leave(lua_State *L,
+                  struct fiber *f);        /* [-0, +0, -] it naps no more, but for its deadline */
 void waiter_withdraw(lua_State *L, int i); /* [-0, +0, -] the operation at i leaves all queues */
 void waiter_land(lua_State *L, int i);
 bool waiter_push_name(lua_State *L,
@@ -878,11 +880,14 @@ enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE
 
 bool channel_check(lua_State *L, int i,
                    enum ask what); /* [-0, +0, -] a half at i becomes its channel; false: no such */
-bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what, int v);
+bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what,
+                  int v);
 /* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
-void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause); /* [-0, +0, m] … else it waits */
-void channel_announce(lua_State *L, struct runtime *rt, int ch,
-                      enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
+void channel_enqueue(lua_State *L, int i, int ch,
+                     struct clause *clause); /* [-0, +0, m] … else it waits */
+void channel_announce(
+    lua_State *L, struct runtime *rt, int ch,
+    enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
 void channel_open(lua_State *L);
 void select_open(lua_State *L);
 

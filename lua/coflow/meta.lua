@@ -573,6 +573,134 @@ function flow.coroutine.running() end
 ---@return boolean
 function flow.coroutine.isyieldable(co) end
 
+-- Channels ----------------------------------------------------------------------------------------
+
+---The half of a channel that takes items out. Waiters are served in order of arrival, and each is handed its item:
+---one that comes later never overtakes. An item handed to a task is that task's, even if it is canceled before it runs.
+---@class coflow.ChannelReader
+---@field count integer items that are buffered; 0 for a rendezvous
+---@field completion coflow.Task complete once the channel is complete *and* drained; fails as it was completed
+local ChannelReader = {}
+
+---Takes the next item; waits for one. nil when the channel is complete and drained. Any value but nil is an item,
+---false included.
+---Cancellation: takes no item; a token canceled before the call wins over items that are there.
+---Raises: ChannelClosed, with the error in `inner`, once a channel completed with an error is drained; completed
+---with an OperationCanceled: that one.
+---Source: .NET ChannelReader.ReadAsync, which raises at a clean end too.
+---@param token? coflow.CancellationToken
+---@return any? item
+function ChannelReader:read(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ChannelReader:read_async(token) end
+
+---As `read_batch`. An operation that has to wait completes with the one item that ends its wait.
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ChannelReader:read_batch_async(max, token) end
+
+---Takes the next item if there is one; nil if not. Never waits, and asks no token.
+---@return any? item
+function ChannelReader:try_read() end
+
+---The next item, which stays where it is; nil if none is buffered (always, for a rendezvous).
+---@return any? item
+function ChannelReader:peek() end
+
+---Waits until there may be an item: true, and then another reader may be faster. false at the end.
+---Whoever reads is served before those who only asked.
+---Raises: the error that the channel was completed with, as it is.
+---Source: .NET ChannelReader.WaitToReadAsync.
+---@param token? coflow.CancellationToken
+---@return boolean
+function ChannelReader:wait_to_read(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ChannelReader:wait_to_read_async(token) end
+
+---`for item in channel:iterate() do`: takes items up to the end. Leaving the loop leaves the others in the channel.
+---Raises: in the loop, the error that the channel was completed with, as it is.
+---Source: .NET ChannelReader.ReadAllAsync.
+---@param token? coflow.CancellationToken
+---@return fun(): any
+function ChannelReader:iterate(token) end
+
+---The half of a channel that puts items in.
+---@class coflow.ChannelWriter
+local ChannelWriter = {}
+
+---Puts an item in; waits while there is no room (in a rendezvous: until it is taken), unless the channel drops.
+---Cancellation: takes the item back; a token canceled before the call wins over room that is there.
+---Raises: ChannelClosed once the channel is complete, with its error in `inner`. Blocked writers are told so too.
+---Source: .NET ChannelWriter.WriteAsync.
+---@param item any not nil
+---@param token? coflow.CancellationToken
+---@return true
+function ChannelWriter:write(item, token) end
+
+---@param item any not nil
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ChannelWriter:write_async(item, token) end
+
+---Puts an item in if that is possible at once. Never waits, and asks no token.
+---@param item any not nil
+---@return boolean success
+function ChannelWriter:try_write(item) end
+
+---Waits until there may be room: true, and then another writer may be faster. false once the channel is complete.
+---Raises: the error that the channel was completed with, as it is.
+---@param token? coflow.CancellationToken
+---@return boolean
+function ChannelWriter:wait_to_write(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ChannelWriter:wait_to_write_async(token) end
+
+---No more items will be written. Those that are there can still be read; blocked writers fail; then readers see the
+---end, or `err`. An OperationCanceled makes the end a cancellation.
+---Raises: ChannelClosed the second time.
+---Source: .NET ChannelWriter.Complete.
+---@param err? any
+function ChannelWriter:complete(err) end
+
+---The same; false if the channel was complete before.
+---@param err? any
+---@return boolean first
+function ChannelWriter:try_complete(err) end
+
+---@class coflow.Channel: coflow.ChannelReader, coflow.ChannelWriter
+---@field reader coflow.ChannelReader
+---@field writer coflow.ChannelWriter
+
+---@class coflow.channel
+---@field Channel coflow.ChannelStatics
+flow.channel = {}
+
+---@class coflow.SelectOptions
+---@field timeout? number seconds
+---@field token? coflow.CancellationToken
+
+---Waits for the first of several clauses, and does only that one: `{ channel, "read" }`, `{ channel, "write", item }`,
+---or a task (any awaitable). What is there already is taken in the order of the list; then it is whichever comes first.
+---The others are as if they had never been asked.
+---Cancellation: does none of them.
+---Raises: what its clause would: a failed task's error, ChannelClosed of a write to a complete channel.
+---Source: Go's select; the order among what is ready is that of the list.
+---@param clauses table with `timeout` and `token` beside the list
+---@return integer? index of the clause; nil after the timeout
+---@return any value the item, true for a write, the task's first value; "timeout"
+function flow.channel.select(clauses) end
+
+---@param clauses table
+---@return coflow.Task
+function flow.channel.select_async(clauses) end
+
 -- The loop ----------------------------------------------------------------------------------------
 
 ---The event loop itself, for those who drive it by hand.
