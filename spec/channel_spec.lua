@@ -105,6 +105,26 @@ describe("an unbounded channel", function()
     assert.equal(wrote, read)
   end))
 
+  it("does not stay large after a burst", in_task(function()
+    local ch = Channel.unbounded()
+    local function memory()
+      support.collect()
+      return collectgarbage("count")
+    end
+    local n, before = support.many(50000, 5000), memory()
+    for i = 1, n do ch:write(i) end
+    for i = 1, n do assert(ch:read() == i) end
+    for i = 1, 3 do
+      ch:write(i)
+      ch:read()
+    end
+    assert.is_true(memory() - before < 20)
+    for i = 1, n do ch:write(i) end
+    ch:complete()
+    assert.equal(n, #drain(ch))
+    assert.is_true(memory() - before < 20)
+  end))
+
   it("hands an item to the reader that waits longest, on a later turn", in_task(function() -- CH-6, CH-24, CH-30
     local log, note = recorder()
     local ch = Channel.unbounded()

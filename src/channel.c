@@ -1,8 +1,9 @@
 /*
 ** channel.c - queues of items between tasks: bounded, unbounded, rendezvous, prioritized.
 **
-** Items lie in a ring, a Lua table (CHANNEL_ITEMS) whose size is a power of two and doubles when it is full; those
-** of a prioritized channel in sorted pieces, which lua/coflow/channel.lua makes. Writers that found the
+** Items lie in a ring whose size is a power of two: a Lua table (CHANNEL_ITEMS) that doubles when it is full, or,
+** when the capacity is small, user values of the channel itself (CHANNEL_RING on), which cost less. Those of
+** a prioritized channel lie in sorted pieces, which lua/coflow/channel.lua makes. Writers that found the
 ** channel full wait with their item; readers that found it empty wait to be handed one. Beside them wait
 ** those who only asked to be told (wait_to_read, wait_to_write): they are told all at once, and only when
 ** nobody waits for the thing itself.
@@ -28,6 +29,7 @@ struct channel {
   bool completed, failed; /* failed: with an error */
   bool sorted;            /* prioritized */
   bool plain;             /* neither completed nor prioritized */
+  bool own;               /* the ring is among its user values */
   bool drops;             /* CHANNEL_DROPPED is a function */
   lua_Integer capacity, count;
   lua_Integer head, size; /* of the ring */
@@ -46,10 +48,11 @@ enum {
   CHANNEL_DROPPED,
   CHANNEL_INSERT,
   CHANNEL_READER,
-  CHANNEL_WRITER
+  CHANNEL_WRITER,
+  CHANNEL_RING
 };
 enum { HALF_CHANNEL = 1 };
-enum { MIN_RING = 8, SMALL_RING = 1024 };
+enum { MIN_RING = 8, SMALL_RING = 1024, MAX_OWN = 256 };
 
 enum outcome { PENDING, VALUE, DROPPED, FAILURE };
 
@@ -79,17 +82,22 @@ static void grow(lua_State *L, struct channel *c, int items) {
   c->size = size;
 }
 
-/* the place in the ring of item k of those that are there, from 0 */
+/* the place in the ring of item k of those that are there, both from 0 */
 static inline lua_Integer place(const struct channel *c, lua_Integer k) {
-  return ((c->head + k) & (c->size - 1)) + 1;
+  return (c->head + k) & (c->size - 1);
 }
 
 /* [-0, +0, m] the item at v becomes the last one */
 static void put(lua_State *L, int ch, struct channel *c, int v) {
+  if (c->own) {
+    lua_pushvalue(L, v);
+    lua_setiuservalue(L, ch, CHANNEL_RING + (int)place(c, c->count++));
+    return;
+  }
   lua_getiuservalue(L, ch, CHANNEL_ITEMS);
   if (c->count == c->size) grow(L, c, lua_gettop(L));
   lua_pushvalue(L, v < 0 ? v - 1 : v);
-  lua_rawseti(L, -2, place(c, c->count));
+  lua_rawseti(L, -2, place(c, c->count) + 1);
   lua_pop(L, 1);
   if (++c->count > c->peak) c->peak = c->count;
 }
@@ -123,15 +131,24 @@ static void fetch(lua_State *L, int ch, struct channel *c, lua_Integer k, bool r
     return;
   }
   lua_Integer at = place(c, k);
-  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
-  lua_rawgeti(L, -1, at);
-  if (remove) {
-    lua_pushnil(L);
-    lua_rawseti(L, -3, at);
-    c->count--;
-    if (k == 0) c->head++;
+  if (c->own) {
+    lua_getiuservalue(L, ch, CHANNEL_RING + (int)at);
+    if (remove) {
+      lua_pushnil(L);
+      lua_setiuservalue(L, ch, CHANNEL_RING + (int)at);
+    }
+  } else {
+    lua_getiuservalue(L, ch, CHANNEL_ITEMS);
+    lua_rawgeti(L, -1, at + 1);
+    if (remove) {
+      lua_pushnil(L);
+      lua_rawseti(L, -3, at + 1);
+    }
+    lua_replace(L, -2);
   }
-  lua_replace(L, -2);
+  if (!remove) return;
+  c->count--;
+  if (k == 0) c->head++;
 }
 
 /* [-0, +0, m] a ring that had to be large once, and was not since, is given up. Creates. */
@@ -594,10 +611,16 @@ static int l_read(lua_State *L) {
   if (is_canceled(rt)) return direct(L, ASK_READ, 2, l_read);
   if (c->count > 0 && !waiter_any(&c->writers) && !waiter_any(&c->can_write)) {
     lua_Integer at = place(c, 0);
-    lua_getiuservalue(L, 1, CHANNEL_ITEMS);
-    lua_rawgeti(L, 2, at);
-    lua_pushnil(L);
-    lua_rawseti(L, 2, at);
+    if (c->own) {
+      lua_getiuservalue(L, 1, CHANNEL_RING + (int)at);
+      lua_pushnil(L);
+      lua_setiuservalue(L, 1, CHANNEL_RING + (int)at);
+    } else {
+      lua_getiuservalue(L, 1, CHANNEL_ITEMS);
+      lua_rawgeti(L, 2, at + 1);
+      lua_pushnil(L);
+      lua_rawseti(L, 2, at + 1);
+    }
     c->head++;
     c->count--;
     return 1;
@@ -628,10 +651,14 @@ static int l_write(lua_State *L) {
     if (waiter_any(&c->can_read) || c->size > SMALL_RING) return direct(L, ASK_WRITE, 3, l_write);
   }
   if (c->count < c->size && c->count < c->capacity) {
-    lua_getiuservalue(L, 1, CHANNEL_ITEMS);
-    lua_pushvalue(L, 2);
-    lua_rawseti(L, 3, place(c, c->count));
-    if (++c->count > c->peak) c->peak = c->count;
+    if (c->own)
+      lua_setiuservalue(L, 1, CHANNEL_RING + (int)place(c, c->count++));
+    else {
+      lua_getiuservalue(L, 1, CHANNEL_ITEMS);
+      lua_pushvalue(L, 2);
+      lua_rawseti(L, 3, place(c, c->count) + 1);
+      if (++c->count > c->peak) c->peak = c->count;
+    }
     lua_pushboolean(L, 1);
     return 1;
   }
@@ -789,8 +816,11 @@ static int l_new(lua_State *L) {
   lua_settop(L, 4);
   lua_Integer capacity = luaL_optinteger(L, 1, LUA_MAXINTEGER);
   int mode = luaL_checkoption(L, 2, "wait", modes);
+  int size = 0;
+  if (capacity <= MAX_OWN)
+    for (size = 1; size < capacity;) size *= 2;
   struct channel *c =
-      (struct channel *)holder_new(L, TAG_CHANNEL, sizeof *c, CHANNEL_WRITER); /* at 5 */
+      (struct channel *)holder_new(L, TAG_CHANNEL, sizeof *c, CHANNEL_WRITER + size); /* at 5 */
   link_init(&c->readers);
   link_init(&c->writers);
   link_init(&c->can_read);
@@ -801,8 +831,12 @@ static int l_new(lua_State *L) {
   c->sorted = !lua_isnil(L, 4);
   c->plain = !c->sorted;
   c->rt = runtime(L);
-  lua_createtable(L, capacity > 0 && !c->sorted ? MIN_RING : 0, 0);
-  lua_setiuservalue(L, 5, CHANNEL_ITEMS);
+  c->own = size > 0;
+  c->size = size;
+  if (!c->own) {
+    lua_createtable(L, c->sorted ? 0 : MIN_RING, 0);
+    lua_setiuservalue(L, 5, CHANNEL_ITEMS);
+  }
   lua_pushvalue(L, 3);
   lua_setiuservalue(L, 5, CHANNEL_DROPPED);
   lua_pushvalue(L, 4);
