@@ -264,6 +264,15 @@ local function real_operation(style, clauses, select, timeout, token)
   end
 end
 
+-- The same function, which waits in so many nested coroutines.
+local function in_coroutines(fn, depth)
+  for _ = 1, depth do
+    local inner = fn
+    fn = function() return flow.coroutine.wrap(function() return inner() end)() end
+  end
+  return fn
+end
+
 ---- A run ----------------------------------------------------------------------------------------------
 
 local function run(seed)
@@ -314,6 +323,7 @@ local function run(seed)
       local limit = random(3) == 1 and random(4) / 4
       local inside = limit and select ~= "timeout"
       local fn = real_operation(style, clauses, select, limit, source and source.token or nil)
+      if random(4) == 1 then fn = in_coroutines(fn, random(2)) end
       op.async = style == "async"
       op.cancel = source and function() source:cancel() end or function() op.task:cancel() end
       op.task = flow.async(function()

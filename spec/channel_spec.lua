@@ -1124,6 +1124,49 @@ describe("what waits for a channel", function()
   end))
 end)
 
+describe("a generator", function()
+  local wrap = flow.coroutine.wrap
+
+  it("may wait for a channel: its task does", in_task(function()
+    local ch, full = Channel.unbounded(), Channel.bounded(0)
+    local squares = wrap(function()
+      for item in ch:iterate() do
+        full:write("seen " .. item)
+        flow.coroutine.yield(item * item)
+      end
+    end)
+    local log, note = recorder()
+    start(note, "consumer", function()
+      for square in squares do note(square) end
+    end)
+    for i = 1, 3 do
+      ch:write(i)
+      note(full:read())
+      settle()
+    end
+    ch:complete()
+    settle()
+    assert.same({ "1", "seen 1", "4", "seen 2", "9", "seen 3", "consumer nil" }, log)
+  end))
+
+  it("loses nothing when it is canceled, or given up", in_task(function()
+    local ch = Channel.unbounded()
+    raises("Timeout", flow.with_timeout, 1, wrap(function() ch:read() end))
+    local source = flow.CancellationTokenSource()
+    local task = flow.spawn(wrap(function() return ch:read(source.token) end))
+    flow.yield()
+    source:cancel()
+    raises("OperationCanceled", flow.await, task)
+    ch:write(1)
+    assert.equal(1, ch.count)
+    support.with_reports(function(reports)
+      flow.async(function() wrap(function() Channel.unbounded():read() end)() end)()
+      collect()
+      assert.equal(1, #reports)
+    end)
+  end))
+end)
+
 describe("a closed coroutine whose channel is gone", function()
   it("can still be interrupted by a deadline above it", in_task(function()
     local weak = support.weak()

@@ -350,15 +350,9 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 }
 
 void task_push_name(lua_State *L, int i) {
-<<<<<<< HEAD
   static const char *const kinds[KIND_COUNT] = {"task",     "promise",  "delay",     "wait_async",
                                                 "when_all", "when_any", "when_each", "cancel_after",
                                                 "scope",    "idle",     "operation", "select"};
-=======
-  static const char *const kinds[KIND_COUNT] = {
-      "task",      "promise",      "delay", "wait_async", "when_all", "when_any",
-      "when_each", "cancel_after", "scope", "operation",  "select"};
->>>>>>> 6ae6c96 (channel: docstrings, rockspec)
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);

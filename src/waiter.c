@@ -341,10 +341,9 @@ void waiter_land(lua_State *L, int i) {
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
-  struct fiber *me = (struct fiber *)rt->me;
   (void)status;
-  if (me->co != L) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
-  me->task.flags &= (uint16_t)~TASK_DEAF;
+  if (!fiber_on_top(L, rt)) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+  rt->me->flags &= (uint16_t)~TASK_DEAF;
   fiber_resumed(L, rt);
   return task_push_outcome(L, 1, (struct task *)ctx);
 }
@@ -380,7 +379,7 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
 void waiter_push_value(lua_State *L, struct nap *n) {
   struct clause *c = waiter_clause(n);
   if (c == NULL) {
-    lua_State *co = container_of(n, struct fiber, u.nap)->co;
+    lua_State *co = stack_of(container_of(n, struct fiber, u.nap));
     lua_pushvalue(co, 2);
     lua_xmove(co, L, 1);
     return;
@@ -395,8 +394,9 @@ void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n) {
   struct clause *c = waiter_clause(n);
   if (c == NULL) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
-    lua_xmove(L, f->co, 1);
-    lua_replace(f->co, 2);
+    lua_State *co = stack_of(f);
+    lua_xmove(L, co, 1);
+    lua_replace(co, 2);
     lua_rawseti(L, UP_ANCHORS, f->task.slot); /* as fiber_wake */
     f->task.state = TASK_QUEUED;
     loop_ready(rt, &f->task);
@@ -410,10 +410,11 @@ void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n) {
   struct clause *c = waiter_clause(n);
   if (c == NULL) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
-    lua_xmove(L, f->co, 1);
-    lua_replace(f->co, 2);
-    lua_pushnil(f->co);
-    lua_replace(f->co, 1);
+    lua_State *co = stack_of(f);
+    lua_xmove(L, co, 1);
+    lua_replace(co, 2);
+    lua_pushnil(co);
+    lua_replace(co, 1);
     fiber_wake(L, rt, -1, f);
   } else
     waiter_settle(L, rt, -2, c->index, true);
