@@ -1168,6 +1168,8 @@ describe("a generator", function()
 end)
 
 describe("a closed coroutine whose channel is gone", function()
+  before_each(function() flow.on_unobserved_exception(false) end)
+
   it("can still be interrupted by a deadline above it", in_task(function()
     local weak = support.weak()
     flow.with_timeout(5, function()
