@@ -143,7 +143,7 @@ end)
 
 describe("coflow.meta", function()
   local path = "lua/coflow/meta.lua"
-  local records = { Error = true, AsyncLocalOptions = true, ValueChanged = true } -- tables, without a class
+  local records = { Error = true, AsyncLocalOptions = true, ValueChanged = true, SelectOptions = true } -- tables, without a class
 
   -- "Class.name" of all that it declares, static or not; just "name" for what `flow` has itself.
   local function declared()
@@ -166,7 +166,7 @@ describe("coflow.meta", function()
   it("declares every public function that is not declared where it is written in Lua", function()
     local flow, core = require "coflow", require "coflow.core"
     local names, init, missing = declared(), "", {}
-    for _, name in ipairs { "context", "scope", "task", "main", "group", "scheduler" } do
+    for _, name in ipairs { "context", "scope", "task", "main", "group", "scheduler", "channel" } do
       init = init .. read("lua/coflow/" .. name .. ".lua")
     end
     local function want(name, in_init)
@@ -177,7 +177,7 @@ describe("coflow.meta", function()
     for _, key in ipairs { "call", "when_each", "with_timeout", "main" } do
       assert(flow[key], key) -- loads the module that it is in
     end
-    assert(flow.ExecutionContext.run)
+    assert(flow.ExecutionContext.run and flow.channel)
     for key, value in pairs(flow) do
       if type(value) == "function" then
         want(key, "flow." .. key)
@@ -186,7 +186,8 @@ describe("coflow.meta", function()
       end
     end
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
-      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration" } do
+      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "ChannelReader",
+      "ChannelWriter" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name, class .. ":" .. name) end
     end
     table.sort(missing)
@@ -198,6 +199,7 @@ describe("coflow.meta", function()
     local source = flow.CancellationTokenSource()
     source:cancel("a reason to be read")
     local scope <close> = flow.AsyncLocal():with(1)
+    local channel = flow.Channel.unbounded()
     local objects = {
       Task = flow.Task.from_exception("an exception to be read"),
       TaskCompletionSource = flow.TaskCompletionSource(),
@@ -207,6 +209,9 @@ describe("coflow.meta", function()
       CancellationTokenSource = source,
       CancellationToken = source.token,
       CancellationTokenRegistration = flow.CancellationToken.none:register(print),
+      Channel = channel,
+      ChannelReader = channel.reader,
+      ChannelWriter = channel.writer,
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)
