@@ -143,7 +143,8 @@ end)
 
 describe("coflow.meta", function()
   local path = "lua/coflow/meta.lua"
-  local records = { Error = true, AsyncLocalOptions = true, ValueChanged = true, SelectOptions = true } -- tables, without a class
+  local records = { -- tables, without a class
+    Error = true, AsyncLocalOptions = true, ValueChanged = true, SelectOptions = true }
 
   -- "Class.name" of all that it declares, static or not; just "name" for what `flow` has itself.
   local function declared()
