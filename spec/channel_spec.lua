@@ -1113,14 +1113,13 @@ describe("what waits for a channel", function()
 
   it("loses no item to a task whose coroutine somebody has closed", in_task(function()
     local ch, thread = Channel.unbounded(), nil
-    local task = flow.async(function()
+    flow.async(function()
       thread = coroutine.running()
       return ch:read()
     end)()
     coroutine.close(thread)
     ch:write("item")
     assert.equal("item", ch:read())
-    assert.is_false(flow.try_await(task))
   end))
 end)
 
