@@ -168,7 +168,7 @@ describe("coflow.meta", function()
   it("declares every public function that is not declared where it is written in Lua", function()
     local flow, core = require "coflow", require "coflow.core"
     local names, init, missing = declared(), "", {}
-    for _, name in ipairs { "context", "scope", "task", "main", "group", "scheduler" } do
+    for _, name in ipairs { "context", "scope", "task", "main", "group", "scheduler", "channel" } do
       init = init .. read("lua/coflow/" .. name .. ".lua")
     end
     local function want(name, in_init)
@@ -179,7 +179,7 @@ describe("coflow.meta", function()
     for _, key in ipairs { "call", "when_each", "with_timeout", "main" } do
       assert(flow[key], key) -- loads the module that it is in
     end
-    assert(flow.ExecutionContext.run)
+    assert(flow.ExecutionContext.run and flow.channel)
     for key, value in pairs(flow) do
       if type(value) == "function" then
         want(key, "flow." .. key)
@@ -188,7 +188,8 @@ describe("coflow.meta", function()
       end
     end
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
-      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration" } do
+      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "ChannelReader",
+      "ChannelWriter" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name, class .. ":" .. name) end
     end
     table.sort(missing)
@@ -213,6 +214,9 @@ describe("coflow.meta", function()
       CancellationTokenSource = source,
       CancellationToken = source.token,
       CancellationTokenRegistration = flow.CancellationToken.none:register(print),
+      Channel = channel,
+      ChannelReader = channel.reader,
+      ChannelWriter = channel.writer,
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)

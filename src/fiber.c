@@ -679,7 +679,7 @@ static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->task.state != TASK_WAITING) return;
   f->task.state = TASK_QUEUED;
   if (fiber_naps(f)) {
-    link_drop(&f->u.nap.link);
+    waiter_leave(L, f);
     timer_drop(rt, &f->u.nap.deadline);
     return;
   }

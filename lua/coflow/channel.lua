@@ -127,8 +127,8 @@ end
 
 -- Batches ---------------------------------------------------------------------------------------------
 
-local reading = core.methods("coflow.Channel")
-local read, try_read, check_batch = reading.read, reading.try_read, core.check_batch
+local ChannelReader = core.methods("coflow.ChannelReader")
+local read, try_read, check_batch = ChannelReader.read, ChannelReader.try_read, core.check_batch
 
 ---Waits for the first item, as `read` does, and returns it with those that are there then: a list of at most `max`.
 ---nil at the end.
@@ -137,7 +137,7 @@ local read, try_read, check_batch = reading.read, reading.try_read, core.check_b
 ---@param max? integer nil: all that are there
 ---@param token? coflow.CancellationToken
 ---@return any[]? items
-function reading:read_batch(max, token)
+function ChannelReader:read_batch(max, token)
   max = check_batch(self, max, token)
   local list = { false }
   list[1] = read(self, token)
@@ -150,6 +150,6 @@ function reading:read_batch(max, token)
   return list
 end
 
-core.methods("coflow.ChannelReader").read_batch = reading.read_batch
+core.methods("coflow.Channel").read_batch = ChannelReader.read_batch
 
 return channel
