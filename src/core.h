@@ -443,9 +443,9 @@ void error_attach(lua_State *L, int i,
 void error_remember(lua_State *L,
                     int i); /* [-0, +0, -] the task at i is where an error comes from */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_push_root(lua_State *L,
-                     int i);           /* [-0, +1, -] what tells the failures of one origin: of the
-                                           ** failed task at i; 0: of the error that unwinds here */
+void error_push_root(lua_State *L, int i,
+                     int error); /* [-0, +1, -] what tells the failures of one origin: of the failed task
+                                 ** at i; 0: of the error at `error`, which unwinds the running task */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
 int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
 void error_push_left(lua_State *L, lua_State *co,

@@ -69,7 +69,8 @@ local function finish(group, ok, ...)
     if winner then return winner:results() end
     return ...
   end
-  local err, root = ..., core.failure_root()
+  local err = ...
+  local root = core.failure_root(nil, err)
   core.join_group(group, false, err)
   local winner = conclude(group, false, err, root)
   if winner then return winner:results() end
@@ -78,7 +79,7 @@ end
 -- Where the body is called plainly, an error comes here.
 core.on_group_close(function(group, err)
   if core.group_ended(group) then return end
-  local root = core.failure_root()
+  local root = core.failure_root(nil, err)
   core.join_group(group, false, err)
   conclude(group, false, err, root)
 end)
