@@ -31,7 +31,6 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  bool scope_armed; /* by a deadline of or above its scope */
   int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
   struct registration *last;
@@ -71,7 +70,9 @@ enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT };
 
 bool token_canceled(const struct token *k) { return k->canceled; }
 
-bool token_armed(const struct token *k) { return k->arms > 0 || k->scope_armed; }
+bool token_armed(const struct token *k) {
+  return k->arms > 0 || (k->scope != NULL && k->scope->armed);
+}
 
 bool token_armed_itself(const struct token *k) { return k->arms > 0; }
 
@@ -81,7 +82,7 @@ static void count_arm(lua_State *L, struct token *k, int n);
 
 /* [-0, +0, -] k was armed and is not, or the reverse: so are those linked to it, and what waits for any
 ** of them is held, or not. Nothing is created, nobody's code runs. */
-static void rearm(lua_State *L, struct token *k) {
+void token_rearmed(lua_State *L, struct token *k) {
   struct runtime *rt = runtime(L);
   k->rearming = rt->rearm;
   rt->rearm = k;
@@ -92,24 +93,20 @@ static void rearm(lua_State *L, struct token *k) {
     bool armed = token_armed(k);
     for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
       pending_hold(L, container_of(l, struct pending, link), armed);
-    if (k->scope != NULL && !k->scope_armed) scope_set_armed(L, k->scope, armed);
     for (struct link *l = k->links.next; l != &k->links; l = l->next)
       count_arm(L, container_of(l, struct registration, sibling)->child, armed ? 1 : -1);
   }
   rt->rearm_busy = false;
 }
 
-/* [-0, +0, -] one armed deadline more, or less */
+/* [-0, +0, -] one armed deadline more, or less; a scope says itself when that makes a difference */
 static void count_arm(lua_State *L, struct token *k, int n) {
   bool before = token_armed(k);
   k->arms += n;
-  if (token_armed(k) != before) rearm(L, k);
-}
-
-void token_set_armed(lua_State *L, struct token *k, bool armed) {
-  bool before = token_armed(k);
-  k->scope_armed = armed;
-  if (token_armed(k) != before) rearm(L, k);
+  if (k->scope != NULL)
+    scope_rearm(L, k->scope);
+  else if (token_armed(k) != before)
+    token_rearmed(L, k);
 }
 
 /* ---- tokens ---- */

@@ -666,7 +666,7 @@ void token_run(lua_State *L, bool first); /* [-1, +0, e] the callbacks of the li
 void token_detach(struct token *k);       /* its scope is gone, and can cancel it no more */
 void token_inherit(lua_State *L, int k,
                    int from); /* [-0, +0, -] canceled at birth, as the one at `from` is */
-void token_set_armed(lua_State *L, struct token *k, bool armed); /* [-0, +0, -] by its scope */
+void token_rearmed(lua_State *L, struct token *k); /* [-0, +0, -] it is armed now, or is not */
 void token_follow(lua_State *L, int k,
                   int up);                /* [-0, +0, m] it is canceled with the one at `up` */
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
@@ -715,6 +715,7 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
 void scope_expire(lua_State *L, struct scope *s); /* [-0, +0, m] its deadline has passed */
 void scope_land(lua_State *L, int i);
 void scope_set_armed(lua_State *L, struct scope *s, bool armed); /* [-0, +0, -] and what is below */
+void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
 int scope_throw(lua_State *L, struct scope *s);       /* raises the OperationCanceled of s */
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
 bool scope_cancel(lua_State *L, struct scope *s,

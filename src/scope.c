@@ -249,7 +249,7 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope
   if (m == &f->member) return;
   struct scope *base = f->member.scope;
   if (s->canceled && !base->canceled) set_canceled(base, s->origin);
-  if (s->armed) scope_set_armed(L, base, true);
+  scope_rearm(L, base);
 }
 
 /* ---- canceling ---- */
@@ -264,10 +264,6 @@ static bool push_known_token(lua_State *L, const struct scope *s) {
   lua_rawgetp(L, -1, s->token);
   lua_remove(L, -2);
   return !lua_isnil(L, -1);
-}
-
-static bool armed_without_token(const struct scope *s) {
-  return s->due != HUGE_VAL || s->member.scope->armed;
 }
 
 /* [-0, +0, m] the task that has opened s holds the token on top */
@@ -322,7 +318,6 @@ void scope_push_token(lua_State *L, struct scope *s) {
   task_weaken(L, -1); /* into the table of what may die */
   if (!s->canceled && s->owner != NULL) hold_token(L, s);
   s->token = k;
-  token_set_armed(L, k, armed_without_token(s));
   if (!s->canceled) return;
   scope_push_token(L, s->origin); /* which has one: it had one when it was canceled */
   token_inherit(L, -2, -1);
@@ -438,7 +433,7 @@ static bool arms_itself(struct scope *s) {
 
 static void set_armed(lua_State *L, struct scope *s, bool armed) {
   s->armed = armed;
-  if (s->token != NULL) token_set_armed(L, s->token, armed_without_token(s));
+  if (s->token != NULL) token_rearmed(L, s->token);
 }
 
 void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
@@ -454,6 +449,10 @@ void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
       walk_into(&w, below);
     }
   }
+}
+
+void scope_rearm(lua_State *L, struct scope *s) {
+  scope_set_armed(L, s, arms_itself(s) || s->member.scope->armed);
 }
 
 /* ---- Lua face: functions of the library, not of scripts ---- */
