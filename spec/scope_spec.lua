@@ -1214,6 +1214,26 @@ describe("scopes in plain coroutines", function()
     raises("OperationCanceled", waiting.await, waiting)
   end))
 
+  it("may be left open on a token, which does not reach what goes on after the task", in_task(function()
+    local source <close> = flow.CancellationTokenSource(50)
+    local child = flow.spawn(function()
+      local started
+      coroutine.wrap(function()
+        flow.with_cancellation(source.token, function()
+          started = flow.spawn(function()
+            flow.sleep(5)
+            return "free"
+          end)
+          coroutine.yield()
+        end)
+      end)()
+      return started
+    end):await()
+    flow.sleep(1)
+    source:cancel()
+    assert.equal("free", child:await())
+  end))
+
   it("may be dropped", in_task(function(clock)
     flow.spawn(function()
       open(5)

@@ -202,11 +202,27 @@ static struct scope *scope_open(lua_State *L, struct runtime *rt, enum scope_kin
   return s;
 }
 
+/* [-0, +1, -] the token of s, or nil when there is none */
+static bool push_known_token(lua_State *L, const struct scope *s) {
+  if (s->token == NULL) {
+    lua_pushnil(L);
+    return false;
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  lua_rawgetp(L, -1, s->token);
+  lua_remove(L, -2);
+  return !lua_isnil(L, -1);
+}
+
 /* [-0, +0, -] what goes on in s is under the scope above it only */
 static void end(lua_State *L, struct runtime *rt, struct scope *s) {
   s->owner = NULL;
   timer_drop(rt, &s->deadline);
   s->due = HUGE_VAL;
+  if (s->token != NULL && !s->closed) { /* left open in a coroutine: what it is linked to lets it go */
+    if (push_known_token(L, s)) token_unfollow(L, lua_gettop(L));
+    lua_pop(L, 1);
+  }
   if (s->armed && !s->member.scope->armed) scope_set_armed(L, s, false);
   scope_left(L, rt, s);
 }
@@ -220,6 +236,10 @@ static void scope_close(lua_State *L, struct runtime *rt, struct scope *s) {
     while (back->owner == NULL) back = back->outer; /* closed before this one */
     link_drop(&f->member.link);
     scope_join(back, &f->member);
+    if (&f->task != rt->me) { /* another task has closed the coroutine: f waits under `back` now */
+      pending_hold(L, (struct pending *)f, back->armed);
+      if (back->canceled) pending_interrupt(L, (struct pending *)f);
+    }
   }
   end(L, rt, s);
 }
@@ -253,18 +273,6 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope
 }
 
 /* ---- canceling ---- */
-
-/* [-0, +1, -] the token of s, or nil when there is none */
-static bool push_known_token(lua_State *L, const struct scope *s) {
-  if (s->token == NULL) {
-    lua_pushnil(L);
-    return false;
-  }
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  lua_rawgetp(L, -1, s->token);
-  lua_remove(L, -2);
-  return !lua_isnil(L, -1);
-}
 
 /* [-0, +0, m] the task that has opened s holds the token on top */
 static void hold_token(lua_State *L, struct scope *s) {
