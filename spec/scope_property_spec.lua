@@ -264,14 +264,18 @@ local function model_world()
     if coroutine.yield() then error(canceled_error(), 0) end
   end
 
+  -- Queued children that are canceled never start.
   local function discard(group)
-    for _, child in ipairs(group.queue) do
-      child.done, child.ok, child.value = true, false, canceled_error()
-      for _, waiter in ipairs(child.waiters) do
-        if waiter.waits == child then push(waiter) end
+    for i = #group.queue, 1, -1 do
+      local child = group.queue[i]
+      if canceled(child.scope) then
+        table.remove(group.queue, i)
+        child.done, child.ok, child.value = true, false, canceled_error()
+        for _, waiter in ipairs(child.waiters) do
+          if waiter.waits == child then push(waiter) end
+        end
       end
     end
-    group.queue = {}
   end
 
   local function cancel(scope)
@@ -283,9 +287,7 @@ local function model_world()
         push(task, true)
       end
     end
-    for _, group in ipairs(groups) do
-      if canceled(group.scope) then discard(group) end
-    end
+    for _, group in ipairs(groups) do discard(group) end
     return true
   end
 
@@ -431,7 +433,7 @@ local function model_world()
       start(group, child)
     else
       table.insert(group.queue, child)
-      if canceled(group.scope) then discard(group) end
+      discard(group)
     end
     return child
   end

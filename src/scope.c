@@ -219,7 +219,8 @@ static void end(lua_State *L, struct runtime *rt, struct scope *s) {
   s->owner = NULL;
   timer_drop(rt, &s->deadline);
   s->due = HUGE_VAL;
-  if (s->token != NULL && !s->closed) { /* left open in a coroutine: what it is linked to lets it go */
+  if (s->token != NULL &&
+      !s->closed) { /* left open in a coroutine: what it is linked to lets it go */
     if (push_known_token(L, s)) token_unfollow(L, lua_gettop(L));
     lua_pop(L, 1);
   }
