@@ -554,6 +554,64 @@ describe("a random tree of tasks, scopes and groups", function()
     end)
   end
 
+  for seed = 1, helper.many(30, 5) do
+    it("ends, and closes all, whatever finalizers do on the way: seed " .. seed, function()
+      local random, left, busy = random_of(9000 + seed), 400, true
+      local world, list, group_of = real_world(), setmetatable({}, { __mode = "v" }), nil
+      local spawn, group_spawn = world.spawn, world.group_spawn
+      local function known(task)
+        list[random(16)] = task
+        return task
+      end
+      function world.spawn(...) return known(spawn(...)) end
+      function world.group_spawn(group, ...)
+        group_of = group
+        return known(group_spawn(group, ...))
+      end
+      local acts = {
+        function() if list[random(16)] then list[random(16)]:cancel("by a finalizer") end end,
+        function() if group_of then group_of:cancel("by a finalizer") end end,
+        function() if group_of then group_of:spawn(flow.sleep, 0.25) end end,
+        function() if group_of then group_of:stop() end end,
+        function() flow.current_task():cancel("by a finalizer") end,
+        function() flow.with_timeout(1, flow.cancellation_token) end,
+        function() flow.cancellation_token():register(function() end) end,
+        function()
+          local co = coroutine.create(function() flow.with_timeout(0.5, coroutine.yield) end)
+          coroutine.resume(co)
+          coroutine.close(co)
+        end,
+        function() flow.spawn(flow.with_timeout, 0.25, flow.sleep, 1) end,
+        function() world.cancel_source(random(SOURCES)) end,
+      }
+      local function gremlin()
+        if left == 0 or not busy then return end
+        left = left - 1
+        setmetatable({}, { __gc = function()
+          for _ = 1, random(3) do pcall(acts[random(#acts)]) end
+          gremlin()
+        end })
+      end
+      support.with_reports(function()
+        local main = world.main
+        function world.main(fn)
+          main(function()
+            gremlin()
+            flow.shield(fn) -- the root must see the end of all
+            busy = false
+            flow.shield(flow.sleep, 5) -- what the finalizers have started ends
+          end)
+        end
+        local step = collectgarbage("incremental", 50, 1000)
+        local ok, err = pcall(interpret, world, generate(seed))
+        collectgarbage(step, 200, 100)
+        if not ok then error(err, 0) end
+        collectgarbage()
+        assert.is_true(left < 390)
+      end)
+    end)
+  end
+
   it("is not trivial, and leaves no memory behind", function()
     support.with_reports(function()
       local events, tasks = 0, 0
