@@ -31,6 +31,8 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
+  bool
+      told; /* what those linked to it know of its being armed: once canceled, it stays as it was */
   int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
   struct registration *last;
@@ -84,13 +86,16 @@ static void count_arm(lua_State *L, struct token *k, int n);
 ** of them is held, or not. Nothing is created, nobody's code runs. */
 void token_rearmed(lua_State *L, struct token *k) {
   struct runtime *rt = runtime(L);
+  /* what is linked to a canceled one is about to be canceled, and must live until then */
+  if (k->canceled || k->told == token_armed(k)) return;
+  k->told = token_armed(k);
   k->rearming = rt->rearm;
   rt->rearm = k;
   if (rt->rearm_busy) return; /* a scope is between two tokens: no recursion */
   rt->rearm_busy = true;
   while ((k = rt->rearm) != NULL) {
     rt->rearm = k->rearming;
-    bool armed = token_armed(k);
+    bool armed = k->told;
     for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
       pending_hold(L, container_of(l, struct pending, link), armed);
     for (struct link *l = k->links.next; l != &k->links; l = l->next)
@@ -126,6 +131,7 @@ struct token *token_new(lua_State *L, struct scope *s) {
   struct token *k = (struct token *)object_new(L, class, sizeof *k, TOKEN_EXPIRY);
   k->tag = TAG_TOKEN;
   k->scope = s;
+  k->told = s != NULL && s->armed;
   link_init(&k->pendings);
   link_init(&k->links);
   return k;
@@ -260,7 +266,7 @@ static void attach(lua_State *L, struct token *token) {
 
 /* [-0, +0, -] the token above, whose link r is, will not cancel r->child any more */
 static void drop_link(lua_State *L, const struct token *up, const struct registration *r) {
-  if (r->pending && r->link && token_armed(up)) count_arm(L, r->child, -1);
+  if (r->pending && r->link && up->told) count_arm(L, r->child, -1);
 }
 
 /* [-0, +0, -] drops all registrations of the token at k */
@@ -329,7 +335,7 @@ void token_follow(lua_State *L, int k, int up) {
     r->child = token;
     attach(L, above);
     link_append(&above->links, &r->sibling);
-    if (token_armed(above)) count_arm(L, token, 1);
+    if (above->told) count_arm(L, token, 1);
     lua_pop(L, 1);
     return;
   }
