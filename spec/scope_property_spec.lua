@@ -554,7 +554,7 @@ describe("a random tree of tasks, scopes and groups", function()
     end)
   end
 
-  for seed = 1, helper.many(20, 3) do
+  for seed = 1, helper.many(8, 2) do
     it("ends, and closes all, whatever finalizers do on the way: seed " .. seed, function()
       local random, left, busy = random_of(9000 + seed), 400, true
       local world, list, group_of = real_world(), setmetatable({}, { __mode = "v" }), nil
