@@ -602,6 +602,7 @@ describe("a random tree of tasks, scopes and groups", function()
           main(function()
             for _ = 1, 10 do gremlin() end
             flow.shield(fn) -- the root must see the end of all
+            collectgarbage()
             busy = false
             flow.shield(flow.sleep, 5) -- what the finalizers have started ends
           end)
