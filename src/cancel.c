@@ -31,7 +31,8 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  bool scope_armed; /* by a deadline of or above its scope */
+  bool
+      told; /* what those linked to it know of its being armed: once canceled, it stays as it was */
   int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
   struct registration *last;
@@ -71,7 +72,9 @@ enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT };
 
 bool token_canceled(const struct token *k) { return k->canceled; }
 
-bool token_armed(const struct token *k) { return k->arms > 0 || k->scope_armed; }
+bool token_armed(const struct token *k) {
+  return k->arms > 0 || (k->scope != NULL && k->scope->armed);
+}
 
 bool token_armed_itself(const struct token *k) { return k->arms > 0; }
 
@@ -81,35 +84,34 @@ static void count_arm(lua_State *L, struct token *k, int n);
 
 /* [-0, +0, -] k was armed and is not, or the reverse: so are those linked to it, and what waits for any
 ** of them is held, or not. Nothing is created, nobody's code runs. */
-static void rearm(lua_State *L, struct token *k) {
+void token_rearmed(lua_State *L, struct token *k) {
   struct runtime *rt = runtime(L);
+  /* what is linked to a canceled one is about to be canceled, and must live until then */
+  if (k->canceled || k->told == token_armed(k)) return;
+  k->told = token_armed(k);
   k->rearming = rt->rearm;
   rt->rearm = k;
   if (rt->rearm_busy) return; /* a scope is between two tokens: no recursion */
   rt->rearm_busy = true;
   while ((k = rt->rearm) != NULL) {
     rt->rearm = k->rearming;
-    bool armed = token_armed(k);
+    bool armed = k->told;
     for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
       pending_hold(L, container_of(l, struct pending, link), armed);
-    if (k->scope != NULL && !k->scope_armed) scope_set_armed(L, k->scope, armed);
     for (struct link *l = k->links.next; l != &k->links; l = l->next)
       count_arm(L, container_of(l, struct registration, sibling)->child, armed ? 1 : -1);
   }
   rt->rearm_busy = false;
 }
 
-/* [-0, +0, -] one armed deadline more, or less */
+/* [-0, +0, -] one armed deadline more, or less; a scope says itself when that makes a difference */
 static void count_arm(lua_State *L, struct token *k, int n) {
   bool before = token_armed(k);
   k->arms += n;
-  if (token_armed(k) != before) rearm(L, k);
-}
-
-void token_set_armed(lua_State *L, struct token *k, bool armed) {
-  bool before = token_armed(k);
-  k->scope_armed = armed;
-  if (token_armed(k) != before) rearm(L, k);
+  if (k->scope != NULL)
+    scope_rearm(L, k->scope);
+  else if (token_armed(k) != before)
+    token_rearmed(L, k);
 }
 
 /* ---- tokens ---- */
@@ -129,6 +131,7 @@ struct token *token_new(lua_State *L, struct scope *s) {
   struct token *k = (struct token *)object_new(L, class, sizeof *k, TOKEN_EXPIRY);
   k->tag = TAG_TOKEN;
   k->scope = s;
+  k->told = s != NULL && s->armed;
   link_init(&k->pendings);
   link_init(&k->links);
   return k;
@@ -263,7 +266,7 @@ static void attach(lua_State *L, struct token *token) {
 
 /* [-0, +0, -] the token above, whose link r is, will not cancel r->child any more */
 static void drop_link(lua_State *L, const struct token *up, const struct registration *r) {
-  if (r->pending && r->link && token_armed(up)) count_arm(L, r->child, -1);
+  if (r->pending && r->link && up->told) count_arm(L, r->child, -1);
 }
 
 /* [-0, +0, -] drops all registrations of the token at k */
@@ -332,7 +335,7 @@ void token_follow(lua_State *L, int k, int up) {
     r->child = token;
     attach(L, above);
     link_append(&above->links, &r->sibling);
-    if (token_armed(above)) count_arm(L, token, 1);
+    if (above->told) count_arm(L, token, 1);
     lua_pop(L, 1);
     return;
   }

@@ -251,7 +251,14 @@ struct scope {
   bool closed;            /* by its block, which does not know it any more */
 };
 enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with callbacks to run */
-enum { GROUP_FAILED = SCOPE_RUN + 1, GROUP_WINNER, GROUP_IDLE, GROUP_STOPPING, GROUP_QUEUE };
+enum {
+  GROUP_FAILED = SCOPE_RUN + 1,
+  GROUP_WINNER,
+  GROUP_IDLE,
+  GROUP_STOPPING,
+  GROUP_TOKEN,
+  GROUP_QUEUE
+};
 enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 
 /* What waiters can wait for begins so, and holds them: one in a user value, others in a slot table. */
@@ -476,9 +483,10 @@ void error_attach(lua_State *L, int i,
 void error_remember(lua_State *L,
                     int i); /* [-0, +0, -] the task at i is where an error comes from */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_push_root(lua_State *L,
-                     int i);           /* [-0, +1, -] what tells the failures of one origin: of the
-                                           ** failed task at i; 0: of the error that unwinds here */
+void error_push_root(
+    lua_State *L, int i,
+    int error); /* [-0, +1, -] what tells the failures of one origin: of the failed task
+                                 ** at i; 0: of the error at `error`, which unwinds the running task */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
 int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
 void error_push_left(lua_State *L, lua_State *co,
@@ -699,7 +707,7 @@ void token_run(lua_State *L, bool first); /* [-1, +0, e] the callbacks of the li
 void token_detach(struct token *k);       /* its scope is gone, and can cancel it no more */
 void token_inherit(lua_State *L, int k,
                    int from); /* [-0, +0, -] canceled at birth, as the one at `from` is */
-void token_set_armed(lua_State *L, struct token *k, bool armed); /* [-0, +0, -] by its scope */
+void token_rearmed(lua_State *L, struct token *k); /* [-0, +0, -] it is armed now, or is not */
 void token_follow(lua_State *L, int k,
                   int up);                /* [-0, +0, m] it is canceled with the one at `up` */
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
@@ -751,7 +759,8 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
 void scope_expire(lua_State *L, struct scope *s); /* [-0, +0, m] its deadline has passed */
 void scope_land(lua_State *L, int i);
 void scope_set_armed(lua_State *L, struct scope *s, bool armed); /* [-0, +0, -] and what is below */
-int scope_throw(lua_State *L, struct scope *s);       /* raises the OperationCanceled of s */
+void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
+int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
 bool scope_cancel(lua_State *L, struct scope *s,
                   int reason); /* [-0, +0, e] false: it was canceled before */

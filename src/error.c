@@ -240,6 +240,8 @@ int error_handler(lua_State *L) {
   lua_rawseti(L, 2, RECORD_NAME);
   lua_settop(L, 3);
   lua_pushvalue(L, 2);
+  lua_rawseti(L, 3, -me->slot);
+  lua_pushvalue(L, 2);
   lua_rawseti(L, 3, me->slot);
   me->flags |= TASK_TRACED;
   lua_settop(L, 1);
@@ -295,6 +297,29 @@ void error_keep_left(lua_State *L, int i) {
   lua_rawseti(L, -2, me->slot);
   lua_pop(L, 1);
   me->flags |= TASK_TRACED;
+}
+
+/* [-0, +1, -] the record that the task t has of the error at i, or nil. While that unwinds `<close>` handlers
+** may see other failures, which take the place of what was seen last: so the handler has put it aside. */
+static void push_trace_of(lua_State *L, const struct task *t, int i) {
+  i = lua_absindex(L, i);
+  if (t->flags & TASK_TRACED) {
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+    for (int slot = t->slot, n = 0; n < 2; slot = -slot, n++) {
+      if (lua_rawgeti(L, -1, slot) == LUA_TTABLE) {
+        lua_rawgeti(L, -1, RECORD_ERROR);
+        bool same = lua_rawequal(L, -1, i);
+        lua_pop(L, 1);
+        if (same) {
+          lua_remove(L, -2);
+          return;
+        }
+      }
+      lua_pop(L, 1);
+    }
+    lua_pop(L, 1);
+  }
+  lua_pushnil(L);
 }
 
 /* [-1, +1, m] the record on top, rendered: what failed first, then who awaited it */
@@ -370,16 +395,11 @@ static void push_record(lua_State *L, int i) {
   lua_remove(L, -2);
 }
 
-void error_push_root(lua_State *L, int i) {
-  const struct task *me = runtime(L)->me;
+void error_push_root(lua_State *L, int i, int error) {
   if (i != 0)
     push_record(L, i);
-  else if (me->flags & TASK_TRACED) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
-    lua_rawgeti(L, -1, me->slot);
-    lua_remove(L, -2);
-  } else
-    lua_pushnil(L);
+  else
+    push_trace_of(L, runtime(L)->me, error);
   while (lua_istable(L, -1) && lua_rawgeti(L, -1, RECORD_INNER) == LUA_TTABLE) lua_remove(L, -2);
   if (lua_isnil(L, -1) && lua_istable(L, -2)) lua_pop(L, 1);
 }
@@ -430,14 +450,13 @@ static void attach_record(lua_State *L, int i) {
 /* called by whoever settles: the task at i has failed; `from` is the input it has the error from, or 0 */
 void error_attach(lua_State *L, int i, int from) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  if (from != 0) {
+  if (from != 0)
     push_record(L, from);
-  } else if (t->flags & TASK_TRACED) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
-    lua_rawgeti(L, -1, t->slot);
+  else {
+    lua_getiuservalue(L, i, TASK_RESULT);
+    push_trace_of(L, t, -1);
     lua_remove(L, -2);
-  } else
-    lua_pushnil(L);
+  }
   attach_record(L, i);
 }
 
@@ -581,12 +600,12 @@ static int l_report(lua_State *L) {
   return 0;
 }
 
-/* failure_root(task, or nil: the error that unwinds here) -> a table, one for all failures of one origin, or
-** nil */
+/* failure_root(failed task), failure_root(nil, error of the running one) -> a table, one for all failures of
+** one origin, or nil */
 static int l_failure_root(lua_State *L) {
-  lua_settop(L, 1);
+  lua_settop(L, 2);
   if (!lua_isnil(L, 1)) task_check(L, 1);
-  error_push_root(L, lua_isnil(L, 1) ? 0 : 1);
+  error_push_root(L, lua_isnil(L, 1) ? 0 : 1, 2);
   return 1;
 }
 

@@ -302,6 +302,8 @@ static void clear_trace(lua_State *L, struct fiber *f) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
   lua_pushboolean(L, 0);
   lua_rawseti(L, -2, f->task.slot);
+  lua_pushboolean(L, 0);
+  lua_rawseti(L, -2, -f->task.slot);
   lua_pop(L, 1);
 }
 

@@ -226,12 +226,14 @@ static int l_is_stopping(lua_State *L) {
 
 static int l_token(lua_State *L) {
   struct group *g = check_group(L);
-  if (!g->ended || g->scope.token != NULL)
+  if (!g->ended || (g->scope.token != NULL && !g->scope.canceled)) {
     scope_push_token(L, &g->scope);
-  else if (g->canceled)
-    token_push_canceled(L, lua_gettop(L)); /* nobody has asked before */
-  else
-    token_new(L, NULL);
+    return 1;
+  }
+  if (lua_getiuservalue(L, 1, GROUP_TOKEN) != LUA_TNIL) return 1;
+  token_new(L, NULL); /* nobody has asked before the end, and nobody cancels it now */
+  lua_pushvalue(L, -1);
+  lua_setiuservalue(L, 1, GROUP_TOKEN);
   return 1;
 }
 
@@ -258,6 +260,10 @@ static int join(lua_State *L, struct group *g) {
   told = lua_getiuservalue(L, 1, GROUP_WINNER) != LUA_TNIL || told;
   told = told || g->body_failed || g->canceled || g->policy == FIRST_SUCCESS;
   g->ended = true;
+  if (g->scope.canceled) { /* the scope lets go of it */
+    scope_push_token(L, &g->scope);
+    lua_setiuservalue(L, 1, GROUP_TOKEN);
+  }
   if (g->scope.owner != NULL) scope_finish(L, rt, &g->scope);
   lua_pushboolean(L, !told);
   return 1;

@@ -214,11 +214,28 @@ static struct scope *scope_open(lua_State *L, struct runtime *rt, enum scope_kin
   return s;
 }
 
+/* [-0, +1, -] the token of s, or nil when there is none */
+static bool push_known_token(lua_State *L, const struct scope *s) {
+  if (s->token == NULL) {
+    lua_pushnil(L);
+    return false;
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  lua_rawgetp(L, -1, s->token);
+  lua_remove(L, -2);
+  return !lua_isnil(L, -1);
+}
+
 /* [-0, +0, -] what goes on in s is under the scope above it only */
 static void end(lua_State *L, struct runtime *rt, struct scope *s) {
   s->owner = NULL;
   timer_drop(rt, &s->deadline);
   s->due = HUGE_VAL;
+  if (s->token != NULL &&
+      !s->closed) { /* left open in a coroutine: what it is linked to lets it go */
+    if (push_known_token(L, s)) token_unfollow(L, lua_gettop(L));
+    lua_pop(L, 1);
+  }
   if (s->armed && !s->member.scope->armed) scope_set_armed(L, s, false);
   scope_left(L, rt, s);
 }
@@ -232,6 +249,10 @@ static void scope_close(lua_State *L, struct runtime *rt, struct scope *s) {
     while (back->owner == NULL) back = back->outer; /* closed before this one */
     link_drop(&f->member.link);
     scope_join(back, &f->member);
+    if (&f->task != rt->me) { /* another task has closed the coroutine: f waits under `back` now */
+      pending_hold(L, (struct pending *)f, back->armed);
+      if (back->canceled) pending_interrupt(L, (struct pending *)f);
+    }
   }
   end(L, rt, s);
 }
@@ -261,26 +282,10 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope
   if (m == &f->member) return;
   struct scope *base = f->member.scope;
   if (s->canceled && !base->canceled) set_canceled(base, s->origin);
-  if (s->armed) scope_set_armed(L, base, true);
+  scope_rearm(L, base);
 }
 
 /* ---- canceling ---- */
-
-/* [-0, +1, -] the token of s, or nil when there is none */
-static bool push_known_token(lua_State *L, const struct scope *s) {
-  if (s->token == NULL) {
-    lua_pushnil(L);
-    return false;
-  }
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  lua_rawgetp(L, -1, s->token);
-  lua_remove(L, -2);
-  return !lua_isnil(L, -1);
-}
-
-static bool armed_without_token(const struct scope *s) {
-  return s->due != HUGE_VAL || s->member.scope->armed;
-}
 
 /* [-0, +0, m] the task that has opened s holds the token on top */
 static void hold_token(lua_State *L, struct scope *s) {
@@ -334,7 +339,6 @@ void scope_push_token(lua_State *L, struct scope *s) {
   task_weaken(L, -1); /* into the table of what may die */
   if (!s->canceled && s->owner != NULL) hold_token(L, s);
   s->token = k;
-  token_set_armed(L, k, armed_without_token(s));
   if (!s->canceled) return;
   scope_push_token(L, s->origin); /* which has one: it had one when it was canceled */
   token_inherit(L, -2, -1);
@@ -450,7 +454,7 @@ static bool arms_itself(struct scope *s) {
 
 static void set_armed(lua_State *L, struct scope *s, bool armed) {
   s->armed = armed;
-  if (s->token != NULL) token_set_armed(L, s->token, armed_without_token(s));
+  if (s->token != NULL) token_rearmed(L, s->token);
 }
 
 void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
@@ -466,6 +470,10 @@ void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
       walk_into(&w, below);
     }
   }
+}
+
+void scope_rearm(lua_State *L, struct scope *s) {
+  scope_set_armed(L, s, arms_itself(s) || s->member.scope->armed);
 }
 
 /* ---- Lua face: functions of the library, not of scripts ---- */

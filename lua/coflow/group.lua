@@ -31,10 +31,8 @@ local function own_failures(failed, policy, body_error, body_root)
     elseif task.is_faulted then
       local root, observed = core.failure_root(task), core.is_observed(task)
       local err = task.exception -- which observes it
-      if policy ~= "supervise" or not observed then
+      if policy ~= "supervise" or not observed then -- else somebody has dealt with it
         add(err, root, task)
-      elseif root then
-        roots[root] = true -- somebody has dealt with it
       end
     end
   end
@@ -69,7 +67,8 @@ local function finish(group, ok, ...)
     if winner then return winner:results() end
     return ...
   end
-  local err, root = ..., core.failure_root()
+  local err = ...
+  local root = core.failure_root(nil, err)
   core.join_group(group, false, err)
   local winner = conclude(group, false, err, root)
   if winner then return winner:results() end
@@ -78,12 +77,16 @@ end
 -- Where the body is called plainly, an error comes here.
 core.on_group_close(function(group, err)
   if core.group_ended(group) then return end
-  local root = core.failure_root()
+  local root = core.failure_root(nil, err)
   core.join_group(group, false, err)
   conclude(group, false, err, root)
 end)
 
 -- Opening ------------------------------------------------------------------------------------------
+
+local function is_limit(limit)
+  return limit == nil or type(limit) == "number" and limit >= 1 and limit == math.floor(limit)
+end
 
 local known_options = { limit = true, policy = true, grace = true }
 local policies = { fail_fast = 0, supervise = 1, first_success = 2 }
@@ -105,7 +108,7 @@ local function task_group(fn, options)
   core.check_function(1, fn)
   options = core.check_options(2, options, known_options)
   local limit, policy, grace = options.limit, options.policy or "fail_fast", options.grace
-  if limit ~= nil and not (math.type(limit) == "integer" and limit >= 1) and limit ~= math.huge then
+  if not is_limit(limit) then
     core.argument_error(2, "limit must be a positive integer")
   elseif not policies[policy] then
     core.argument_error(2, "policy must be \"fail_fast\", \"supervise\" or \"first_success\"")
@@ -138,7 +141,7 @@ local function race(fns, options)
   end
   if n == 0 then error(errors.Argument("race needs at least one function"), 2) end
   local limit, token = options.limit, options.token
-  if limit ~= nil and not (math.type(limit) == "integer" and limit >= 1) then
+  if not is_limit(limit) then
     core.argument_error(2, "limit must be a positive integer")
   end
   if token ~= nil and not core.is_token(token) then
