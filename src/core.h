@@ -782,7 +782,8 @@ void scope_open_all(lua_State *L);
 
 void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
                        bool well); /* [-0, +0, m] before it settles; else its error is on top */
-void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
+bool group_canceled(const struct fiber *f); /* of a child */
+void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
 void group_open(lua_State *L);
 
 /* ---- schedule.c: schedulers and synchronization contexts ---- */

@@ -131,6 +131,11 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool w
   lua_pop(L, 2);
 }
 
+bool group_canceled(const struct fiber *f) {
+  const struct scope *s = f->member.scope;
+  return (s->owner == f ? s->base->member.scope : s)->canceled;
+}
+
 void group_discard(lua_State *L, int i) {
   const struct fiber *f = (const struct fiber *)lua_touserdata(L, i);
   scope_push_error(L, f->member.scope);

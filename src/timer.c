@@ -150,7 +150,7 @@ void pending_interrupt(lua_State *L, struct pending *p) {
   struct fiber *f = (struct fiber *)t;
   if (t->flags & (TASK_LINKED | TASK_DEAF)) return;
   if (!(t->flags & TASK_STARTED)) {
-    if (t->traits & TRAIT_QUEUED) { /* it never starts */
+    if (t->traits & TRAIT_QUEUED && group_canceled(f)) { /* it never starts */
       task_push(L, t);
       loop_land(L, rt, -1, t);
       lua_pop(L, 1);
