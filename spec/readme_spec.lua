@@ -204,9 +204,6 @@ describe("coflow.meta", function()
     local scope <close> = flow.AsyncLocal():with(1)
     local channel = flow.Channel.unbounded()
     local objects = {
-      Channel = channel,
-      ChannelReader = channel.reader,
-      ChannelWriter = channel.writer,
       Task = flow.Task.from_exception("an exception to be read"),
       TaskCompletionSource = flow.TaskCompletionSource(),
       AsyncLocal = flow.AsyncLocal { name = "x", default = 1 },
