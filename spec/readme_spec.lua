@@ -173,7 +173,7 @@ describe("coflow.meta", function()
       local before = ""
       for line in read(file):gmatch("[^\n]+") do
         local name = line:match("^%s*local function ([%w_]+)%(") or line:match("^%s*function [%w_.:]-([%w_]+)%(")
-          or line:match("^%s*[%w_.]-([%w_]+) = function%(")
+          or line:match("^%s*[%w_.]-([%w_]+) = [%w_.]+%(")
           or line:find("^return [%w_.]+%(") and file:match("([%w_]+)%.lua$")
         if name and before:find("^%s*%-%-%-") then names[name] = true end
         before = line
