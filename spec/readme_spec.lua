@@ -179,7 +179,8 @@ describe("coflow.meta", function()
       end
     end
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
-      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration" } do
+      "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "Timer",
+      "PeriodicTimer" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name, class .. ":" .. name) end
     end
     table.sort(missing)
@@ -200,6 +201,8 @@ describe("coflow.meta", function()
       CancellationTokenSource = source,
       CancellationToken = source.token,
       CancellationTokenRegistration = flow.CancellationToken.none:register(print),
+      Timer = flow.Timer(print, math.huge),
+      PeriodicTimer = flow.PeriodicTimer(1),
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)

@@ -67,11 +67,14 @@ enum tag {
   TAG_AMBIENT = 0xC0F10F00, /* only names the metatable of the tokens of scopes */
   TAG_GROUP = 0xC0F11000,   /* of the scopes that are task groups */
   TAG_CONFIGURED = 0xC0F11100,
-  TAG_COROUTINE = 0xC0F11200
+  TAG_COROUTINE = 0xC0F11200,
+  TAG_TIMER = 0xC0F11300,
+  TAG_PERIODIC = 0xC0F11400,
+  TAG_ORIGIN = 0xC0F11500
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_COROUTINE)
+#define TAG_LAST TAG_CLASS(TAG_ORIGIN)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -83,6 +86,8 @@ enum task_kind {
   KIND_EACH,   /* what an iteration of when_each waits on */
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
   KIND_SCOPE,
+  KIND_PERIOD, /* wait_for_next_tick_async */
+  KIND_TICK,   /* of a Timer; no object of Lua's */
   KIND_COUNT
 };
 
@@ -155,10 +160,13 @@ struct member {
   struct scope *scope; /* NULL: of an operation that is not in flight */
 };
 
-enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE };
+enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE, DEADLINE_TIMER };
 struct deadline {
-  int32_t index; /* in the heap of timer.c, or -1 */
-  uint32_t kind; /* what it is part of: a fiber, a struct timed, a scope */
+  uint32_t index : 27; /* of its node (deadline.c); 0: none */
+  uint32_t kind : 2;   /* what it is part of: a fiber, a struct timed, a scope, a Timer */
+  uint32_t queued : 1; /* of a Timer (periodic.c): a tick of it is on the ready list … */
+  uint32_t ticked : 1; /* … and has not been taken back */
+  uint32_t closed : 1; /* it has been disposed */
 };
 
 /* What is special about a fiber. Of nearly all no bit is set. */
@@ -300,26 +308,25 @@ enum runtime_uservalue {
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
-  RUNTIME_WEAK,   /* address -> operation that may die while parked, or token of a scope; weak */
-  RUNTIME_TOKENS, /* task -> { address of a scope of its = token }, weak keys */
-  RUNTIME_PLANS,  /* task -> its plan (schedule.c), weak keys */
-  RUNTIME_HANDED, /* slot -> task in the hands of a scheduler or context, weak values */
-  RUNTIME_HAND,   /* the function that hands a task over */
+  RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
+                  ** made in a scope (periodic.c) */
+  RUNTIME_TOKENS,     /* task -> { address of a scope of its = token }, weak keys */
+  RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
+  RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
+  RUNTIME_HAND,       /* the function that hands a task over */
   RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
   RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
-  RUNTIME_UV_COUNT = RUNTIME_WRAP_START
-};
-
-struct timer_entry {
-  double due;
-  uint64_t order;
-  struct deadline *deadline;
+  RUNTIME_TIMERS,     /* index of a deadline -> the armed Timer that it is part of, or false */
+  RUNTIME_ORIGIN,     /* the last origin of Timers without a context (periodic.c) */
+  RUNTIME_SPARE,      /* a blank fiber for the next tick of a Timer, or nil */
+  RUNTIME_UV_COUNT = RUNTIME_SPARE
 };
 
 enum { LABEL_CACHE = 64 };
+#define LABEL_NOBODY 0xFFFFFF /* label of a fiber to which nobody has a reference (fiber_hold) */
 struct label_cache {
   int line;
   uint32_t label;
@@ -357,10 +364,10 @@ struct runtime {
   int spare_count[2];
   uint8_t marks; /* given to them */
 
-  struct timer_entry *timers;
-  size_t timer_count, timer_size;
-  uint64_t timer_order;
-  bool virtual_time; /* the seam of time: jump to the next deadline instead of waiting */
+  struct deadlines *deadlines; /* NULL until one is set */
+  struct scope *origin;        /* the scope of RUNTIME_ORIGIN */
+  struct task *idle_ticks;     /* memory for ticks of Timers */
+  bool virtual_time;           /* the seam of time: jump to the next deadline instead of waiting */
   double virtual_now;
 
   uint64_t next_id, next_local, next_serial;
@@ -502,6 +509,12 @@ int scope_throw(lua_State *L, struct scope *s);
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
                         struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
+struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments,
+                        struct scope *s); /* [-(n+2), +1, m] the same, of the blank one on top */
+struct fiber *fiber_blank(lua_State *L);  /* [-0, +1, m] */
+bool fiber_reuse(
+    lua_State *L,
+    int i); /* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
 void fiber_close(lua_State *L, struct runtime *rt,
                  struct fiber *f); /* [-0, +0, -] an abandoned one */
@@ -703,7 +716,8 @@ void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, i
                 int run); /* [-0, +0, -] as token_mark */
 struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
                           double seconds); /* [-0, +1, e] opened by the running task for `what` */
-void scope_finish(lua_State *L, struct runtime *rt, struct scope *s); /* [-0, +0, -] its block has been left */
+void scope_finish(lua_State *L, struct runtime *rt,
+                  struct scope *s); /* [-0, +0, -] its block has been left */
 void scope_arm(lua_State *L, struct scope *s,
                double seconds);                       /* [-0, +0, m] unless it has a deadline */
 void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
@@ -739,13 +753,38 @@ int schedule_await(lua_State *L,
                    lua_CFunction f); /* the operation f on the configured task at index 1 */
 void schedule_open(lua_State *L);
 
-/* ---- timer.c: deadlines, delay, sleep, wait_async ---- */
+/* ---- deadline.c: what waits for a time, in order ---- */
 
-void timer_reserve(lua_State *L); /* [-0, +0, m] room for one more */
-double timer_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
-void timer_drop(struct runtime *rt, struct deadline *d);
+uint32_t deadline_reserve(
+    lua_State *L,
+    struct runtime *rt); /* [-0, +0, m] room for one more; the index that it will get */
+double deadline_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
+void deadline_set(struct runtime *rt, struct deadline *d, double now, double due);
+void deadline_move(struct runtime *rt, struct deadline *d,
+                   double due); /* one that is set, as if set now */
+void deadline_drop(struct runtime *rt, struct deadline *d);
+void deadline_rest(struct runtime *rt,
+                   struct deadline *d); /* not set any more, but it keeps its index */
+bool deadline_rests(const struct runtime *rt, const struct deadline *d);
+bool deadline_any(const struct runtime *rt);
+double deadline_due(const struct runtime *rt, const struct deadline *d);
+struct deadline *deadline_first(struct runtime *rt,
+                                double now); /* of what is due by now, or NULL */
+double
+deadline_next(const struct runtime *rt); /* when the first one is due, found by a look at some */
+double deadline_look(
+    const struct runtime *rt); /* a time, not after that, at which to look: found at once */
+bool deadline_trim(lua_State *L, struct runtime *rt); /* gives memory back if none is set */
+void deadline_close(lua_State *L, struct runtime *rt);
+
+/* ---- timer.c: delay, sleep, wait_async; interruption ---- */
+
 void timer_fire_due(lua_State *L,
                     struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
+/* [-0, +0, m] the fiber sleeps until then, or until the token k (or NULL) or its scope, unless deaf to it */
+void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due);
+int timer_throw_canceled(lua_State *L, struct token *k, int i,
+                         struct scope *s); /* k at i, or NULL */
 void delay_land(lua_State *L, int i);
 void wait_op_fire(lua_State *L, struct runtime *rt,
                   int i); /* [-0, +0, -] what the operation at i awaited is complete */
@@ -759,7 +798,30 @@ void pending_hold(lua_State *L, struct pending *p,
                   bool hold); /* [-0, +0, -] if parked: whether the anchors hold it */
 bool operation_cancel(lua_State *L, int i,
                       int reason); /* [-0, +0, m] the operation at i, by hand */
+struct timed *operation_new(lua_State *L, int kind, int uservalues,
+                            double seconds); /* [-0, +1, m] */
+struct scope *operation_scope(lua_State *L,
+                              int k); /* [-0, +0, m] of a new one, given the token at k */
+void operation_start(lua_State *L, int i, struct timed *op, int k,
+                     struct scope *s);                      /* [-0, +0, m] */
+void operation_stop(lua_State *L, int i, struct timed *op); /* [-0, +0, -] it has landed */
+/* [-0, +1, m] the error of one whose token (at k; NULL, k: none) or scope has been canceled */
+void operation_push_canceled(lua_State *L, struct token *token, int k, struct scope *s);
+void operation_push_interruption(lua_State *L,
+                                 int i); /* [-0, +1, m] that of the interrupted one at i */
+bool operation_cancel(lua_State *L, int i,
+                      int reason); /* [-0, +0, m] the operation at i, by hand */
 void timer_open(lua_State *L);
+
+/* ---- periodic.c: Timer and PeriodicTimer ---- */
+
+void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d,
+                   double now); /* [-0, +0, m] a Timer is due */
+void periodic_land(lua_State *L, struct runtime *rt, struct task *tick); /* [-0, +0, m] */
+void periodic_wait_land(lua_State *L, int i);
+void periodic_close(lua_State *L, struct runtime *rt);
+void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
+void periodic_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

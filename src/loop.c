@@ -66,6 +66,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_SCOPE: scope_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
+    case KIND_PERIOD: periodic_wait_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
@@ -96,9 +97,12 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 static void run_one(lua_State *L, struct runtime *rt) {
   struct task *t = rt->ready;
   loop_unready(rt, t);
-  if (!task_is(t, KIND_FIBER))
-    land(L, t);
-  else if (t->flags & TASK_ABANDONED)
+  if (!task_is(t, KIND_FIBER)) {
+    if (task_is(t, KIND_TICK))
+      periodic_land(L, rt, t);
+    else
+      land(L, t);
+  } else if (t->flags & TASK_ABANDONED)
     fiber_close(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
     schedule_run(L, rt, (struct fiber *)t);
@@ -154,14 +158,14 @@ static void disarm(struct runtime *rt) {
 
 /* something may still happen that nobody here has to do */
 static bool is_alive(struct runtime *rt) {
-  if (rt->ready != NULL || rt->timer_count > 0) return true;
+  if (rt->ready != NULL || deadline_any(rt)) return true;
   disarm(rt);
   return rt->loop_open && uv_loop_alive(&rt->loop);
 }
 
 static void poll(struct runtime *rt, bool wait) {
-  if (wait && rt->timer_count > 0 && !rt->virtual_time) {
-    double due = rt->timers[0].due;
+  if (wait && deadline_any(rt) && !rt->virtual_time) {
+    double due = deadline_look(rt);
     if (!rt->timer_armed || rt->timer_due != due) {
       double seconds = due - loop_now(rt);
       uint64_t ms = seconds <= 0    ? 0
@@ -181,10 +185,9 @@ static void poll(struct runtime *rt, bool wait) {
 
 /* nothing is ready: let time pass. False when nothing can ever happen. */
 static bool pass_time(struct runtime *rt) {
-  if (rt->virtual_time && rt->timer_count > 0) {
+  if (rt->virtual_time && deadline_any(rt)) {
     if (rt->loop_open && uv_loop_alive(&rt->loop)) poll(rt, false);
-    if (rt->ready == NULL && rt->timers[0].due > rt->virtual_now)
-      rt->virtual_now = rt->timers[0].due;
+    if (rt->ready == NULL) rt->virtual_now = fmax(rt->virtual_now, deadline_next(rt));
     return true;
   }
   if (!is_alive(rt)) return false;
@@ -225,6 +228,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
     double now = (double)uv_hrtime() / 1e9;
     if (now - rt->last_trim > TRIM_SECONDS) {
       fiber_trim(L);
+      periodic_trim(L, rt);
       rt->last_trim = now;
     }
     if (!pass_time(rt)) return DRIVE_DEAD;
@@ -376,10 +380,10 @@ void loop_close(lua_State *L, struct runtime *rt) {
     uv_loop_close(&rt->loop);
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
-  alloc(ud, rt->timers, rt->timer_size * sizeof *rt->timers, 0);
+  periodic_close(L, rt);
+  deadline_close(L, rt);
   rt->idle = NULL;
-  rt->timers = NULL;
-  rt->timer_count = rt->idle_count = 0;
+  rt->idle_count = 0;
 }
 
 /* ---- Lua face ---- */
@@ -426,10 +430,10 @@ static int l_loop_timeout(lua_State *L) {
   double now = loop_now(rt);
   if (rt->ready != NULL)
     lua_pushnumber(L, 0);
-  else if (rt->timer_count == 0)
+  else if (!deadline_any(rt))
     lua_pushnil(L);
   else
-    lua_pushnumber(L, rt->timers[0].due > now ? rt->timers[0].due - now : 0);
+    lua_pushnumber(L, fmax(deadline_next(rt) - now, 0));
   return 1;
 }
 

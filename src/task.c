@@ -350,9 +350,9 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 }
 
 void task_push_name(lua_State *L, int i) {
-  static const char *const kinds[KIND_COUNT] = {"task",       "promise",      "delay",
-                                                "wait_async", "when_all",     "when_any",
-                                                "when_each",  "cancel_after", "scope"};
+  static const char *const kinds[KIND_COUNT] = {
+      "task",      "promise",      "delay", "wait_async",         "when_all", "when_any",
+      "when_each", "cancel_after", "scope", "wait_for_next_tick", "tick"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
@@ -510,7 +510,7 @@ static int l_operation_gc(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL || t->slot == 0 || runtime(L)->closed) return 0;
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return 0; /* held: called by hand */
-  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY)) {
+  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY) || task_is(t, KIND_PERIOD)) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) return 0; /* the same */
     link_drop(&((struct pending *)t)->link);

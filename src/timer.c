@@ -1,86 +1,29 @@
 /*
-** timer.c - deadlines, ordered by due time and driven by the loop; delay, sleep and wait_async.
+** timer.c - what waits for a time: delay, sleep, wait_async; and how waits are interrupted.
 **
-** A binary heap of (due, order) with a back index in each deadline: setting and dropping one is
-** O(log n), and nothing is compared through pointers. Deadlines due at the same instant fire in the
-** order they were set. All that are due move to the ready list before any of them runs, so a task
-** resumed by one may freely set or drop others. The time they fire by is loop_now: real or virtual.
+** The deadlines themselves are kept in deadline.c. All that are due move to the ready list before any of them
+** runs, so a task resumed by one may freely set or drop others. The time they fire by is loop_now: real or
+** virtual.
 **
-** Invariant: timers[d->index].deadline == d, or d->index == -1 when d is not set.
 ** An owner with a deadline set is held by the anchors: it lives until the deadline fires or is dropped.
 **
-** Source:    .NET Task.Delay and Task.WaitAsync; the tie-break is libuv's.
+** Source:    .NET Task.Delay and Task.WaitAsync.
 ** SPDX-License-Identifier: MIT
 */
 #include "core.h"
 
 #include <math.h>
 
-/* ---- the heap ---- */
-
-static bool before(const struct timer_entry *a, const struct timer_entry *b) {
-  return a->due < b->due || (a->due == b->due && a->order < b->order);
-}
-
-static void put(struct runtime *rt, size_t at, struct timer_entry e) {
-  rt->timers[at] = e;
-  e.deadline->index = (int32_t)at;
-}
-
-static void sift_up(struct runtime *rt, size_t at, struct timer_entry e) {
-  while (at > 0 && before(&e, &rt->timers[(at - 1) / 2])) {
-    put(rt, at, rt->timers[(at - 1) / 2]);
-    at = (at - 1) / 2;
-  }
-  put(rt, at, e);
-}
-
-static void sift_down(struct runtime *rt, size_t at, struct timer_entry e) {
-  for (;;) {
-    size_t child = at * 2 + 1;
-    if (child >= rt->timer_count) break;
-    if (child + 1 < rt->timer_count && before(&rt->timers[child + 1], &rt->timers[child])) child++;
-    if (!before(&rt->timers[child], &e)) break;
-    put(rt, at, rt->timers[child]);
-    at = child;
-  }
-  put(rt, at, e);
-}
-
-void timer_reserve(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  if (rt->timer_count < rt->timer_size) return;
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  size_t size = rt->timer_size ? rt->timer_size * 2 : 16;
-  struct timer_entry *timers = (struct timer_entry *)alloc(
-      ud, rt->timers, rt->timer_size * sizeof *timers, size * sizeof *timers);
-  if (timers == NULL) luaL_error(L, "not enough memory");
-  rt->timers = timers;
-  rt->timer_size = size;
-}
-
-double timer_add(struct runtime *rt, struct deadline *d, double seconds) {
-  double due = loop_now(rt) + seconds;
-  sift_up(rt, rt->timer_count++, (struct timer_entry){due, rt->timer_order++, d});
-  return due;
-}
-
-void timer_drop(struct runtime *rt, struct deadline *d) {
-  if (d->index < 0) return;
-  size_t at = (size_t)d->index;
-  d->index = -1;
-  struct timer_entry last = rt->timers[--rt->timer_count];
-  if (at == rt->timer_count) return;
-  if (at > 0 && before(&last, &rt->timers[(at - 1) / 2]))
-    sift_up(rt, at, last);
-  else
-    sift_down(rt, at, last);
-}
+/* ---- firing ---- */
 
 /* [-0, +0, m] */
-static void fire(lua_State *L, struct runtime *rt, struct deadline *d) {
+static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double now) {
   struct task *t;
+  if (d->kind == DEADLINE_TIMER) {
+    periodic_fire(L, rt, d, now);
+    return;
+  }
+  deadline_drop(rt, d);
   switch (d->kind) {
     case DEADLINE_NAP: {
       struct fiber *f = container_of(d, struct fiber, u.nap.deadline);
@@ -97,13 +40,9 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d) {
 }
 
 void timer_fire_due(lua_State *L, struct runtime *rt) {
-  if (rt->timer_count == 0) return;
+  if (!deadline_any(rt)) return;
   double now = loop_now(rt);
-  while (rt->timer_count > 0 && rt->timers[0].due <= now) {
-    struct deadline *d = rt->timers[0].deadline;
-    timer_drop(rt, d);
-    fire(L, rt, d);
-  }
+  for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
 }
 
 /* ---- interruption ---- */
@@ -112,7 +51,7 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (fiber_naps(f)) {
     link_drop(&f->u.nap.link);
-    timer_drop(rt, &f->u.nap.deadline);
+    deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
   fiber_push_awaited(L, f);
@@ -154,8 +93,8 @@ void pending_hold(lua_State *L, struct pending *p, bool hold) {
   struct task *t = &p->task;
   if (t->state != TASK_WAITING || t->flags & TASK_LINKED) return;
   if (!task_is(t, KIND_FIBER)) {
-    if (((struct timed *)(void *)p)->deadline.index >= 0) return; /* held by it */
-  } else if (fiber_naps((struct fiber *)t) && ((struct fiber *)t)->u.nap.deadline.index >= 0)
+    if (((struct timed *)(void *)p)->deadline.index != 0) return; /* held by it */
+  } else if (fiber_naps((struct fiber *)t) && ((struct fiber *)t)->u.nap.deadline.index != 0)
     return;
   task_push(L, t);
   if (!lua_isnil(L, -1)) {
@@ -170,20 +109,20 @@ void pending_hold(lua_State *L, struct pending *p, bool hold) {
 /* ---- operations: what delay and wait_async share ---- */
 
 /* [-0, +0, m] the scope of a new operation, given the token at k: `none` opts out of the ambient one */
-static struct scope *scope_for(lua_State *L, int k) {
+struct scope *operation_scope(lua_State *L, int k) {
   struct runtime *rt = runtime(L);
   return token_none(L, k) ? rt->root : scope_flowing(L, rt);
 }
 
 /* [-0, +1, m] the error of an operation that its token (at k; NULL, k: none) or its scope has canceled */
-static void push_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
+void operation_push_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
   if (token != NULL && token_canceled(token))
     token_push_error(L, k);
   else
     scope_push_error(L, s);
 }
 
-static int throw_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
+int timer_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s) {
   if (token != NULL && token_canceled(token)) {
     token_push_error(L, k);
     return lua_error(L);
@@ -192,16 +131,16 @@ static int throw_canceled(lua_State *L, struct token *token, int k, struct scope
 }
 
 /* [-0, +1, m] that of the interrupted operation at i */
-static void push_interruption(lua_State *L, int i) {
+void operation_push_interruption(lua_State *L, int i) {
   struct pending *p = (struct pending *)lua_touserdata(L, i);
   lua_getiuservalue(L, i, OP_TOKEN);
-  push_canceled(L, token_opt(L, -1), lua_gettop(L), p->member.scope);
+  operation_push_canceled(L, token_opt(L, -1), lua_gettop(L), p->member.scope);
   lua_remove(L, -2);
 }
 
 /* [-0, +0, m] makes it a member of s, and of what the token at k interrupts; it may die while parked, unless
 ** it is held by its deadline, or by one above it */
-static void start(lua_State *L, int i, struct timed *op, int k, struct scope *s) {
+void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope *s) {
   struct runtime *rt = runtime(L);
   struct task *t = &op->pending.task;
   struct token *token = token_opt(L, k);
@@ -210,23 +149,23 @@ static void start(lua_State *L, int i, struct timed *op, int k, struct scope *s)
     lua_setiuservalue(L, i, OP_TOKEN);
   }
   if (op->seconds != HUGE_VAL)
-    timer_reserve(L);
+    deadline_reserve(L, rt);
   else
     task_weaken(L, i);
   task_hold(L, i, t);
   scope_join(s, &op->pending.member);
   if (token != NULL) token_link(token, &op->pending.link);
   if (op->seconds != HUGE_VAL)
-    timer_add(rt, &op->deadline, op->seconds);
+    deadline_add(rt, &op->deadline, op->seconds);
   else if (!s->armed && (token == NULL || !token_armed(token)))
     task_release(L, t);
 }
 
 /* [-0, +0, -] it has landed: nothing knows it any more */
-static void stop(lua_State *L, int i, struct timed *op) {
+void operation_stop(lua_State *L, int i, struct timed *op) {
   struct task *t = &op->pending.task;
   struct runtime *rt = runtime(L);
-  timer_drop(rt, &op->deadline);
+  deadline_drop(rt, &op->deadline);
   link_drop(&op->pending.link);
   scope_leave(L, rt, &op->pending.member);
   if (op->seconds == HUGE_VAL) task_forget_weak(L, t);
@@ -236,9 +175,9 @@ static void stop(lua_State *L, int i, struct timed *op) {
 }
 
 /* [-0, +1, m] */
-static struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
+struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
   struct timed *op = (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
-  op->deadline = (struct deadline){-1, DEADLINE_TIMED};
+  op->deadline = (struct deadline){.kind = DEADLINE_TIMED};
   op->seconds = seconds;
   return op;
 }
@@ -271,12 +210,12 @@ void delay_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
   struct timed *op = (struct timed *)lua_touserdata(L, i);
   if (op->pending.task.flags & TASK_EXPIRED) {
-    stop(L, i, op);
+    operation_stop(L, i, op);
     task_settle(L, rt, i, 0);
   } else {
-    push_interruption(L, i);
+    operation_push_interruption(L, i);
     if (task_done(&op->pending.task)) return; /* by a finalizer */
-    stop(L, i, op);
+    operation_stop(L, i, op);
     task_settle_canceled(L, rt, i);
   }
 }
@@ -287,16 +226,29 @@ static int l_delay(lua_State *L) {
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   lua_settop(L, 2);
-  struct scope *s = scope_for(L, 2);
+  struct scope *s = operation_scope(L, 2);
   struct timed *op = operation_new(L, KIND_DELAY, OP_TOKEN, seconds);
   if (s->canceled || (k != NULL && token_canceled(k))) {
-    push_canceled(L, k, 2, s);
+    operation_push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
   } else if (seconds == 0)
     task_settle(L, rt, 3, 0);
   else
-    start(L, 3, op, 2, s);
+    operation_start(L, 3, op, 2, s);
   return 1;
+}
+
+void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
+  struct runtime *rt = runtime(L);
+  deadline_reserve(L, rt);
+  f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
+  f->task.state = TASK_WAITING;
+  if (deaf) f->task.flags |= TASK_DEAF;
+  if (k != NULL) token_link(k, &f->u.nap.link);
+  if (due != HUGE_VAL)
+    deadline_set(rt, &f->u.nap.deadline, now, due);
+  else
+    fiber_let_go(L, f, k);
 }
 
 static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
@@ -308,7 +260,7 @@ static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
     return lua_yieldk(L, 0, 0, sleep_k); /* somebody else has resumed the coroutine: sleep on */
   me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
   if (!(flags & TASK_INTERRUPTED)) return 0;
-  return throw_canceled(L, token_opt(L, 2), 2, me->member.scope);
+  return timer_throw_canceled(L, token_opt(L, 2), 2, me->member.scope);
 }
 
 /* sleep(seconds, token) */
@@ -319,20 +271,13 @@ static int l_sleep(lua_State *L) {
   bool deaf = token_none(L, 2);
   struct fiber *me = (struct fiber *)rt->me;
   if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
-    return throw_canceled(L, k, 2, me->member.scope);
+    return timer_throw_canceled(L, k, 2, me->member.scope);
   if (seconds == 0) return 0;
   me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
-  timer_reserve(L);
-  me->u.nap = (struct nap){.deadline = {-1, DEADLINE_NAP}};
-  me->task.state = TASK_WAITING;
-  if (deaf) me->task.flags |= TASK_DEAF;
-  if (k != NULL) token_link(k, &me->u.nap.link);
-  if (seconds != HUGE_VAL)
-    timer_add(rt, &me->u.nap.deadline, seconds);
-  else
-    fiber_let_go(L, me, k);
+  double now = loop_now(rt);
+  timer_nap(L, me, k, deaf, now, now + seconds);
   return fiber_suspend(L, me, 0, sleep_k);
 }
 
@@ -357,7 +302,7 @@ void wait_op_land(lua_State *L, int i) {
   bool quiet = t->flags & TASK_QUIET, done = task_done(on);
   if (!done) {
     if (t->flags & TASK_INTERRUPTED)
-      push_interruption(L, i);
+      operation_push_interruption(L, i);
     else if (quiet)
       lua_pushboolean(L, 0);
     else {
@@ -371,7 +316,7 @@ void wait_op_land(lua_State *L, int i) {
   if (done) lua_pushboolean(L, 1);
   /* nothing raises from here */
   wait_remove(L, input, &op->wait);
-  stop(L, i, &op->timed);
+  operation_stop(L, i, &op->timed);
   lua_pushnil(L);
   lua_setiuservalue(L, i, OP_INPUT);
   if (done && !quiet) {
@@ -392,12 +337,12 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
   struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT, true);
   struct task *t = &op->timed.pending.task;
-  op->timed.deadline = (struct deadline){-1, DEADLINE_TIMED};
+  op->timed.deadline = (struct deadline){.kind = DEADLINE_TIMED};
   op->timed.seconds = seconds;
   if (quiet) t->flags |= TASK_QUIET;
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 4, OP_INPUT);
-  start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
+  operation_start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
   bool canceled = s->canceled || (k != NULL && token_canceled(k));
   if (canceled) t->flags |= TASK_INTERRUPTED;
   if (canceled || seconds == 0 || !wait_add(L, 1, &op->wait, 4, WAIT_OP)) wait_op_land(L, 4);
@@ -412,7 +357,7 @@ int timer_wait_async(lua_State *L) {
   if (task_done(on))
     lua_settop(L, 1);
   else
-    new_wait(L, scope_for(L, 3), false);
+    new_wait(L, operation_scope(L, 3), false);
   return 1;
 }
 
