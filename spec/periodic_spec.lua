@@ -903,6 +903,18 @@ describe("PeriodicTimer", function()
     timer:dispose()
   end))
 
+  it("is waited for inside a generator made by coflow.coroutine: the task waits", in_task(function(clock)
+    local start, timer, seen = clock:now(), PeriodicTimer(1), {}
+    local ticks = flow.coroutine.wrap(function()
+      while timer:wait_for_next_tick() do flow.coroutine.yield(clock:now() - start) end
+    end)
+    for time in ticks do
+      seen[#seen + 1] = time
+      if time >= 3 then timer:dispose() end
+    end
+    assert.same({ 1.0, 2.0, 3.0 }, seen)
+  end))
+
   it("is refused where Lua cannot yield, and has no waiter then", in_task(function()
     local timer = PeriodicTimer(1)
     raises("InvalidOperation", table.sort, { 1, 2 }, function() return timer:wait_for_next_tick() end)

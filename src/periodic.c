@@ -401,7 +401,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   struct periodic *p = (struct periodic *)lua_touserdata(L, 1);
   uint16_t flags = me->task.flags;
   (void)status, (void)ctx;
-  if (me->co != L || !(flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
+  if (!fiber_on_top(L, rt) || !(flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
     return lua_yieldk(L, 0, 0, wait_k); /* somebody else has resumed the coroutine */
   me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
   clear_waiter(L, 1, p, &me->task);
