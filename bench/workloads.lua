@@ -164,6 +164,28 @@ end
 W.w7_chan_1, W.w7_chan_100 = channel("bounded", 1), channel("bounded", 100)
 W.w7_chan_unb = channel("unbounded")
 
+-- ---- W8: timers
+
+function W.w8_timer_cancel(n)
+  local Timer = flow.Timer
+  local start = measure.now()
+  local _, bytes, timers = keep(n, function(i) return Timer(nothing, 3600 + i % 1000 / 1000) end)
+  for i = 1, n do timers[i]:dispose() end
+  return (measure.now() - start) / n, bytes
+end
+
+function W.w8_timer_fire(n) -- processor time: most of the 100 ms is spent asleep
+  local Timer = flow.Timer
+  local done, left, start = flow.TaskCompletionSource(), n, measure.cpu()
+  local function fire()
+    left = left - 1
+    if left == 0 then done:set_result() end
+  end
+  for i = 1, n do Timer(fire, i * 0.1 / n) end
+  await(done.task)
+  return (measure.cpu() - start) / n
+end
+
 -- ---- W9: memory
 
 function W.w9_mem(n) -- n tasks parked on one completion source

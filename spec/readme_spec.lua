@@ -204,7 +204,7 @@ describe("coflow.meta", function()
     end
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
       "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "ChannelReader",
-      "ChannelWriter" } do
+      "ChannelWriter", "Timer", "PeriodicTimer" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name) end
     end
     table.sort(missing)
@@ -226,6 +226,8 @@ describe("coflow.meta", function()
       CancellationTokenSource = source,
       CancellationToken = source.token,
       CancellationTokenRegistration = flow.CancellationToken.none:register(print),
+      Timer = flow.Timer(print, math.huge),
+      PeriodicTimer = flow.PeriodicTimer(1),
       Channel = channel,
       ChannelReader = channel.reader,
       ChannelWriter = channel.writer,

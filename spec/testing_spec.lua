@@ -123,6 +123,44 @@ describe("testing.run", function()
     assert.is_true(left > 3990 and left < 4000, left)
   end)
 
+  it("keeps the time that Timers, PeriodicTimers and scopes from before have left, and gives it back", function()
+    local periodic, count = flow.PeriodicTimer(1000), 0
+    local timer = flow.Timer(function() count = count + 1 end, 1000, 1000)
+    local tick, left = flow.spawn(periodic.wait_for_next_tick, periodic), nil
+    local gates = { flow.TaskCompletionSource(), flow.TaskCompletionSource() }
+    local limited = flow.spawn(flow.with_timeout, 5000, function()
+      for _, gate in ipairs(gates) do
+        gate.task:await()
+        left = flow.deadline()
+      end
+    end)
+    testing.run(function(clock)
+      flow.sleep(999)
+      assert.equal(0, count)
+      assert.is_false(tick.is_completed)
+      flow.sleep(2)
+      assert.equal(1, count)
+      assert.is_true(tick.result)
+      flow.sleep(1000)
+      assert.equal(2, count)
+      gates[1]:set_result()
+      flow.sleep(0.5)
+      assert.is_true(left > 2990 and left <= 2999, left)
+      assert.is_true(periodic:wait_for_next_tick())
+      assert.equal(2001.5, clock:now()) -- it was pending
+    end)
+    gates[2]:set_result()
+    limited:await()
+    assert.is_true(left > 2990 and left <= 2998.5, left)
+    timer:dispose()
+    tick = periodic:wait_for_next_tick_async()
+    left = flow.loop.timeout()
+    assert.is_true(left > 990 and left <= 998.5, left)
+    periodic:dispose()
+    assert.is_false(tick.result)
+    assert.is_false(flow.loop.is_alive())
+  end)
+
   it("settles what is ready without letting time pass", function()
     testing.run(function(clock)
       local log, note = recorder()
@@ -215,6 +253,25 @@ describe("what a test leaves behind", function()
       line = helper.here(1)
       kept = flow.CancellationTokenSource(10)
     end, "timer 'cancel_after', due in 10.0 s" },
+    ["a Timer"] = { function()
+      line = helper.here(1)
+      kept = flow.Timer(nothing, 10)
+    end, "a Timer, due in 10.0 s" },
+    ["a Timer with a period"] = { function()
+      line = helper.here(1)
+      kept = flow.Timer(nothing, 0, 4)
+      flow.sleep(1)
+    end, "a Timer, due in 3.0 s" },
+    ["a task that a Timer has started"] = { function()
+      line = helper.here(1)
+      kept = flow.Timer(function() flow.sleep(10) end, 1)
+      flow.sleep(2)
+    end, "sleeps" },
+    ["a wait for the tick of a PeriodicTimer"] = { function()
+      local timer = flow.PeriodicTimer(10)
+      line = helper.here(1)
+      kept = timer:wait_for_next_tick_async()
+    end, "timer 'wait_for_next_tick', due in 10.0 s" },
   }
 
   for what, case in pairs(cases) do
@@ -228,6 +285,10 @@ describe("what a test leaves behind", function()
         assert.is_true(kept.is_completed)
         assert.is_true(flow.errors.is(raised(flow.await, kept), kept.is_canceled and "OperationCanceled"
           or "TaskAbandoned"))
+      elseif kept.change then
+        assert.is_true(kept:change(20)) -- still of use
+        assert.is_true(flow.loop.is_alive())
+        kept:dispose()
       else
         assert.is_false(kept.is_cancellation_requested)
         kept:cancel_after(20) -- still of use

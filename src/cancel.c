@@ -190,7 +190,7 @@ static void disarm(lua_State *L, int k) {
   if (lua_getiuservalue(L, k, TOKEN_EXPIRY) == LUA_TUSERDATA) {
     struct timed *e = (struct timed *)lua_touserdata(L, -1);
     struct task *t = &e->pending.task;
-    timer_drop(runtime(L), &e->deadline);
+    deadline_drop(runtime(L), &e->deadline);
     if (!(t->flags & TASK_LINKED)) task_forget(L, t);
     t->state = TASK_CANCELED; /* should it be on the ready list, it does nothing there */
     lua_pushnil(L);
@@ -789,15 +789,15 @@ static void arm(lua_State *L, int k, double seconds) {
     return;
   }
   struct timed *e = (struct timed *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN, false);
-  e->deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
+  e->deadline = (struct deadline){.kind = DEADLINE_TIMED};
   disarm(L, k);
-  timer_reserve(L);
+  deadline_reserve(L, runtime(L));
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, OP_TOKEN);
   task_hold(L, -1, &e->pending.task);
   testing_born(L, runtime(L), e->pending.task.slot);
   lua_setiuservalue(L, k, TOKEN_EXPIRY);
-  timer_add(runtime(L), &e->deadline, seconds);
+  deadline_add(runtime(L), &e->deadline, seconds);
   count_arm(L, (struct token *)lua_touserdata(L, k), 1);
 }
 

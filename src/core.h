@@ -70,11 +70,14 @@ enum tag {
   TAG_COROUTINE = 0xC0F11200,
   TAG_CHANNEL = 0xC0F11300,
   TAG_READER = 0xC0F11400, /* the halves of a channel */
-  TAG_WRITER = 0xC0F11500
+  TAG_WRITER = 0xC0F11500,
+  TAG_TIMER = 0xC0F11600,
+  TAG_PERIODIC = 0xC0F11700,
+  TAG_ORIGIN = 0xC0F11800
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_WRITER)
+#define TAG_LAST TAG_CLASS(TAG_ORIGIN)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -89,6 +92,8 @@ enum task_kind {
   KIND_IDLE,   /* complete once the loop has nothing to do: for tests */
   KIND_QUEUED, /* it waits in a queue of waiters (waiter.c) */
   KIND_SELECT, /* … in several, and for tasks, whichever comes first (channel.c) */
+  KIND_PERIOD, /* wait_for_next_tick_async */
+  KIND_TICK,   /* of a Timer; no object of Lua's */
   KIND_COUNT
 };
 
@@ -161,11 +166,19 @@ struct member {
   struct scope *scope; /* NULL: of an operation that is not in flight */
 };
 
-enum deadline_kind { DEADLINE_NAP, DEADLINE_TIMED, DEADLINE_SCOPE, DEADLINE_CLAUSE };
+enum deadline_kind {
+  DEADLINE_NAP,
+  DEADLINE_TIMED,
+  DEADLINE_SCOPE,
+  DEADLINE_TIMER,
+  DEADLINE_CLAUSE /* never set */
+};
 struct deadline {
-  int32_t index;     /* in the heap of timer.c, or -1 */
-  uint32_t kind : 4; /* what it is part of: a fiber, a struct timed, a scope, a struct clause */
-  uint32_t pos : 28; /* of a waiter in a queue: where its holder holds it (waiter.c), or 0 */
+  uint32_t index : 26; /* of its node (deadline.c); 0: none */
+  uint32_t kind : 3;   /* what it is part of: a fiber, a struct timed, a scope, a Timer, a clause */
+  uint32_t queued : 1; /* of a Timer (periodic.c): a tick of it is on the ready list … */
+  uint32_t ticked : 1; /* … and has not been taken back */
+  uint32_t closed : 1; /* it has been disposed */
 };
 
 /* What is special about a fiber. Of nearly all no bit is set. */
@@ -215,6 +228,7 @@ struct nap {
   struct link link;
   void *none;
   struct deadline deadline;
+  uint32_t pos; /* in a queue: where its holder holds it (waiter.c); else 0 */
 };
 
 struct fiber {
@@ -340,24 +354,22 @@ enum runtime_uservalue {
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
-  RUNTIME_WEAK,   /* address -> operation that may die while parked, or token of a scope; weak */
-  RUNTIME_TOKENS, /* task -> { address of a scope of its = token }, weak keys */
-  RUNTIME_PLANS,  /* task -> its plan (schedule.c), weak keys */
-  RUNTIME_HANDED, /* slot -> task in the hands of a scheduler or context, weak values */
-  RUNTIME_HAND,   /* the function that hands a task over */
+  RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
+                  ** made in a scope (periodic.c) */
+  RUNTIME_TOKENS,     /* task -> { address of a scope of its = token }, weak keys */
+  RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
+  RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
+  RUNTIME_HAND,       /* the function that hands a task over */
   RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
   RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
-  RUNTIME_UV_COUNT = RUNTIME_BEFORE
-};
-
-struct timer_entry {
-  double due;
-  uint64_t order;
-  struct deadline *deadline;
+  RUNTIME_TIMERS,     /* index of a deadline -> the armed Timer that it is part of, or false */
+  RUNTIME_ORIGIN,     /* the last origin of Timers without a context (periodic.c) */
+  RUNTIME_SPARE,      /* a blank fiber for the next tick of a Timer, or nil */
+  RUNTIME_UV_COUNT = RUNTIME_SPARE
 };
 
 enum clock {
@@ -367,6 +379,7 @@ enum clock {
 };
 
 enum { LABEL_CACHE = 64 };
+#define LABEL_NOBODY 0xFFFFFF /* label of a fiber to which nobody has a reference (fiber_hold) */
 struct label_cache {
   int line;
   uint32_t label;
@@ -405,12 +418,13 @@ struct runtime {
   int spare_count[2];
   uint8_t marks; /* given to them */
 
-  struct timer_entry *timers;
-  size_t timer_count, timer_size;
-  uint64_t timer_order;
+  struct deadlines *deadlines; /* NULL until one is set */
+  struct scope *origin;        /* the scope of RUNTIME_ORIGIN */
+  struct task *idle_ticks;     /* memory for ticks of Timers */
 
   /* What a test changes (testing.c): the source of time, of choice, and that births are noted. */
   enum clock clock;
+  double shifted; /* how far deadlines have been moved since the start (timer_shift) */
   double virtual_now;
   double quiet;     /* real seconds for which what may wait for ever holds a jumping clock back */
   unsigned patient; /* requests in flight that may wait for ever: those of sockets and pipes */
@@ -560,6 +574,12 @@ int scope_throw(lua_State *L, struct scope *s);
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
                         struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
+struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments,
+                        struct scope *s); /* [-(n+2), +1, m] the same, of the blank one on top */
+struct fiber *fiber_blank(lua_State *L);  /* [-0, +1, m] */
+bool fiber_reuse(
+    lua_State *L,
+    int i); /* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
 void fiber_close(lua_State *L, struct runtime *rt,
                  struct fiber *f); /* [-0, +0, -] an abandoned one */
@@ -808,14 +828,43 @@ int schedule_await(lua_State *L,
                    lua_CFunction f); /* the operation f on the configured task at index 1 */
 void schedule_open(lua_State *L);
 
-/* ---- timer.c: deadlines, delay, sleep, wait_async ---- */
+/* ---- deadline.c: what waits for a time, in order ---- */
 
-void timer_reserve(lua_State *L); /* [-0, +0, m] room for one more */
-double timer_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
-void timer_drop(struct runtime *rt, struct deadline *d);
+uint32_t deadline_reserve(
+    lua_State *L,
+    struct runtime *rt); /* [-0, +0, m] room for one more; the index that it will get */
+double deadline_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
+void deadline_set(struct runtime *rt, struct deadline *d, double now, double due);
+void deadline_move(struct runtime *rt, struct deadline *d,
+                   double due); /* one that is set, as if set now */
+void deadline_drop(struct runtime *rt, struct deadline *d);
+void deadline_rest(struct runtime *rt,
+                   struct deadline *d); /* not set any more, but it keeps its index */
+bool deadline_rests(const struct runtime *rt, const struct deadline *d);
+bool deadline_any(const struct runtime *rt);
+static inline bool deadline_is_set(const struct deadline *d) { /* or rests */
+  return d->index != 0;
+}
+double deadline_due(const struct runtime *rt, const struct deadline *d);
+struct deadline *deadline_first(struct runtime *rt,
+                                double now); /* of what is due by now, or NULL */
+double
+deadline_next(const struct runtime *rt); /* when the first one is due, found by a look at some */
+double deadline_look(
+    const struct runtime *rt); /* a time, not after that, at which to look: found at once */
+void deadline_shift(struct runtime *rt, double from,
+                    double to); /* the clock goes from … to …: all have the same time left */
+bool deadline_trim(lua_State *L, struct runtime *rt); /* gives memory back if none is set */
+void deadline_close(lua_State *L, struct runtime *rt);
+
+/* ---- timer.c: delay, sleep, wait_async; interruption ---- */
+
 void timer_fire_due(lua_State *L,
                     struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
-void timer_shift(struct runtime *rt, double seconds); /* moves all deadlines: the clock changes */
+void timer_shift(struct runtime *rt, double from,
+                 double to); /* moves all deadlines: the clock changes */
+/* [-0, +0, m] the fiber sleeps until then, or until the token k (or NULL) or its scope, unless deaf to it */
+void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due);
 void delay_land(lua_State *L, int i);
 void wait_op_fire(lua_State *L, struct runtime *rt,
                   int i); /* [-0, +0, -] what the operation at i awaited is complete */
@@ -830,6 +879,8 @@ void pending_hold(lua_State *L, struct pending *p,
 bool operation_cancel(lua_State *L, int i,
                       int reason); /* [-0, +0, m] the operation at i, by hand */
 /* What all operations share. k: index of the token that it was given, or of nil. */
+struct timed *operation_new(lua_State *L, int kind, int uservalues,
+                            double seconds);        /* [-0, +1, m] */
 struct scope *operation_scope(lua_State *L, int k); /* [-0, +0, m] that of a new one */
 void operation_start(lua_State *L, int i, struct timed *op, int k,
                      struct scope *s);                      /* [-0, +0, m] in flight */
@@ -841,6 +892,20 @@ int operation_throw_canceled(lua_State *L, struct token *token, int k, struct sc
 void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
 void timer_open(lua_State *L);
 
+/* ---- periodic.c: Timer and PeriodicTimer ---- */
+
+void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d,
+                   double now); /* [-0, +0, m] a Timer is due */
+void periodic_land(lua_State *L, struct runtime *rt, struct task *tick); /* [-0, +0, m] */
+void periodic_wait_land(lua_State *L, int i);
+bool periodic_push_armed(lua_State *L, struct runtime *rt, uint32_t index,
+                         double *due); /* [-0, +1, -] the Timer whose deadline has that index, if it
+                                       ** will start a task; false: [-0, +0] */
+void periodic_disarm(lua_State *L, int i); /* [-0, +0, -] the Timer at i */
+void periodic_close(lua_State *L, struct runtime *rt);
+void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
+void periodic_open(lua_State *L);
+
 /* ---- waiter.c: queues of waiters under channels, semaphores, events; the contract is there ---- */
 
 enum waiter_end { WAITER_GRANTED, WAITER_EXPIRED, WAITER_STRAY };
@@ -851,7 +916,7 @@ static inline void holder_drop(struct link *q) { /* in the finalizer of the hold
 }
 static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
-  return n->deadline.kind == DEADLINE_NAP ? NULL : container_of(n, struct clause, u.nap);
+  return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
 int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
                 lua_KFunction k);                                 /* suspends the running fiber */
@@ -937,12 +1002,18 @@ void loop_open(lua_State *L);
 
 void testing_choose(struct runtime *rt); /* moves any ready task to the front */
 uint64_t testing_random(struct runtime *rt);
-/* A fiber or an operation in flight that may outlive its test says so when it has its slot: notes the line
-** that makes it. Creates nothing and raises nothing. */
-void testing_note(lua_State *L, struct runtime *rt, int slot); /* [-0, +0, -] */
+/* A fiber or an operation in flight that may outlive its test says so when it has its slot, and a Timer when it
+** is armed, by the index of its deadline: notes the line that makes it. Creates nothing and raises nothing. */
+enum birth { BIRTH_SLOT, BIRTH_TIMER, BIRTH_COUNT };
+void testing_note(lua_State *L, struct runtime *rt, enum birth of, size_t at); /* [-0, +0, -] */
 static inline void testing_born(lua_State *L, struct runtime *rt, int slot) {
-  if (rt->births != NULL) testing_note(L, rt, slot);
+  if (rt->births != NULL) testing_note(L, rt, BIRTH_SLOT, (size_t)slot);
 }
+static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t index) {
+  if (rt->births != NULL) testing_note(L, rt, BIRTH_TIMER, index);
+}
+/* [-0, +0, -] the task with that slot was made by the Timer whose deadline has that index */
+void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
 void testing_land(lua_State *L, int i);
 void testing_open(lua_State *L);

@@ -149,6 +149,7 @@ bool fiber_push_awaited(lua_State *L, struct fiber *f) {
 void fiber_hold(lua_State *L, int i, struct fiber *f) {
   if (f->task.flags & TASK_HELD || f->co == NULL) return;
   i = lua_absindex(L, i);
+  if (f->task.label == LABEL_NOBODY) f->task.label = 0;
   lua_pushthread(f->co);
   if (f->co != L) lua_xmove(f->co, L, 1);
   lua_setiuservalue(L, i, TASK_RESULT);
@@ -208,7 +209,11 @@ void fiber_label(lua_State *L, int i) {
 /* A task that ends must not keep what its function refers to, but tell its name: a function without
 ** upvalues, save the globals, is kept instead of a label, which costs less. */
 static void keep_name(lua_State *L, struct task *t) {
-  if (t->label != 0 || !lua_isfunction(L, BODY_LABEL)) return;
+  if (t->label != 0) {
+    if (t->label != LABEL_NOBODY || t->state == TASK_SUCCEEDED) return;
+    t->label = 0; /* an error is to be reported */
+  }
+  if (!lua_isfunction(L, BODY_LABEL)) return;
   bool plain = lua_getupvalue(L, BODY_LABEL, 1) == NULL;
   if (!plain) lua_pop(L, 1);
   lua_pushvalue(L, BODY_LABEL);
@@ -250,9 +255,22 @@ static int fiber_main(lua_State *L) {
   return finish(L, rt, f, status);
 }
 
-struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
-  struct fiber *f = (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof *f, 3);
+struct fiber *fiber_blank(lua_State *L) {
+  return (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof(struct fiber), 3);
+}
 
+bool fiber_reuse(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  if (f->task.state != TASK_SUCCEEDED || f->task.flags & TASK_HELD || f->task.traits) return false;
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, TASK_RESULT);
+  *f = (struct fiber){.task = {.tag = f->task.tag}};
+  return true;
+}
+
+/* [-(n+2), +1, m] gives the blank fiber on top a coroutine, with the function and arguments below it */
+static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *f, int arguments,
+                                struct scope *s) {
   while (rt->idle_count == 0 || !is_idle(rt->idle[rt->idle_count - 1].co))
     if (rt->idle_count == 0)
       idle_grow(L, rt);
@@ -276,6 +294,15 @@ struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct 
   lua_pushvalue(co, 3);
   lua_xmove(L, co, arguments + 1);
   return f;
+}
+
+struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
+  struct fiber *f = (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof *f, 3);
+  return fit(L, rt, f, arguments, s);
+}
+
+struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
+  return fit(L, rt, (struct fiber *)lua_touserdata(L, -1), arguments, s);
 }
 
 /* ---- running ---- */
@@ -629,7 +656,7 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   if (t->state == TASK_WAITING &&
       fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
     waiter_leave(L, f);
-    timer_drop(rt, &f->u.nap.deadline);
+    deadline_drop(rt, &f->u.nap.deadline);
   }
   if (t->traits & TRAIT_HANDED) t->flags &= (uint16_t)~TASK_LINKED; /* it is on no list */
   t->flags |= TASK_ABANDONED;
@@ -682,7 +709,7 @@ static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   f->task.state = TASK_QUEUED;
   if (fiber_naps(f)) {
     waiter_leave(L, f);
-    timer_drop(rt, &f->u.nap.deadline);
+    deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
   lua_pushnil(L); /* what it awaits may be gone soon: it was on that stack */

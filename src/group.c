@@ -195,7 +195,7 @@ static int l_stop(lua_State *L) {
   struct group *g = check_group(L);
   lua_settop(L, 1);
   if (g->stopping || g->ended) return 0;
-  if (g->grace > 0) timer_reserve(L);
+  if (g->grace > 0) deadline_reserve(L, runtime(L));
   g->stopping = true;
   if (lua_getiuservalue(L, 1, GROUP_STOPPING) != LUA_TNIL) task_settle(L, rt, 2, 0);
   if (g->grace > 0)

@@ -70,6 +70,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_IDLE: testing_land(L, i); break;
     case KIND_QUEUED:
     case KIND_SELECT: waiter_land(L, i); break;
+    case KIND_PERIOD: periodic_wait_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
@@ -100,9 +101,12 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 static void run_one(lua_State *L, struct runtime *rt) {
   struct task *t = rt->ready;
   loop_unready(rt, t);
-  if (!task_is(t, KIND_FIBER))
-    land(L, t);
-  else if (t->flags & TASK_ABANDONED)
+  if (!task_is(t, KIND_FIBER)) {
+    if (task_is(t, KIND_TICK))
+      periodic_land(L, rt, t);
+    else
+      land(L, t);
+  } else if (t->flags & TASK_ABANDONED)
     fiber_close(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
     schedule_run(L, rt, (struct fiber *)t);
@@ -175,7 +179,7 @@ static bool outside_alive(struct runtime *rt) {
 
 /* something may still happen that nobody here has to do */
 static bool is_alive(struct runtime *rt) {
-  return rt->ready != NULL || rt->timer_count > 0 || outside_alive(rt);
+  return rt->ready != NULL || deadline_any(rt) || outside_alive(rt);
 }
 
 static void arm(struct runtime *rt, double seconds) {
@@ -191,8 +195,8 @@ static void run_uv(struct runtime *rt, uv_run_mode mode) {
 }
 
 static void poll(struct runtime *rt, bool wait) {
-  if (wait && rt->timer_count > 0 && rt->clock == CLOCK_REAL) {
-    double due = rt->timers[0].due;
+  if (wait && deadline_any(rt) && rt->clock == CLOCK_REAL) {
+    double due = deadline_look(rt);
     if (!rt->timer_armed || rt->timer_due != due) {
       arm(rt, due - loop_now(rt));
       rt->timer_due = due;
@@ -249,13 +253,13 @@ static void pass_virtual_time(struct runtime *rt) {
     rt->idlers = t->next;
     t->flags &= (uint16_t)~TASK_LINKED;
     loop_ready(rt, t);
-  } else if (rt->timers[0].due > rt->virtual_now)
-    rt->virtual_now = rt->timers[0].due;
+  } else
+    rt->virtual_now = fmax(rt->virtual_now, deadline_next(rt));
 }
 
 /* nothing is ready: let time pass. False when nothing can ever happen. */
 static bool pass_time(struct runtime *rt) {
-  if (rt->idlers != NULL || (rt->clock == CLOCK_JUMPING && rt->timer_count > 0)) {
+  if (rt->idlers != NULL || (rt->clock == CLOCK_JUMPING && deadline_any(rt))) {
     if (is_idle(rt)) pass_virtual_time(rt);
     return true;
   }
@@ -297,6 +301,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
     double now = (double)uv_hrtime() / 1e9;
     if (now - rt->last_trim > TRIM_SECONDS) {
       fiber_trim(L);
+      periodic_trim(L, rt);
       rt->last_trim = now;
     }
     if (!pass_time(rt)) return DRIVE_DEAD;
@@ -340,9 +345,9 @@ void loop_push_wait(lua_State *L, int i) {
   else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
     task_push_name(L, -1);
     what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
-  } else if (fiber_naps(f) && f->u.nap.deadline.pos != 0 && waiter_push_name(L, f))
+  } else if (fiber_naps(f) && f->u.nap.pos != 0 && waiter_push_name(L, f))
     what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
-  else if (fiber_naps(f) && f->u.nap.deadline.index >= 0)
+  else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
     what = "sleeps";
   if (f->co != NULL && f->task.flags & TASK_STARTED) {
     fiber_push_place(L, f);
@@ -458,12 +463,12 @@ int loop_run(lua_State *L) {
     case DRIVE_DEAD:
       root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
       push_report(L);
-      if (rt->clock == CLOCK_HELD && rt->timer_count > 0)
+      if (rt->clock == CLOCK_HELD && deadline_any(rt))
         return error_throw(
             L, ERROR_OPERATION,
             "deadlock: no task is ready, and the fake clock never advances: it stands at "
             "%f, the next deadline is at %f%s",
-            (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)rt->timers[0].due,
+            (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)deadline_next(rt),
             lua_tostring(L, -1));
       return error_throw(
           L, ERROR_OPERATION,
@@ -493,11 +498,11 @@ void loop_close(lua_State *L, struct runtime *rt) {
     uv_loop_close(&rt->loop);
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
-  alloc(ud, rt->timers, rt->timer_size * sizeof *rt->timers, 0);
   testing_forget(L, rt);
+  periodic_close(L, rt);
+  deadline_close(L, rt);
   rt->idle = NULL;
-  rt->timers = NULL;
-  rt->timer_count = rt->idle_count = 0;
+  rt->idle_count = 0;
 }
 
 /* ---- Lua face ---- */
@@ -544,10 +549,10 @@ static int l_loop_timeout(lua_State *L) {
   double now = loop_now(rt);
   if (rt->ready != NULL)
     lua_pushnumber(L, 0);
-  else if (rt->timer_count == 0)
+  else if (!deadline_any(rt))
     lua_pushnil(L);
   else
-    lua_pushnumber(L, rt->timers[0].due > now ? rt->timers[0].due - now : 0);
+    lua_pushnumber(L, fmax(deadline_next(rt) - now, 0));
   return 1;
 }
 

@@ -327,6 +327,7 @@ static int open_all(lua_State *L) {
   schedule_open(L);
   channel_open(L);
   select_open(L);
+  periodic_open(L);
   loop_open(L);
   coroutine_open(L);
   testing_open(L);
@@ -363,6 +364,7 @@ static void runtime_new(lua_State *L) {
   runtime_table(L, RUNTIME_PLANS, "k");
   runtime_table(L, RUNTIME_HANDED, "v");
   runtime_table(L, RUNTIME_COROUTINES, "k");
+  runtime_table(L, RUNTIME_TIMERS, NULL);
   lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
   for (lua_Integer class = 1; class <= TAG_LAST;
        class ++) { /* no free slot; room for the metatables */

@@ -102,7 +102,7 @@ static struct scope *scope_new(lua_State *L, struct runtime *rt, enum scope_kind
   link_init(&s->members);
   s->outer = NULL;
   s->due = HUGE_VAL;
-  s->deadline = (struct deadline){.index = -1, .kind = DEADLINE_SCOPE};
+  s->deadline = (struct deadline){.kind = DEADLINE_SCOPE};
   s->kind = (uint8_t)kind;
   return s;
 }
@@ -201,12 +201,14 @@ struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f) {
   return s;
 }
 
-/* [-0, +0, m] a scope of the running task, within the one that it is in */
-static struct scope *scope_open(lua_State *L, struct runtime *rt, enum scope_kind kind,
-                                size_t size) {
+/* [-0, +0, m] a scope of the running task, within the one that it is in; `timed`: with room for a deadline */
+static struct scope *scope_open(lua_State *L, struct runtime *rt, enum scope_kind kind, size_t size,
+                                bool timed) {
   struct fiber *me = (struct fiber *)rt->me;
   if (scope_own(L, rt, me) == rt->root) luaL_error(L, "the task has ended");
   struct scope *s = scope_new(L, rt, kind, size), *outer = me->member.scope;
+  if (timed)
+    deadline_reserve(L, rt); /* here: a finalizer may have used the room that was there before */
   s->outer = outer;
   outer->refs++;
   s->base = outer->base;
@@ -229,7 +231,7 @@ static bool push_known_token(lua_State *L, const struct scope *s) {
 /* [-0, +0, -] what goes on in s is under the scope above it only */
 static void end(lua_State *L, struct runtime *rt, struct scope *s) {
   s->owner = NULL;
-  timer_drop(rt, &s->deadline);
+  deadline_drop(rt, &s->deadline);
   s->due = HUGE_VAL;
   if (s->token != NULL &&
       !s->closed) { /* left open in a coroutine: what it is linked to lets it go */
@@ -496,11 +498,10 @@ struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, 
                           double seconds) {
   struct runtime *rt = runtime(L);
   check_inside(L, what);
-  if (seconds != HUGE_VAL) timer_reserve(L);
-  struct scope *s = scope_open(L, rt, kind, size);
+  struct scope *s = scope_open(L, rt, kind, size, seconds != HUGE_VAL);
   if (seconds != HUGE_VAL) {
     s->seconds = seconds;
-    s->due = timer_add(rt, &s->deadline, seconds);
+    s->due = deadline_add(rt, &s->deadline, seconds);
     s->armed = true;
   }
   scope_push(L, s);
@@ -574,8 +575,8 @@ static int l_open_linked(lua_State *L) {
 
 void scope_arm(lua_State *L, struct scope *s, double seconds) {
   if (s->owner == NULL || s->due != HUGE_VAL || seconds == HUGE_VAL) return;
-  timer_reserve(L);
-  s->due = timer_add(runtime(L), &s->deadline, seconds);
+  deadline_reserve(L, runtime(L));
+  s->due = deadline_add(runtime(L), &s->deadline, seconds);
   scope_set_armed(L, s, true);
 }
 

@@ -350,9 +350,20 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 }
 
 void task_push_name(lua_State *L, int i) {
-  static const char *const kinds[KIND_COUNT] = {"task",     "promise",  "delay",     "wait_async",
-                                                "when_all", "when_any", "when_each", "cancel_after",
-                                                "scope",    "idle",     "operation", "select"};
+  static const char *const kinds[KIND_COUNT] = {"task",
+                                                "promise",
+                                                "delay",
+                                                "wait_async",
+                                                "when_all",
+                                                "when_any",
+                                                "when_each",
+                                                "cancel_after",
+                                                "scope",
+                                                "idle",
+                                                "operation",
+                                                "select",
+                                                "wait_for_next_tick",
+                                                "tick"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
@@ -511,7 +522,7 @@ static int l_operation_gc(lua_State *L) {
   if (t == NULL || t->slot == 0 || runtime(L)->closed) return 0;
   if (lua_rawgeti(L, UP_ANCHORS, t->slot) == LUA_TUSERDATA) return 0; /* held: called by hand */
   bool queued = waiter_is_queued(t);
-  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY) || queued) {
+  if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY) || task_is(t, KIND_PERIOD) || queued) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) return 0; /* the same */
     if (queued) waiter_withdraw(L, 1);

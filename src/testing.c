@@ -8,16 +8,17 @@
 ** - with a seed, any of the first WINDOW ready tasks comes next, and equal deadlines fire in any order.
 **   Nothing but the seed decides: no address, no hash, no real clock. Nobody starves: the first of the
 **   list is passed over PATIENCE times at most.
-** - rt->births knows where each fiber, and each operation that may outlive the test, was made. What is in
-**   it and still waits in the end is what the test has left behind. It is an array over the slots of the
-**   anchors, so it grows with what is there at a time, not with what there ever was; and no object of Lua's,
-**   so that noting a birth creates nothing and may happen in the middle of making a task.
+** - rt->births knows where each fiber, and each operation that may outlive the test, was made, and each Timer
+**   was armed. What is in it and still waits in the end is what the test has left behind. It is an array over
+**   the slots of the anchors, and for Timers one over the indices of deadlines, so it grows with what is there
+**   at a time, not with what there ever was; and no object of Lua's, so that noting a birth creates nothing
+**   and may happen in the middle of making a task.
 **
 ** With no test running this costs one untaken branch for each slice of ready tasks, each fiber made and
 ** each deadline set.
 **
 ** Invariants: a task in the list of idlers is held by its anchor and flagged TASK_LINKED.
-**             births.slots[slot] is of the last fiber or operation in that slot that said so, or 0.
+**             births.of[…][i] is of the last one with that slot, or index, that said so, or 0.
 **
 ** Source:    splitmix64 (Steele, Lea, Flood 2014); autojump clock and leak checks: trio.
 ** SPDX-License-Identifier: MIT
@@ -68,8 +69,8 @@ struct place {
 struct births {
   const char *library; /* how the names of the library's own files begin, which are no places */
   size_t library_length;
-  uint32_t *slots; /* slot -> number of its place, from 1 on; 0: from before the test */
-  size_t slot_size;
+  uint32_t *of[BIRTH_COUNT]; /* -> number of its place, from 1 on; 0: from before the test */
+  size_t sizes[BIRTH_COUNT];
   struct place *places;
   uint32_t place_count, place_size;
   uint32_t heads[HEADS]; /* of the lists of places */
@@ -109,25 +110,38 @@ static uint32_t find_place(lua_State *L, struct births *b) {
   return *head = b->place_count;
 }
 
+/* the number of its place, or 0 */
+static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
+  return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
+}
+
 /* What has no place, or no memory to note it, is not missed when it is left. */
-void testing_note(lua_State *L, struct runtime *rt, int slot) {
-  struct births *b = rt->births;
-  if ((size_t)slot >= b->slot_size) {
-    size_t old = b->slot_size, size = old * 2 > (size_t)slot ? old * 2 : (size_t)slot + 64;
-    uint32_t *slots = (uint32_t *)resize(L, b->slots, old * sizeof *slots, size * sizeof *slots);
-    if (slots == NULL) return;
-    memset(slots + old, 0, (size - old) * sizeof *slots);
-    b->slots = slots;
-    b->slot_size = size;
+static void note(lua_State *L, struct births *b, enum birth of, size_t at, uint32_t place) {
+  if (at >= b->sizes[of]) {
+    size_t old = b->sizes[of], size = old * 2 > at ? old * 2 : at + 64;
+    uint32_t *list = (uint32_t *)resize(L, b->of[of], old * sizeof *list, size * sizeof *list);
+    if (list == NULL) return;
+    memset(list + old, 0, (size - old) * sizeof *list);
+    b->of[of] = list;
+    b->sizes[of] = size;
   }
-  b->slots[slot] = find_place(L, b);
+  b->of[of][at] = place;
+}
+
+void testing_note(lua_State *L, struct runtime *rt, enum birth of, size_t at) {
+  note(L, rt->births, of, at, find_place(L, rt->births));
+}
+
+void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot) {
+  note(L, rt->births, BIRTH_SLOT, (size_t)slot, born_at(rt->births, BIRTH_TIMER, index));
 }
 
 void testing_forget(lua_State *L, struct runtime *rt) {
   struct births *b = rt->births;
   if (b == NULL) return;
   rt->births = NULL;
-  resize(L, b->slots, b->slot_size * sizeof *b->slots, 0);
+  for (int of = 0; of < BIRTH_COUNT; of++)
+    resize(L, b->of[of], b->sizes[of] * sizeof *b->of[of], 0);
   resize(L, b->places, b->place_size * sizeof *b->places, 0);
   resize(L, b, sizeof *b, 0);
 }
@@ -137,18 +151,17 @@ void testing_forget(lua_State *L, struct runtime *rt) {
 /* the deadline of an operation that has one armed, or NULL */
 static const struct deadline *deadline_of(const struct task *t) {
   if (!task_is(t, KIND_DELAY) && !task_is(t, KIND_WAIT) && !task_is(t, KIND_EXPIRY) &&
-      !waiter_is_queued(t))
+      !task_is(t, KIND_PERIOD) && !waiter_is_queued(t))
     return NULL;
   const struct deadline *d = &((const struct timed *)(const void *)t)->deadline;
-  return d->index >= 0 ? d : NULL;
+  return deadline_is_set(d) ? d : NULL;
 }
 
 /* [-0, +0 or +1, -] the task in that slot, if the running test has left it: a function that was started,
 ** or an operation with its deadline armed */
 static struct task *push_left(lua_State *L, lua_Integer slot) {
   struct runtime *rt = runtime(L);
-  struct births *b = rt->births;
-  if (b == NULL || (size_t)slot >= b->slot_size || b->slots[slot] == 0) return NULL;
+  if (born_at(rt->births, BIRTH_SLOT, (size_t)slot) == 0) return NULL;
   int type = lua_rawgeti(L, UP_ANCHORS, slot);
   struct task *t = (struct task *)lua_touserdata(L, -1);
   if (type == LUA_TLIGHTUSERDATA && task_is(t, KIND_FIBER)) { /* parked */
@@ -166,9 +179,21 @@ static struct task *push_left(lua_State *L, lua_Integer slot) {
   return NULL;
 }
 
+/* [-0, +0 or +1, -] the armed Timer with that index, if the running test has left it */
+static bool push_left_timer(lua_State *L, uint32_t index, double *due) {
+  struct runtime *rt = runtime(L);
+  return born_at(rt->births, BIRTH_TIMER, index) != 0 && periodic_push_armed(L, rt, index, due);
+}
+
+/* no index of a Timer is as great, or 0 */
+static uint32_t timer_end(const struct runtime *rt) {
+  return rt->births ? (uint32_t)rt->births->sizes[BIRTH_TIMER] : 0;
+}
+
 /* [-0, +0, -] tasks on the ready list are held themselves from now on, so that push_left finds them */
 static void hold_ready(lua_State *L, struct runtime *rt) {
   for (struct task *t = rt->ready; t != NULL; t = t->next) {
+    if (task_is(t, KIND_TICK)) continue; /* no object of Lua's */
     task_push(L, t);
     lua_pop(L, 1);
   }
@@ -248,7 +273,7 @@ static int l_begin(lua_State *L) {
   rt->births = b;
   lua_settop(L, 6);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
-  timer_shift(rt, start - loop_now(rt)); /* deadlines from before have the same time left */
+  timer_shift(rt, loop_now(rt), start); /* deadlines from before have the same time left */
   rt->clock = lua_toboolean(L, 1) ? CLOCK_JUMPING : CLOCK_HELD;
   rt->virtual_now = start;
   rt->quiet = quiet;
@@ -263,7 +288,7 @@ static int l_finish(lua_State *L) {
   struct runtime *rt = runtime(L);
   rt->clock = CLOCK_REAL;
   rt->seeded = false;
-  timer_shift(rt, loop_now(rt) - rt->virtual_now);
+  timer_shift(rt, rt->virtual_now, loop_now(rt));
   testing_forget(L, rt);
   lua_pushnil(L);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
@@ -274,8 +299,8 @@ static int l_finish(lua_State *L) {
 static int l_step(lua_State *L) {
   struct runtime *rt = runtime(L);
   double to = luaL_checknumber(L, 1);
-  bool due = rt->timer_count > 0 && rt->timers[0].due <= to;
-  if (due) to = rt->timers[0].due;
+  bool due = deadline_any(rt) && deadline_next(rt) <= to;
+  if (due) to = deadline_next(rt);
   if (to > rt->virtual_now) rt->virtual_now = to;
   lua_pushboolean(L, due);
   return 1;
@@ -301,6 +326,12 @@ static int l_settle(lua_State *L) {
   return status == LUA_OK ? 0 : lua_error(L);
 }
 
+/* [-0, +1, m] "file:line", of one that has a place */
+static void push_place(lua_State *L, const struct births *b, enum birth of, size_t at) {
+  const struct place *p = &b->places[born_at(b, of, at) - 1];
+  lua_pushfstring(L, "%s:%d", p->source, p->line);
+}
+
 /* left() -> a list of what the test has left behind, in words */
 static int l_left(lua_State *L) {
   struct runtime *rt = runtime(L);
@@ -313,16 +344,23 @@ static int l_left(lua_State *L) {
   for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 2)) {
     struct task *t = push_left(L, slot);
     if (t == NULL) continue;
-    const struct place *p = &rt->births->places[rt->births->slots[slot] - 1];
-    lua_pushfstring(L, "%s:%d", p->source, p->line);
+    push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
     task_push_name(L, 3); /* list before task place name */
     if (task_is(t, KIND_FIBER)) {
       loop_push_wait(L, 3);
       lua_pushfstring(L, "task '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
     } else
       lua_pushfstring(L, "timer '%s', due in %f s", lua_tostring(L, -1),
-                      (LUAI_UACNUMBER)(rt->timers[deadline_of(t)->index].due - rt->virtual_now));
+                      (LUAI_UACNUMBER)(deadline_due(rt, deadline_of(t)) - rt->virtual_now));
     lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 4));
+    lua_rawseti(L, 1, ++count);
+  }
+  double due;
+  for (uint32_t index = 1; index < timer_end(rt); index++, lua_settop(L, 2)) {
+    if (!push_left_timer(L, index, &due)) continue;
+    push_place(L, rt->births, BIRTH_TIMER, index);
+    lua_pushfstring(L, "a Timer, due in %f s, made at %s", (LUAI_UACNUMBER)(due - rt->virtual_now),
+                    lua_tostring(L, -1));
     lua_rawseti(L, 1, ++count);
   }
   struct handles list = list_handles(L);
@@ -335,7 +373,8 @@ static int l_left(lua_State *L) {
   return 1;
 }
 
-/* give_up(): tasks that are left are closed on a later turn; what the others wait for is canceled */
+/* give_up(): tasks that are left are closed on a later turn; what the others wait for is canceled, Timers
+** are disarmed */
 static int l_give_up(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_settop(L, 0);
@@ -353,6 +392,9 @@ static int l_give_up(lua_State *L) {
     else
       operation_cancel(L, 2, 1);
   }
+  double due;
+  for (uint32_t index = 1; index < timer_end(rt); index++, lua_settop(L, 1))
+    if (push_left_timer(L, index, &due)) periodic_disarm(L, -1);
   while (rt->idlers != NULL) {
     struct task *t = rt->idlers;
     rt->idlers = t->next;

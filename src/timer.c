@@ -1,93 +1,34 @@
 /*
-** timer.c - deadlines, ordered by due time and driven by the loop; delay, sleep and wait_async.
+** timer.c - what waits for a time: delay, sleep, wait_async; and how waits are interrupted.
 **
-** A binary heap of (due, order) with a back index in each deadline: setting and dropping one is
-** O(log n), and nothing is compared through pointers. Deadlines due at the same instant fire in the
-** order they were set (in any order under a test's seed). All that are due move to the ready list before any of them runs, so a task
-** resumed by one may freely set or drop others. The time they fire by is loop_now: real or virtual.
+** The deadlines themselves are kept in deadline.c. All that are due move to the ready list before any of them
+** runs, so a task resumed by one may freely set or drop others. The time they fire by is loop_now: real or
+** virtual.
 **
-** Invariant: timers[d->index].deadline == d, or d->index == -1 when d is not set.
 ** An owner with a deadline set is held by the anchors: it lives until the deadline fires or is dropped.
 **
-** Source:    .NET Task.Delay and Task.WaitAsync; the tie-break is libuv's.
+** Source:    .NET Task.Delay and Task.WaitAsync.
 ** SPDX-License-Identifier: MIT
 */
 #include "core.h"
 
 #include <math.h>
 
-/* ---- the heap ---- */
+/* ---- firing ---- */
 
-static bool before(const struct timer_entry *a, const struct timer_entry *b) {
-  return a->due < b->due || (a->due == b->due && a->order < b->order);
-}
-
-static void put(struct runtime *rt, size_t at, struct timer_entry e) {
-  rt->timers[at] = e;
-  e.deadline->index = (int32_t)at;
-}
-
-static void sift_up(struct runtime *rt, size_t at, struct timer_entry e) {
-  while (at > 0 && before(&e, &rt->timers[(at - 1) / 2])) {
-    put(rt, at, rt->timers[(at - 1) / 2]);
-    at = (at - 1) / 2;
-  }
-  put(rt, at, e);
-}
-
-static void sift_down(struct runtime *rt, size_t at, struct timer_entry e) {
-  for (;;) {
-    size_t child = at * 2 + 1;
-    if (child >= rt->timer_count) break;
-    if (child + 1 < rt->timer_count && before(&rt->timers[child + 1], &rt->timers[child])) child++;
-    if (!before(&rt->timers[child], &e)) break;
-    put(rt, at, rt->timers[child]);
-    at = child;
-  }
-  put(rt, at, e);
-}
-
-void timer_reserve(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  if (rt->timer_count < rt->timer_size) return;
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  size_t size = rt->timer_size ? rt->timer_size * 2 : 16;
-  struct timer_entry *timers = (struct timer_entry *)alloc(
-      ud, rt->timers, rt->timer_size * sizeof *timers, size * sizeof *timers);
-  if (timers == NULL) luaL_error(L, "not enough memory");
-  rt->timers = timers;
-  rt->timer_size = size;
-}
-
-double timer_add(struct runtime *rt, struct deadline *d, double seconds) {
-  double due = loop_now(rt) + seconds;
-  sift_up(rt, rt->timer_count++,
-          (struct timer_entry){due, rt->seeded ? testing_random(rt) : rt->timer_order++, d});
-  return due;
-}
-
-void timer_drop(struct runtime *rt, struct deadline *d) {
-  if (d->index < 0) return;
-  size_t at = (size_t)d->index;
-  d->index = -1;
-  struct timer_entry last = rt->timers[--rt->timer_count];
-  if (at == rt->timer_count) return;
-  if (at > 0 && before(&last, &rt->timers[(at - 1) / 2]))
-    sift_up(rt, at, last);
-  else
-    sift_down(rt, at, last);
-}
-
-/* Sums that are rounded may make deadlines equal that were not, so the heap is built anew. */
-void timer_shift(struct runtime *rt, double seconds) {
-  for (size_t i = 0; i < rt->timer_count; i++) rt->timers[i].due += seconds;
-  for (size_t i = rt->timer_count / 2; i-- > 0;) sift_down(rt, i, rt->timers[i]);
+void timer_shift(struct runtime *rt, double from, double to) {
+  rt->shifted += to - from;
+  deadline_shift(rt, from, to);
 }
 
 /* [-0, +0, m] */
-static void fire(lua_State *L, struct runtime *rt, struct deadline *d) {
+static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double now) {
   struct task *t;
+  if (d->kind == DEADLINE_TIMER) {
+    periodic_fire(L, rt, d, now);
+    return;
+  }
+  deadline_drop(rt, d);
   switch (d->kind) {
     case DEADLINE_NAP: {
       struct fiber *f = container_of(d, struct fiber, u.nap.deadline);
@@ -111,13 +52,9 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d) {
 }
 
 void timer_fire_due(lua_State *L, struct runtime *rt) {
-  if (rt->timer_count == 0) return;
+  if (!deadline_any(rt)) return;
   double now = loop_now(rt);
-  while (rt->timer_count > 0 && rt->timers[0].due <= now) {
-    struct deadline *d = rt->timers[0].deadline;
-    timer_drop(rt, d);
-    fire(L, rt, d);
-  }
+  for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
 }
 
 /* ---- interruption ---- */
@@ -126,7 +63,7 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (fiber_naps(f)) {
     waiter_leave(L, f);
-    timer_drop(rt, &f->u.nap.deadline);
+    deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
   fiber_push_awaited(L, f);
@@ -169,8 +106,8 @@ void pending_hold(lua_State *L, struct pending *p, bool hold) {
   struct task *t = &p->task;
   if (t->state != TASK_WAITING || t->flags & TASK_LINKED) return;
   if (!task_is(t, KIND_FIBER)) {
-    if (((struct timed *)(void *)p)->deadline.index >= 0) return; /* held by it */
-  } else if (fiber_naps((struct fiber *)t) && ((struct fiber *)t)->u.nap.deadline.index >= 0)
+    if (deadline_is_set(&((struct timed *)(void *)p)->deadline)) return; /* held by it */
+  } else if (fiber_naps((struct fiber *)t) && deadline_is_set(&((struct fiber *)t)->u.nap.deadline))
     return;
   task_push(L, t);
   if (!lua_isnil(L, -1)) {
@@ -228,7 +165,7 @@ void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope 
     lua_setiuservalue(L, i, OP_TOKEN);
   }
   if (op->seconds != HUGE_VAL)
-    timer_reserve(L);
+    deadline_reserve(L, rt);
   else
     task_weaken(L, i);
   task_hold(L, i, t);
@@ -236,7 +173,7 @@ void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope 
   scope_join(s, &op->pending.member);
   if (token != NULL) token_link(token, &op->pending.link);
   if (op->seconds != HUGE_VAL)
-    timer_add(rt, &op->deadline, op->seconds);
+    deadline_add(rt, &op->deadline, op->seconds);
   else if (!s->armed && (token == NULL || !token_armed(token)))
     task_release(L, t);
 }
@@ -245,7 +182,7 @@ void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope 
 void operation_stop(lua_State *L, int i, struct timed *op) {
   struct task *t = &op->pending.task;
   struct runtime *rt = runtime(L);
-  timer_drop(rt, &op->deadline);
+  deadline_drop(rt, &op->deadline);
   link_drop(&op->pending.link);
   scope_leave(L, rt, &op->pending.member);
   if (op->seconds == HUGE_VAL) task_forget_weak(L, t);
@@ -255,9 +192,9 @@ void operation_stop(lua_State *L, int i, struct timed *op) {
 }
 
 /* [-0, +1, m] */
-static struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
+struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
   struct timed *op = (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
-  op->deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
+  op->deadline = (struct deadline){.kind = DEADLINE_TIMED};
   op->seconds = seconds;
 
   return op;
@@ -320,6 +257,19 @@ static int l_delay(lua_State *L) {
   return 1;
 }
 
+void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
+  struct runtime *rt = runtime(L);
+  deadline_reserve(L, rt);
+  f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
+  f->task.state = TASK_WAITING;
+  if (deaf) f->task.flags |= TASK_DEAF;
+  if (k != NULL) token_link(k, &f->u.nap.link);
+  if (due != HUGE_VAL)
+    deadline_set(rt, &f->u.nap.deadline, now, due);
+  else
+    fiber_let_go(L, f, k);
+}
+
 static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
@@ -345,15 +295,8 @@ static int l_sleep(lua_State *L) {
   me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
-  timer_reserve(L);
-  me->u.nap = (struct nap){.deadline = {.index = -1, .kind = DEADLINE_NAP}};
-  me->task.state = TASK_WAITING;
-  if (deaf) me->task.flags |= TASK_DEAF;
-  if (k != NULL) token_link(k, &me->u.nap.link);
-  if (seconds != HUGE_VAL)
-    timer_add(rt, &me->u.nap.deadline, seconds);
-  else
-    fiber_let_go(L, me, k);
+  double now = loop_now(rt);
+  timer_nap(L, me, k, deaf, now, now + seconds);
   return fiber_suspend(L, me, 0, sleep_k);
 }
 
@@ -415,7 +358,7 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
   struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT, true);
   struct task *t = &op->timed.pending.task;
-  op->timed.deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
+  op->timed.deadline = (struct deadline){.kind = DEADLINE_TIMED};
   op->timed.seconds = seconds;
 
   if (quiet) t->flags |= TASK_QUIET;

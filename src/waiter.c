@@ -45,7 +45,7 @@
 ** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
 ** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
 **
-** Invariants: n->deadline.pos != 0 exactly while n is in a queue; then the holder holds its task there.
+** Invariants: n->pos != 0 exactly while n is in a queue; then the holder holds its task there.
 **             A fiber in a queue is TASK_WAITING and not TASK_LINKED; an operation in one is not TASK_LINKED.
 **
 ** SPDX-License-Identifier: MIT
@@ -71,13 +71,13 @@ static void append(lua_State *L, int i, struct link *q, struct nap *n) {
   struct holder *h = (struct holder *)lua_touserdata(L, i);
   if (!h->one) {
     h->one = true;
-    n->deadline.pos = ONE;
+    n->pos = ONE;
     lua_setiuservalue(L, i, HOLDER_ONE);
   } else {
     int free_slot = h->free_slot;
     lua_getiuservalue(L, i, HOLDER_WAITERS);
     lua_insert(L, -2);
-    n->deadline.pos = ONE + (uint32_t)slots_add(L, -2, &free_slot);
+    n->pos = ONE + (uint32_t)slots_add(L, -2, &free_slot);
     h->free_slot = free_slot;
     lua_pop(L, 1);
   }
@@ -86,12 +86,12 @@ static void append(lua_State *L, int i, struct link *q, struct nap *n) {
 
 /* [-0, +1, -] the waiter whose node is n */
 static void push_waiter(lua_State *L, int i, const struct nap *n) {
-  if (n->deadline.pos == ONE) {
+  if (n->pos == ONE) {
     lua_getiuservalue(L, i, HOLDER_ONE);
     return;
   }
   lua_getiuservalue(L, i, HOLDER_WAITERS);
-  lua_rawgeti(L, -1, (lua_Integer)n->deadline.pos - ONE);
+  lua_rawgeti(L, -1, (lua_Integer)n->pos - ONE);
   lua_remove(L, -2);
 }
 
@@ -99,18 +99,18 @@ static void push_waiter(lua_State *L, int i, const struct nap *n) {
 static void drop(lua_State *L, int i, struct nap *n) {
   struct holder *h = (struct holder *)lua_touserdata(L, i);
   link_drop(&n->link);
-  if (n->deadline.pos == ONE) {
+  if (n->pos == ONE) {
     h->one = false;
     lua_pushnil(L);
     lua_setiuservalue(L, i < 0 ? i - 1 : i, HOLDER_ONE);
   } else {
     int free_slot = h->free_slot;
     lua_getiuservalue(L, i, HOLDER_WAITERS);
-    slots_free(L, -1, &free_slot, (int)n->deadline.pos - ONE);
+    slots_free(L, -1, &free_slot, (int)n->pos - ONE);
     h->free_slot = free_slot;
     lua_pop(L, 1);
   }
-  n->deadline.pos = 0;
+  n->pos = 0;
 }
 
 /* ---- fibers ---- */
@@ -146,13 +146,13 @@ static bool push_holder(lua_State *L, struct fiber *f) {
 
 void waiter_leave(lua_State *L, struct fiber *f) {
   struct nap *n = &f->u.nap;
-  if (n->deadline.pos != 0 && push_holder(L, f)) {
+  if (n->pos != 0 && push_holder(L, f)) {
     drop(L, -1, n);
     lua_pop(L, 1);
     return;
   }
   link_drop(&n->link);
-  n->deadline.pos = 0;
+  n->pos = 0;
 }
 
 bool waiter_push_name(lua_State *L, struct fiber *f) {
@@ -165,13 +165,13 @@ bool waiter_push_name(lua_State *L, struct fiber *f) {
 int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
                 lua_KFunction k) {
   struct task *t = &me->task;
-  if (seconds != HUGE_VAL) timer_reserve(L);
-  me->u.nap = (struct nap){.deadline = {.index = -1, .kind = DEADLINE_NAP}};
+  if (seconds != HUGE_VAL) deadline_reserve(L, runtime(L));
+  me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
   task_push(L, t);
   append(L, 1, q, &me->u.nap);
   t->state = TASK_WAITING;
   if (seconds != HUGE_VAL)
-    timer_add(runtime(L), &me->u.nap.deadline, seconds);
+    deadline_add(runtime(L), &me->u.nap.deadline, seconds);
   else if (!me->member.scope->armed) {
     lua_pushlightuserdata(L, t); /* as task_release */
     lua_rawseti(L, UP_ANCHORS, t->slot);
@@ -201,12 +201,12 @@ static struct queued *operation_of(struct clause *c) {
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds) {
   size_t size = sizeof(struct queued) + clauses * sizeof(struct clause);
   struct queued *op = (struct queued *)task_new(L, kind, size, OP_KEYS, seconds == HUGE_VAL);
-  op->timed.deadline = (struct deadline){.index = -1, .kind = DEADLINE_TIMED};
+  op->timed.deadline = (struct deadline){.kind = DEADLINE_TIMED};
   op->timed.seconds = seconds;
   op->count = clauses;
   for (uint32_t k = 0; k < clauses; k++) {
     op->clauses[k].index = k;
-    op->clauses[k].u.nap.deadline = (struct deadline){.index = -1, .kind = DEADLINE_CLAUSE};
+    op->clauses[k].u.nap.deadline = (struct deadline){.kind = DEADLINE_CLAUSE};
   }
   return op;
 }
@@ -239,7 +239,7 @@ void waiter_withdraw(lua_State *L, int i) {
   if (op == NULL) return;
   for (uint32_t k = 0; k < op->count; k++) {
     struct clause *c = &op->clauses[k];
-    if (c->task || c->u.nap.deadline.pos == 0) continue;
+    if (c->task || c->u.nap.pos == 0) continue;
     push_input(L, i, k);
     drop(L, -1, &c->u.nap);
     lua_pop(L, 1);
@@ -368,7 +368,7 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
     }
     struct fiber *f = container_of(n, struct fiber, u.nap);
     drop(L, holder, n);
-    if (n->deadline.index >= 0) timer_drop(runtime(L), &n->deadline);
+    if (deadline_is_set(&n->deadline)) deadline_drop(runtime(L), &n->deadline);
     if (stack_of(f) != NULL) return n;
     fiber_wake(L, runtime(L), -1, f); /* somebody has closed its coroutine: it gets nothing */
     lua_pop(L, 1);

@@ -33,7 +33,7 @@ end
 ---@class coflow
 local flow = take([[errors loop run spawn async await try_await pcall yield sleep delay when_all when_any
   await_all await_any current_task is_awaitable_here on_unobserved_exception cancellation_token deadline
-  AsyncLocal TaskCompletionSource]], {})
+  AsyncLocal TaskCompletionSource Timer PeriodicTimer]], {})
 
 flow.ExecutionContext = late(
   take("capture restore suppress_flow restore_flow is_flow_suppressed", {}),

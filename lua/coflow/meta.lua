@@ -317,6 +317,64 @@ function TaskCompletionSource:set_canceled(token) end
 ---@return boolean done
 function TaskCompletionSource:try_set_canceled(token) end
 
+-- Timers ------------------------------------------------------------------------------------------
+
+---Starts a task now and then, until it is disposed: `local timer <close> = flow.Timer(fn, due, period)`.
+---While it is armed the loop keeps it, so the program need not; an armed one keeps `flow.loop.run` from ending.
+---@class coflow.Timer
+local Timer = {}
+
+---Runs `fn`, without arguments, as a task of its own after `due` seconds, then every `period` seconds. It runs in
+---the execution context and under the cancellation of whoever makes the timer; what one tick writes to async
+---locals, the next does not see. A tick does not wait for the task of the one before. When the program was busy for
+---longer than a period there is one tick for all that were missed, and the next one keeps to the grid.
+---Cancellation: the timer goes on; its tasks end at their first wait.
+---Raises: nothing from `fn`: an error in it is reported as that of any task that nobody observes.
+---Source: .NET System.Threading.Timer.
+---@param fn function
+---@param due number seconds; 0: on a later turn; math.huge: not before `change`
+---@param period? number seconds; nil, 0 or math.huge: once
+---@return coflow.Timer
+function flow.Timer(fn, due, period) end
+
+---Sets both times anew, from now on. A tick that was due, but whose task has not started, is taken back.
+---@param due number seconds; math.huge: not armed
+---@param period? number seconds; nil, 0 or math.huge: once
+---@return boolean done false if it has been disposed
+function Timer:change(due, period) end
+
+---Ends it, and lets go of its function. No task is started from here on; those that run go on. A second time is
+---harmless.
+function Timer:dispose() end
+
+---A clock to be waited for: `while timer:wait_for_next_tick() do … end`. It runs nothing, keeps nothing alive and
+---has no context. The first tick is one period after it was made.
+---@class coflow.PeriodicTimer
+---@field period number seconds, may be set: the next tick is one new period from then, also for who waits already
+local PeriodicTimer = {}
+
+---Source: .NET PeriodicTimer.
+---@param period number seconds, > 0
+---@return coflow.PeriodicTimer
+function flow.PeriodicTimer(period) end
+
+---Waits for the next tick. Ticks that have passed since the last one count as one, for which this does not wait.
+---Cancellation: raises OperationCanceled and takes no tick; later waits are not affected.
+---Raises: InvalidOperation while another wait for the same timer has not returned; that comes before cancellation.
+---@param token? coflow.CancellationToken
+---@return boolean tick false if it has been disposed
+function PeriodicTimer:wait_for_next_tick(token) end
+
+---The same as a task.
+---Cancellation: the task becomes canceled.
+---Raises: InvalidOperation, at once, while there is another wait for the same timer.
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function PeriodicTimer:wait_for_next_tick_async(token) end
+
+---Ends it: who waits gets false, and so does whoever waits later. A second time is harmless.
+function PeriodicTimer:dispose() end
+
 -- Async locals and execution contexts -------------------------------------------------------------
 
 ---`flow`: whether values flow to tasks and callbacks ("task", the default), stay with the task that set them ("none"),
