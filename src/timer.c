@@ -140,9 +140,9 @@ void pending_interrupt(lua_State *L, struct pending *p) {
   if (!task_is(t, KIND_FIBER)) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) { /* else it is about to be finalized */
-      if (waiter_is_queued(t)) waiter_withdraw(L, -1);
       t->flags |= TASK_INTERRUPTED;
       loop_land(L, rt, -1, t);
+      if (waiter_is_queued(t)) waiter_withdraw(L, -1); /* others may land in consequence */
     }
     lua_pop(L, 1);
     return;
@@ -279,9 +279,9 @@ bool operation_cancel(lua_State *L, int i, int reason) {
   }
   link_drop(&((struct pending *)t)->link);
   lua_setiuservalue(L, i, OP_TOKEN);
-  if (waiter_is_queued(t)) waiter_withdraw(L, i);
   t->flags |= TASK_INTERRUPTED;
   loop_land(L, rt, i, t);
+  if (waiter_is_queued(t)) waiter_withdraw(L, i);
   loop_land_all(L, rt);
   return true;
 }
