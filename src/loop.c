@@ -70,6 +70,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_IDLE: testing_land(L, i); break;
     case KIND_QUEUED:
     case KIND_SELECT: waiter_land(L, i); break;
+    case KIND_GATE: sync_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);

@@ -330,6 +330,7 @@ static int open_all(lua_State *L) {
   schedule_open(L);
   channel_open(L);
   select_open(L);
+  sync_open(L);
   loop_open(L);
   coroutine_open(L);
   testing_open(L);
