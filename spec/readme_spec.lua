@@ -231,6 +231,15 @@ describe("coflow.meta", function()
       Channel = channel,
       ChannelReader = channel.reader,
       ChannelWriter = channel.writer,
+      Semaphore = flow.Semaphore(1),
+      Key = flow.Lock():lock(),
+      Lock = flow.Lock(),
+      ReaderWriterLock = flow.ReaderWriterLock(),
+      ManualResetEvent = flow.ManualResetEvent(),
+      AutoResetEvent = flow.AutoResetEvent(),
+      CountdownEvent = flow.CountdownEvent(1),
+      Condition = flow.Condition(flow.Lock()),
+      Barrier = flow.Barrier(1),
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)

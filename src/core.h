@@ -71,9 +71,19 @@ enum tag {
   TAG_CHANNEL = 0xC0F11300,
   TAG_READER = 0xC0F11400, /* the halves of a channel */
   TAG_WRITER = 0xC0F11500,
-  TAG_TIMER = 0xC0F11600,
-  TAG_PERIODIC = 0xC0F11700,
-  TAG_ORIGIN = 0xC0F11800
+  TAG_SEMAPHORE = 0xC0F11600,
+  TAG_LOCK = 0xC0F11700,
+  TAG_SHARED_LOCK = 0xC0F11800, /* for readers and writers */
+  TAG_KEY = 0xC0F11900,         /* to one of these */
+  TAG_RETAKE = 0xC0F11A00,      /* a key that takes the place of another */
+  TAG_MANUAL_EVENT = 0xC0F11B00,
+  TAG_AUTO_EVENT = 0xC0F11C00,
+  TAG_COUNTDOWN = 0xC0F11D00,
+  TAG_CONDITION = 0xC0F11E00,
+  TAG_BARRIER = 0xC0F11F00,
+  TAG_TIMER = 0xC0F12000,
+  TAG_PERIODIC = 0xC0F12100,
+  TAG_ORIGIN = 0xC0F12200
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
@@ -94,6 +104,7 @@ enum task_kind {
   KIND_SELECT, /* … in several, and for tasks, whichever comes first (channel.c) */
   KIND_PERIOD, /* wait_for_next_tick_async */
   KIND_TICK,   /* of a Timer; no object of Lua's */
+  KIND_GATE,   /* no task: a lock that is to let readers in (sync.c) */
   KIND_COUNT
 };
 
@@ -279,7 +290,8 @@ enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 struct holder {
   uint32_t tag;
   int free_slot : 31;
-  bool one : 1; /* HOLDER_ONE is taken */
+  bool one : 1;     /* HOLDER_ONE is taken */
+  uint32_t waiting; /* how many it holds */
 };
 enum { HOLDER_ONE = 1, HOLDER_WAITERS };
 
@@ -937,9 +949,11 @@ void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k,
                    bool failed); /* [-1, +0, m] the operation at i, by its clause k */
 void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
 void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
-void waiter_leave(lua_State *L,
-                  struct fiber *f);        /* [-0, +0, -] it naps no more, but for its deadline */
-void waiter_withdraw(lua_State *L, int i); /* [-0, +0, -] the operation at i leaves all queues */
+/* quiet: the holder need not hear of it: it knows, or is being collected with its waiters */
+void waiter_leave(lua_State *L, struct fiber *f,
+                  bool quiet); /* [-0, +0, -] it naps no more, but for its deadline */
+void waiter_withdraw(lua_State *L, int i,
+                     bool quiet); /* [-0, +0, -] the operation at i leaves all queues */
 void waiter_land(lua_State *L, int i);
 bool waiter_push_name(lua_State *L,
                       struct fiber *f); /* [-0, +1, m] what it waits for; false: [-0, +0] */
@@ -965,6 +979,12 @@ void channel_announce(
     enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
 void channel_open(lua_State *L);
 void select_open(lua_State *L);
+
+/* ---- sync.c ---- */
+
+void sync_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
+void sync_land(lua_State *L, int i);
+void sync_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

@@ -655,7 +655,7 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   struct task *t = &f->task;
   if (t->state == TASK_WAITING &&
       fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
-    waiter_leave(L, f);
+    waiter_leave(L, f, true);
     deadline_drop(rt, &f->u.nap.deadline);
   }
   if (t->traits & TRAIT_HANDED) t->flags &= (uint16_t)~TASK_LINKED; /* it is on no list */
@@ -708,7 +708,7 @@ static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->task.state != TASK_WAITING) return;
   f->task.state = TASK_QUEUED;
   if (fiber_naps(f)) {
-    waiter_leave(L, f);
+    waiter_leave(L, f, true);
     deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
@@ -760,7 +760,7 @@ static int l_watch_gc(lua_State *L) {
     if (!closes) drop_coroutine(L, rt, f);
     return 0;
   }
-  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f);
+  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
   if (closes) {
     fiber_dispose(L, f);
     return 0;

@@ -207,7 +207,10 @@ void slots_free(lua_State *L, int i, int *first_free, int slot) {
 static int l_methods(lua_State *L) {
   const char *name = luaL_checkstring(L, 1);
   for (lua_Integer class = TAG_FIRST; class <= TAG_LAST; class ++) {
-    lua_rawgeti(L, UP_ANCHORS, class);
+    if (lua_rawgeti(L, UP_ANCHORS, class) != LUA_TTABLE) { /* not made yet */
+      lua_pop(L, 1);
+      continue;
+    }
     lua_getfield(L, -1, "__name");
     if (strcmp(lua_tostring(L, -1), name) == 0) {
       lua_getfield(L, -2, "methods");
@@ -328,6 +331,7 @@ static int open_all(lua_State *L) {
   channel_open(L);
   select_open(L);
   periodic_open(L);
+  sync_open(L);
   loop_open(L);
   coroutine_open(L);
   testing_open(L);

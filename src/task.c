@@ -525,7 +525,7 @@ static int l_operation_gc(lua_State *L) {
   if (task_is(t, KIND_WAIT) || task_is(t, KIND_DELAY) || task_is(t, KIND_PERIOD) || queued) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) return 0; /* the same */
-    if (queued) waiter_withdraw(L, 1);
+    if (queued) waiter_withdraw(L, 1, true);
     link_drop(&((struct pending *)t)->link);
     scope_leave(L, runtime(L), &((struct pending *)t)->member);
   }

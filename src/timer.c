@@ -33,7 +33,7 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
     case DEADLINE_NAP: {
       struct fiber *f = container_of(d, struct fiber, u.nap.deadline);
       t = &f->task;
-      waiter_leave(L, f);
+      waiter_leave(L, f, false);
       t->state = TASK_QUEUED;
       break;
     }
@@ -41,7 +41,7 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
       t = &container_of(d, struct timed, deadline)->pending.task;
       if (waiter_is_queued(t)) {
         task_push(L, t);
-        waiter_withdraw(L, -1);
+        waiter_withdraw(L, -1, false);
         lua_pop(L, 1);
       }
       break;
@@ -62,7 +62,7 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
 /* [-0, +0, -] a suspended fiber waits for nothing any more */
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (fiber_naps(f)) {
-    waiter_leave(L, f);
+    waiter_leave(L, f, false);
     deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
@@ -77,9 +77,9 @@ void pending_interrupt(lua_State *L, struct pending *p) {
   if (!task_is(t, KIND_FIBER)) {
     task_push(L, t);
     if (!lua_isnil(L, -1)) { /* else it is about to be finalized */
-      if (waiter_is_queued(t)) waiter_withdraw(L, -1);
       t->flags |= TASK_INTERRUPTED;
       loop_land(L, rt, -1, t);
+      if (waiter_is_queued(t)) waiter_withdraw(L, -1, false); /* others may land in consequence */
     }
     lua_pop(L, 1);
     return;
@@ -216,9 +216,9 @@ bool operation_cancel(lua_State *L, int i, int reason) {
   }
   link_drop(&((struct pending *)t)->link);
   lua_setiuservalue(L, i, OP_TOKEN);
-  if (waiter_is_queued(t)) waiter_withdraw(L, i);
   t->flags |= TASK_INTERRUPTED;
   loop_land(L, rt, i, t);
+  if (waiter_is_queued(t)) waiter_withdraw(L, i, false);
   loop_land_all(L, rt);
   return true;
 }
@@ -309,7 +309,7 @@ struct wait_op {
 
 void wait_op_fire(lua_State *L, struct runtime *rt, int i) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  if (waiter_is_queued(t)) waiter_withdraw(L, i);
+  if (waiter_is_queued(t)) waiter_withdraw(L, i, false);
   loop_land(L, rt, i, t);
 }
 

@@ -44,8 +44,10 @@
 ** stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
 ** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
 ** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
+** A shared lock must know of waiters that give up, since others may be let in then: it is told (sync_left).
 **
 ** Invariants: n->pos != 0 exactly while n is in a queue; then the holder holds its task there.
+**             h->waiting counts those, and any whose coroutine somebody has closed since.
 **             A fiber in a queue is TASK_WAITING and not TASK_LINKED; an operation in one is not TASK_LINKED.
 **
 ** SPDX-License-Identifier: MIT
@@ -82,6 +84,7 @@ static void append(lua_State *L, int i, struct link *q, struct nap *n) {
     lua_pop(L, 1);
   }
   link_append(q, &n->link);
+  ((struct holder *)lua_touserdata(L, i))->waiting++;
 }
 
 /* [-0, +1, -] the waiter whose node is n */
@@ -111,6 +114,12 @@ static void drop(lua_State *L, int i, struct nap *n) {
     lua_pop(L, 1);
   }
   n->pos = 0;
+  h->waiting--;
+}
+
+/* [-0, +0, -] a waiter of the holder at i has left without having got anything */
+static inline void left(lua_State *L, int i) {
+  if (((struct holder *)lua_touserdata(L, i))->tag == TAG_SHARED_LOCK) sync_left(L, i);
 }
 
 /* ---- fibers ---- */
@@ -144,10 +153,11 @@ static bool push_holder(lua_State *L, struct fiber *f) {
   return false;
 }
 
-void waiter_leave(lua_State *L, struct fiber *f) {
+void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   struct nap *n = &f->u.nap;
   if (n->pos != 0 && push_holder(L, f)) {
     drop(L, -1, n);
+    if (!quiet) left(L, -1);
     lua_pop(L, 1);
     return;
   }
@@ -233,7 +243,7 @@ static void push_input(lua_State *L, int i, uint32_t k) {
   lua_remove(L, -2);
 }
 
-void waiter_withdraw(lua_State *L, int i) {
+void waiter_withdraw(lua_State *L, int i, bool quiet) {
   struct queued *op = (struct queued *)lua_touserdata(L, i);
   i = lua_absindex(L, i);
   if (op == NULL) return;
@@ -242,6 +252,7 @@ void waiter_withdraw(lua_State *L, int i) {
     if (c->task || c->u.nap.pos == 0) continue;
     push_input(L, i, k);
     drop(L, -1, &c->u.nap);
+    if (!quiet) left(L, -1);
     lua_pop(L, 1);
   }
 }
@@ -268,7 +279,7 @@ void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool fai
   struct queued *op = (struct queued *)lua_touserdata(L, i);
   struct task *t = &op->timed.pending.task;
   i = lua_absindex(L, i);
-  waiter_withdraw(L, i);
+  waiter_withdraw(L, i, true);
   finish(L, i, op);
   if (failed) {
     task_settle_error(L, rt, i, 0);
@@ -363,7 +374,7 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
     struct nap *n = container_of(q->next, struct nap, link);
     push_waiter(L, holder, n);
     if (waiter_clause(n) != NULL) {
-      waiter_withdraw(L, -1);
+      waiter_withdraw(L, -1, true);
       return n;
     }
     struct fiber *f = container_of(n, struct fiber, u.nap);

@@ -80,4 +80,13 @@ return late(flow, {
   channel = "channel",
   Channel = "channel",
   resilience = "resilience",
+  sync = "sync",
+  Semaphore = "sync",
+  Lock = "sync",
+  ReaderWriterLock = "sync",
+  ManualResetEvent = "sync",
+  AutoResetEvent = "sync",
+  CountdownEvent = "sync",
+  Condition = "sync",
+  Barrier = "sync",
 })

@@ -758,6 +758,250 @@ function flow.channel.select(clauses) end
 ---@param clauses table
 ---@return coflow.Task
 function flow.channel.select_async(clauses) end
+-- Coordination (coflow.sync) ----------------------------------------------------------------------
+
+-- What holds for all of these. Who asks gets what is there at once, unless others wait already; else it waits its
+-- turn: first come, first served, and what is handed to a waiter is its own from then on, so that nobody who comes
+-- later can take it. Nothing runs inside the call that hands over.
+-- Cancellation: a canceled token comes before what is there. A waiter that is canceled has taken nothing; one that
+-- has been handed something returns with it, and its next wait raises.
+-- A timeout is in seconds; nil or math.huge: none; 0 never waits. When it has passed the wait returns false.
+-- After `dispose` (or `<close>`) those who wait, and whoever comes, get ObjectDisposed.
+-- Each waiting method has an _async form, which returns a task of the same result.
+
+---A number of slots. Any task may release what another one took.
+---Source: .NET SemaphoreSlim; there the order of waiters is open, and disposing leaves them waiting for ever.
+---@class coflow.Semaphore
+---@field current_count integer how many slots are free
+local Semaphore = {}
+
+---@param initial integer free slots, 0 or more
+---@param max? integer the most there can be; none unless given
+---@return coflow.Semaphore
+function flow.Semaphore(initial, max) end
+
+---Waits for a slot and takes it.
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return boolean taken false: the time has passed
+function Semaphore:wait(timeout, token) end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Semaphore:wait_async(timeout, token) end
+
+---Gives slots back, first to those who wait.
+---Raises: SemaphoreFull if there would be more than the maximum; then nothing is released.
+---@param n? integer 1 unless given
+---@return integer before how many were free
+function Semaphore:release(n) end
+
+function Semaphore:dispose() end
+
+---What taking a lock gives. A to-be-closed value: closing it, in whichever task, opens the lock, once: a second
+---time frees nothing. A key that is lost keeps its lock.
+---@class coflow.Key
+local Key = {}
+
+function Key:dispose() end
+
+---One task at a time. Not re-entrant. `lock:run(fn, ...)` calls a function while it is held (sync.lua).
+---Source: AsyncEx AsyncLock.
+---@class coflow.Lock
+local Lock = {}
+
+---@return coflow.Lock
+function flow.Lock() end
+
+---Waits for the lock and takes it: `local _ <close> = lock:lock()`.
+---Raises: InvalidOperation if the calling task has it already, and would wait for itself. (Not for a lock that it
+---took by an operation, since that may be another task's.)
+---@param token? coflow.CancellationToken
+---@return coflow.Key
+function Lock:lock(token) end
+
+---A task of the key. Whoever drops it without a look leaves the lock closed.
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Lock:lock_async(token) end
+
+---@return coflow.Key? key nil: it is taken, or others wait for it
+function Lock:try_lock() end
+
+function Lock:dispose() end
+
+---Any number of readers, or one writer. Writers come first: while one waits no reader gets in, and when a writer
+---leaves the next writer follows. If the last waiting writer gives up, the readers behind it get in at once.
+---A task that has it, also for reading, and would wait for itself gets InvalidOperation.
+---Source: AsyncEx AsyncReaderWriterLock.
+---@class coflow.ReaderWriterLock
+local ReaderWriterLock = {}
+
+---@return coflow.ReaderWriterLock
+function flow.ReaderWriterLock() end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Key
+function ReaderWriterLock:read_lock(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ReaderWriterLock:read_lock_async(token) end
+
+---@return coflow.Key?
+function ReaderWriterLock:try_read_lock() end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Key
+function ReaderWriterLock:write_lock(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ReaderWriterLock:write_lock_async(token) end
+
+---@return coflow.Key?
+function ReaderWriterLock:try_write_lock() end
+
+function ReaderWriterLock:dispose() end
+
+---A gate: while it is set nobody waits.
+---Source: .NET ManualResetEventSlim.
+---@class coflow.ManualResetEvent
+---@field is_set boolean
+local ManualResetEvent = {}
+
+---@param set? boolean
+---@return coflow.ManualResetEvent
+function flow.ManualResetEvent(set) end
+
+---Lets through all who wait, also when `reset` follows at once, and whoever comes until then.
+function ManualResetEvent:set() end
+
+function ManualResetEvent:reset() end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return boolean set
+function ManualResetEvent:wait(timeout, token) end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function ManualResetEvent:wait_async(timeout, token) end
+
+function ManualResetEvent:dispose() end
+
+---A turnstile: each `set` lets one through; several while nobody waits count as one.
+---Source: .NET AutoResetEvent.
+---@class coflow.AutoResetEvent
+---@field is_set boolean
+local AutoResetEvent = {}
+
+---@param set? boolean
+---@return coflow.AutoResetEvent
+function flow.AutoResetEvent(set) end
+
+function AutoResetEvent:set() end
+
+function AutoResetEvent:reset() end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return boolean set
+function AutoResetEvent:wait(timeout, token) end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function AutoResetEvent:wait_async(timeout, token) end
+
+function AutoResetEvent:dispose() end
+
+---Open once as many signals have come as it was made for, and then for good.
+---Source: .NET CountdownEvent, without its reset.
+---@class coflow.CountdownEvent
+---@field current_count integer signals still to come
+---@field is_set boolean there are none
+local CountdownEvent = {}
+
+---@param n integer 0 or more
+---@return coflow.CountdownEvent
+function flow.CountdownEvent(n) end
+
+---Raises: InvalidOperation if fewer are to come; then nothing is changed.
+---@param n? integer 1 unless given
+---@return boolean last true if it is open now
+function CountdownEvent:signal(n) end
+
+---Raises: InvalidOperation at zero.
+---@param n? integer 1 unless given
+function CountdownEvent:add(n) end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return boolean set
+function CountdownEvent:wait(timeout, token) end
+
+---@param timeout? number
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function CountdownEvent:wait_async(timeout, token) end
+
+function CountdownEvent:dispose() end
+
+---Where tasks that hold a lock wait until another one tells them that something has changed. `wait_async`: sync.lua.
+---Source: .NET Monitor.Wait and Pulse; AsyncEx AsyncConditionVariable.
+---@class coflow.Condition
+local Condition = {}
+
+---@param lock coflow.Lock
+---@return coflow.Condition
+function flow.Condition(lock) end
+
+---Opens the lock, waits to be notified, and takes the lock again; the key that the caller has is good again then.
+---Whatever it waited for may have changed meanwhile: `while not ready do condition:wait() end`.
+---Cancellation: ends the wait for the notification, not that for the lock, which the caller holds in any case. Who
+---has been notified returns, canceled or not: no notification is lost.
+---Raises: InvalidOperation unless the calling task holds the lock. ObjectDisposed, without the lock, if that is
+---disposed.
+---@param token? coflow.CancellationToken
+---@return boolean true
+function Condition:wait(token) end
+
+---Wakes those who have waited longest; with nobody there it is lost. The lock need not be held.
+---@param n? integer 1 unless given
+---@return integer woken
+function Condition:notify(n) end
+
+---@return integer woken
+function Condition:notify_all() end
+
+function Condition:dispose() end
+
+---Where `n` tasks wait for each other, again and again.
+---Source: .NET Barrier, without its post-phase action.
+---@class coflow.Barrier
+---@field participant_count integer
+---@field participants_remaining integer how many the phase still waits for
+---@field current_phase_number integer from 0
+local Barrier = {}
+
+---@param n integer 1 or more
+---@return coflow.Barrier
+function flow.Barrier(n) end
+
+---Waits until `n` tasks have come; the last one does not wait.
+---Cancellation: takes the signal back: the phase needs one more again.
+---@param token? coflow.CancellationToken
+---@return integer phase the number of the one that has ended
+function Barrier:signal_and_wait(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Barrier:signal_and_wait_async(token) end
+
+function Barrier:dispose() end
 
 -- The loop ----------------------------------------------------------------------------------------
 

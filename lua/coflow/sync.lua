@@ -1,0 +1,45 @@
+-- coflow.sync: semaphores, locks, events, conditions and barriers between tasks.
+--
+-- They are C (src/sync.c, declared in meta.lua). Here: what calls a function of the user, so that it costs no C
+-- call level and may suspend, and the one operation that is a task of its own.
+--
+-- Source: .NET's System.Threading; the locks are AsyncEx's.
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+local enter_lock = core.enter_lock
+
+local sync = core.sync()
+local Lock = core.methods("coflow.Lock")
+local Condition = core.methods("coflow.Condition")
+
+---Calls `fn` while the lock is held, and opens it on return and on error. May suspend.
+---Raises: as `lock`; what `fn` raises.
+---@param fn function
+---@return any ... what `fn` returns
+function Lock:run(fn, ...)
+  local _ <close> = enter_lock(self, fn)
+  return fn(...)
+end
+
+local wait_in_task = core.async(function(condition, token, owner)
+  local notified = core.condition_wait(condition, token, owner)
+  return notified
+end)
+
+---Starts `wait`: the lock is open at once, and taken again when the task is complete, canceled included. Until
+---then whoever started it does not hold the lock.
+---Cancellation: ends the wait for the notification, not that for the lock.
+---Raises: at once, as `wait`, but for a cancellation.
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Condition:wait_async(token)
+  local owner = core.check_condition(self, token)
+  local _ <close> = token == core.none and core.suppress_flow() or nil -- under no ambient token
+  local task = wait_in_task(self, token, owner)
+  task.name = "condition wait"
+  return task
+end
+
+return sync
