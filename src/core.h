@@ -423,8 +423,11 @@ struct runtime {
   int free_slot;       /* of the anchors */
   struct token *rearm; /* tokens that have just been armed or disarmed (cancel.c) */
   bool rearm_busy;
-  int resetting;          /* coroutines of tasks that we ourselves are closing */
-  size_t busy, busy_peak; /* coroutines in use, and their highest number since the last trim */
+  struct task *expired; /* scopes whose callbacks are to run, before what their deadlines woke */
+  const struct task *refused; /* who was refused a suspension last, its scope being canceled, … */
+  unsigned refusals;          /* … and how often in succession */
+  int resetting;              /* coroutines of tasks that we ourselves are closing */
+  size_t busy, busy_peak;     /* coroutines in use, and their highest number since the last trim */
 
   struct task *spares[2]; /* of await_all and await_any (combine.c), few inputs and many */
   int spare_count[2];
@@ -788,8 +791,9 @@ void scope_unwind(lua_State *L, struct runtime *rt,
                                   ** it the scopes opened there */
 void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
                  struct scope *s); /* [-0, +0, -] f, not started, becomes a member of s */
-void scope_expire(lua_State *L, struct scope *s); /* [-0, +0, m] its deadline has passed */
-void scope_land(lua_State *L, int i);
+void scope_expire(lua_State *L, struct runtime *rt,
+                  struct scope *s);                       /* [-0, +0, m] its deadline has passed */
+void scope_run_expired(lua_State *L, struct runtime *rt); /* [-0, +0, m] their callbacks */
 void scope_set_armed(lua_State *L, struct scope *s, bool armed); /* [-0, +0, -] and what is below */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
 int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */

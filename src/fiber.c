@@ -762,6 +762,8 @@ static int l_watch_gc(lua_State *L) {
   }
   if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
   if (closes) {
+    lua_pushvalue(L, 3); /* its `<close>` variables may ask for it */
+    lua_rawseti(L, UP_ANCHORS, f->task.slot);
     fiber_dispose(L, f);
     return 0;
   }

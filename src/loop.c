@@ -65,7 +65,6 @@ static void land(lua_State *L, struct task *t) {
     case KIND_DELAY: delay_land(L, i); break;
     case KIND_WAIT: wait_op_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
-    case KIND_SCOPE: scope_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
     case KIND_IDLE: testing_land(L, i); break;
     case KIND_QUEUED:

@@ -34,7 +34,7 @@
 
 #include <math.h>
 
-enum { IDLE_SCOPES = 64 };
+enum { IDLE_SCOPES = 64, REFUSALS = 1000 };
 
 /* ---- walking over what is below a scope ---- */
 
@@ -359,9 +359,24 @@ static struct scope *ambient(lua_State *L, struct runtime *rt, struct fiber *f) 
   return f->member.scope->owner == f ? f->member.scope : scope_own(L, rt, f);
 }
 
+static int throw_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status, (void)ctx;
+  return scope_throw(L, ((struct fiber *)runtime(L)->me)->member.scope);
+}
+
+/* A task that goes on after each refusal, and never waits, shall hold up itself only: now and then it is
+** suspended after all, and others run. */
 int scope_throw(lua_State *L, struct scope *s) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
+  if (rt->refused != &me->task) rt->refusals = 0;
+  rt->refused = &me->task;
+  if (++rt->refusals == REFUSALS && s == me->member.scope && fiber_can_suspend(L, rt)) {
+    rt->refusals = 0;
+    me->task.state = TASK_QUEUED;
+    loop_ready(rt, &me->task);
+    return fiber_suspend(L, me, 0, throw_k);
+  }
   scope_push_error(L, s == me->member.scope ? ambient(L, rt, me) : s);
   return lua_error(L);
 }
@@ -417,15 +432,19 @@ bool scope_cancel(lua_State *L, struct scope *s, int reason) {
   return true;
 }
 
-void scope_expire(lua_State *L, struct scope *s) {
+void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
   if (s->canceled) return;
-  lua_pushliteral(L, "timeout");
+  lua_pushstring(L, s->kind == SCOPE_GROUP    ? "the grace of the task group is over"
+                    : s->kind == SCOPE_SHIELD ? "the grace of the shield is over"
+                                              : "timeout");
   mark_all(L, s, lua_gettop(L), true); /* reason list */
   if (!lua_isnil(L, -1)) {
     scope_push(L, s);
     lua_insert(L, -2);
     lua_setiuservalue(L, -2, SCOPE_RUN);
-    loop_ready(runtime(L), &s->task);
+    s->task.flags |= TASK_LINKED;
+    s->task.next = rt->expired;
+    rt->expired = &s->task;
   }
   lua_pop(L, 2);
 }
@@ -435,7 +454,7 @@ static int l_run_list(lua_State *L) {
   return 0;
 }
 
-void scope_land(lua_State *L, int i) {
+static void run_callbacks(lua_State *L, int i) {
   struct scope *s = (struct scope *)lua_touserdata(L, i);
   module_push_function(L, l_run_list);
   lua_getiuservalue(L, i, SCOPE_RUN);
@@ -446,6 +465,23 @@ void scope_land(lua_State *L, int i) {
     lua_pop(L, 1);
   }
   if (s->owner == NULL) scope_left(L, runtime(L), s);
+}
+
+void scope_run_expired(lua_State *L, struct runtime *rt) {
+  struct task *t, *first = NULL;
+  while ((t = rt->expired) != NULL) { /* in the order in which they have expired */
+    rt->expired = t->next;
+    t->next = first;
+    first = t;
+  }
+  while ((t = first) != NULL) {
+    first = t->next;
+    t->next = NULL;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    scope_push(L, (struct scope *)(void *)t);
+    run_callbacks(L, lua_gettop(L));
+    lua_pop(L, 1);
+  }
 }
 
 /* ---- arming ---- */

@@ -45,7 +45,7 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
         lua_pop(L, 1);
       }
       break;
-    default: scope_expire(L, container_of(d, struct scope, deadline)); return;
+    default: scope_expire(L, rt, container_of(d, struct scope, deadline)); return;
   }
   t->flags |= TASK_EXPIRED;
   loop_ready(rt, t);
@@ -55,6 +55,7 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
   if (!deadline_any(rt)) return;
   double now = loop_now(rt);
   for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
+  if (rt->expired != NULL) scope_run_expired(L, rt);
 }
 
 /* ---- interruption ---- */
