@@ -55,6 +55,10 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
 
 /* [-0, +0, m] */
 static void land(lua_State *L, struct task *t) {
+  if (task_is(t, KIND_TICK)) { /* no object of Lua's */
+    periodic_land(L, runtime(L), t);
+    return;
+  }
   if (task_done(t)) { /* a finalizer linked it again while it was landing */
     task_forget(L, t);
     return;
@@ -101,12 +105,9 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 static void run_one(lua_State *L, struct runtime *rt) {
   struct task *t = rt->ready;
   loop_unready(rt, t);
-  if (!task_is(t, KIND_FIBER)) {
-    if (task_is(t, KIND_TICK))
-      periodic_land(L, rt, t);
-    else
-      land(L, t);
-  } else if (t->flags & TASK_ABANDONED)
+  if (!task_is(t, KIND_FIBER))
+    land(L, t);
+  else if (t->flags & TASK_ABANDONED)
     fiber_close(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
     schedule_run(L, rt, (struct fiber *)t);
