@@ -200,7 +200,7 @@ enum task_traits {
   TRAIT_HANDED = 1 << 3,  /* in the hands of one of these (and TASK_LINKED: no wake counts) */
   TRAIT_DIRECT = 1 << 4,  /* its next run is the loop's */
   TRAIT_RESUMED = 1 << 5, /* the loop has run it since somebody looked */
-  TRAIT_QUEUED = 1 << 6,  /* waits for its start in the queue of its task group */
+  TRAIT_QUEUED = 1 << 6,  /* waits for its start in the queue of its task group, or of its home */
   TRAIT_CHILD = 1 << 7    /* of a task group, which wants to know its end */
 };
 #define TRAIT_ELSEWHERE (TRAIT_QUEUES | TRAIT_POSTS)
@@ -814,7 +814,7 @@ void scope_open_all(lua_State *L);
 
 void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
                        bool well); /* [-0, +0, m] before it settles; else its error is on top */
-bool group_canceled(const struct fiber *f); /* of a child */
+bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
 void group_open(lua_State *L);
 
