@@ -47,6 +47,7 @@ build = {
       libraries = { "uv" },
     },
     ["coflow.async_state"] = "lua/coflow/async_state.lua",
+    ["coflow.background"] = "lua/coflow/background.lua",
     ["coflow.cache"] = "lua/coflow/cache.lua",
     ["coflow.channel"] = "lua/coflow/channel.lua",
     ["coflow.context"] = "lua/coflow/context.lua",

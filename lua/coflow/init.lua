@@ -89,4 +89,6 @@ return late(flow, {
   CountdownEvent = "sync",
   Condition = "sync",
   Barrier = "sync",
+  background = "background",
+  BackgroundQueue = "background",
 })
