@@ -83,11 +83,12 @@ enum tag {
   TAG_BARRIER = 0xC0F11F00,
   TAG_TIMER = 0xC0F12000,
   TAG_PERIODIC = 0xC0F12100,
-  TAG_ORIGIN = 0xC0F12200
+  TAG_ORIGIN = 0xC0F12200,
+  TAG_CATCHER = 0xC0F12300 /* of signals; a struct task as well, but not for scripts */
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_ORIGIN)
+#define TAG_LAST TAG_CLASS(TAG_CATCHER)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -105,6 +106,7 @@ enum task_kind {
   KIND_PERIOD, /* wait_for_next_tick_async */
   KIND_TICK,   /* of a Timer; no object of Lua's */
   KIND_GATE,   /* no task: a lock that is to let readers in (sync.c) */
+  KIND_CATCHER, /* of signals */
   KIND_COUNT
 };
 
@@ -453,6 +455,8 @@ struct runtime {
   struct label_cache labels[LABEL_CACHE];
   const void *error_metatables[ERROR_COUNT];
 
+  struct link catchers;  /* the open ones (signal.c) */
+  struct caught *caught; /* a list of the handles of signals */
   uv_loop_t loop;
   uv_timer_t timer;
   uv_signal_t signals[2];
@@ -988,6 +992,7 @@ void sync_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 
+uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed */
 double loop_now(struct runtime *rt);
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
@@ -1017,6 +1022,12 @@ int loop_run(
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
 void loop_open(lua_State *L);
+
+/* ---- signal.c ---- */
+
+void signal_land(lua_State *L, int i);
+void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
+void signal_open(lua_State *L);
 
 /* ---- testing.c: what a test changes ---- */
 
