@@ -295,9 +295,11 @@ describe("BackgroundQueue", function()
       local unobserved
       flow.on_unobserved_exception(function(err) unobserved = err end)
       local queue <close> = flow.BackgroundQueue()
-      queue:enqueue(function() error("nobody looks", 0) end)
+      local kept = { queue:enqueue(function() error("nobody looks", 0) end) }
       queue:drain()
+      assert.equal("faulted", kept[1].status)
       assert.is_nil(unobserved)
+      kept[1] = nil
       helper.collect()
       assert.equal("nobody looks", unobserved)
       flow.on_unobserved_exception(nil)

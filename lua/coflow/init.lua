@@ -91,4 +91,8 @@ return late(flow, {
   Barrier = "sync",
   background = "background",
   BackgroundQueue = "background",
+  hosting = "hosting",
+  Host = "hosting",
+  BackgroundService = "hosting",
+  signal = "signal",
 })
