@@ -55,6 +55,7 @@ build = {
     ["coflow.coroutine"] = "lua/coflow/coroutine.lua",
     ["coflow.flight"] = "lua/coflow/flight.lua",
     ["coflow.group"] = "lua/coflow/group.lua",
+    ["coflow.hosting"] = "lua/coflow/hosting.lua",
     ["coflow"] = "lua/coflow/init.lua",
     ["coflow.lazy"] = "lua/coflow/lazy.lua",
     ["coflow.main"] = "lua/coflow/main.lua",
