@@ -156,6 +156,38 @@ describe("signal.wait", function()
   end))
 end)
 
+describe("signal.stream", function()
+  if not package.searchpath("coflow.stream", package.path) then return end
+
+  it("is a stream of what comes, also between two items, from its iteration on", live(function()
+    local log, note = recorder()
+    local stream = flow.signal.stream { "SIGUSR1", "SIGUSR2" }
+    assert.is_false(flow.loop.is_alive())
+    flow.spawn(function()
+      flow.sleep(0.001)
+      send("USR2")
+    end)
+    for name in stream:iterate() do
+      note(name)
+      if #log == 1 then
+        send("USR1")
+        flow.sleep(0.01)
+      else
+        break
+      end
+    end
+    assert.same({ "SIGUSR2", "SIGUSR1" }, log)
+  end))
+
+  it("ends with the ambient token, and refuses what is no signal", live(function()
+    raises("Timeout", flow.with_timeout, 0.01, function()
+      for _ in flow.signal.stream("SIGUSR1"):iterate() do error("nobody has sent it") end
+    end)
+    local err = raised(function() flow.signal.stream("SIGKILL") end)
+    assert.truthy(err:find("bad argument #1 to 'stream'", 1, true))
+  end))
+end)
+
 describe("a catcher of signals", function()
   local core = require "coflow.core"
   local USR1, USR2 = core.signals.SIGUSR1, core.signals.SIGUSR2
