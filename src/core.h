@@ -100,12 +100,12 @@ enum task_kind {
   KIND_EACH,   /* what an iteration of when_each waits on */
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
   KIND_SCOPE,
-  KIND_IDLE,   /* complete once the loop has nothing to do: for tests */
-  KIND_QUEUED, /* it waits in a queue of waiters (waiter.c) */
-  KIND_SELECT, /* … in several, and for tasks, whichever comes first (channel.c) */
-  KIND_PERIOD, /* wait_for_next_tick_async */
-  KIND_TICK,   /* of a Timer; no object of Lua's */
-  KIND_GATE,   /* no task: a lock that is to let readers in (sync.c) */
+  KIND_IDLE,    /* complete once the loop has nothing to do: for tests */
+  KIND_QUEUED,  /* it waits in a queue of waiters (waiter.c) */
+  KIND_SELECT,  /* … in several, and for tasks, whichever comes first (channel.c) */
+  KIND_PERIOD,  /* wait_for_next_tick_async */
+  KIND_TICK,    /* of a Timer; no object of Lua's */
+  KIND_GATE,    /* no task: a lock that is to let readers in (sync.c) */
   KIND_CATCHER, /* of signals */
   KIND_COUNT
 };

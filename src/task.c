@@ -363,8 +363,7 @@ void task_push_name(lua_State *L, int i) {
                                                 "operation",
                                                 "select",
                                                 "wait_for_next_tick",
-                                                "tick",
-                                                "signals"};
+                                                "tick"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
