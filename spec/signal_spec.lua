@@ -162,7 +162,6 @@ describe("signal.stream", function()
   it("is a stream of what comes, also between two items, from its iteration on", live(function()
     local log, note = recorder()
     local stream = flow.signal.stream { "SIGUSR1", "SIGUSR2" }
-    assert.is_false(flow.loop.is_alive())
     flow.spawn(function()
       flow.sleep(0.001)
       send("USR2")
@@ -185,6 +184,7 @@ describe("signal.stream", function()
     end)
     local err = raised(function() flow.signal.stream("SIGKILL") end)
     assert.truthy(err:find("bad argument #1 to 'stream'", 1, true))
+    flow.yield() -- callbacks of a deadline have a turn of their own
   end))
 end)
 
