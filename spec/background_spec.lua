@@ -226,6 +226,37 @@ describe("BackgroundQueue", function()
     assert.same({ "last" }, log)
   end))
 
+  it("runs those behind a job that is abandoned, though nobody has the queue", in_task(function()
+    local log, note = recorder()
+    local abandoned
+    flow.on_unobserved_exception(function(err) abandoned = err end)
+    do
+      local queue = flow.BackgroundQueue()
+      queue:fire_and_forget(function() flow.TaskCompletionSource().task:await() end)
+      queue:fire_and_forget(note, "behind")
+      flow.yield()
+    end
+    for _ = 1, 3 do helper.collect() end
+    flow.on_unobserved_exception(nil)
+    helper.is_error("TaskAbandoned", abandoned)
+    assert.same({ "behind" }, log)
+  end))
+
+  it("forgets the job of one that gives up at once, not when there is room", in_task(function()
+    local queue <close> = flow.BackgroundQueue { capacity = 1 }
+    queue:enqueue(flow.sleep, 100)
+    queue:enqueue(flow.sleep, 100)
+    local weak = setmetatable({}, { __mode = "v" })
+    local function try()
+      local job = function() return weak end
+      weak[1] = job
+      raises("Timeout", flow.with_timeout, 1, queue.enqueue, queue, job)
+    end
+    try()
+    helper.collect()
+    assert.is_nil(weak[1])
+  end))
+
   it("is held while jobs wait for their start, not longer", in_task(function()
     local log, note = recorder()
     local weak = setmetatable({}, { __mode = "v" })
