@@ -106,7 +106,7 @@ enum task_kind {
   KIND_PERIOD,  /* wait_for_next_tick_async */
   KIND_TICK,    /* of a Timer; no object of Lua's */
   KIND_GATE,    /* no task: a lock that is to let readers in (sync.c) */
-  KIND_CATCHER, /* of signals */
+  KIND_CATCHER, /* no task: of signals (signal.c) */
   KIND_COUNT
 };
 
