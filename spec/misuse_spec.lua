@@ -838,6 +838,11 @@ describe("finalizers and metamethods", function()
     ]])
   end)
 
+  it("of classes may be called without the class", in_task(function()
+    local call = getmetatable(flow.CancellationTokenSource).__call
+    assert.is_false(call().is_cancellation_requested)
+  end))
+
   it("are not reached by getmetatable of other modules' userdata", in_task(function()
     assert.is_false(flow.errors.is(io.stdout, "IO"))
     assert.is_nil(debug.getmetatable(io.stdout).__await)

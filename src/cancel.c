@@ -822,9 +822,9 @@ static int l_source_new(lua_State *L) {
   return 1;
 }
 
-/* the class itself, called */
+/* the class itself, called; by whoever takes this out of its metatable, perhaps without it */
 static int l_source_call(lua_State *L) {
-  lua_remove(L, 1);
+  if (lua_gettop(L) > 0) lua_remove(L, 1);
   return l_source_new(L);
 }
 

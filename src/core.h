@@ -83,11 +83,12 @@ enum tag {
   TAG_BARRIER = 0xC0F11F00,
   TAG_TIMER = 0xC0F12000,
   TAG_PERIODIC = 0xC0F12100,
-  TAG_ORIGIN = 0xC0F12200
+  TAG_ORIGIN = 0xC0F12200,
+  TAG_CATCHER = 0xC0F12300 /* of signals; a struct task as well, but not for scripts */
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_ORIGIN)
+#define TAG_LAST TAG_CLASS(TAG_CATCHER)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -99,12 +100,13 @@ enum task_kind {
   KIND_EACH,   /* what an iteration of when_each waits on */
   KIND_EXPIRY, /* the armed deadline of a cancellation source */
   KIND_SCOPE,
-  KIND_IDLE,   /* complete once the loop has nothing to do: for tests */
-  KIND_QUEUED, /* it waits in a queue of waiters (waiter.c) */
-  KIND_SELECT, /* … in several, and for tasks, whichever comes first (channel.c) */
-  KIND_PERIOD, /* wait_for_next_tick_async */
-  KIND_TICK,   /* of a Timer; no object of Lua's */
-  KIND_GATE,   /* no task: a lock that is to let readers in (sync.c) */
+  KIND_IDLE,    /* complete once the loop has nothing to do: for tests */
+  KIND_QUEUED,  /* it waits in a queue of waiters (waiter.c) */
+  KIND_SELECT,  /* … in several, and for tasks, whichever comes first (channel.c) */
+  KIND_PERIOD,  /* wait_for_next_tick_async */
+  KIND_TICK,    /* of a Timer; no object of Lua's */
+  KIND_GATE,    /* no task: a lock that is to let readers in (sync.c) */
+  KIND_CATCHER, /* no task: of signals (signal.c) */
   KIND_COUNT
 };
 
@@ -200,7 +202,7 @@ enum task_traits {
   TRAIT_HANDED = 1 << 3,  /* in the hands of one of these (and TASK_LINKED: no wake counts) */
   TRAIT_DIRECT = 1 << 4,  /* its next run is the loop's */
   TRAIT_RESUMED = 1 << 5, /* the loop has run it since somebody looked */
-  TRAIT_QUEUED = 1 << 6,  /* waits for its start in the queue of its task group */
+  TRAIT_QUEUED = 1 << 6,  /* waits for its start in the queue of its task group, or of its home */
   TRAIT_CHILD = 1 << 7    /* of a task group, which wants to know its end */
 };
 #define TRAIT_ELSEWHERE (TRAIT_QUEUES | TRAIT_POSTS)
@@ -456,6 +458,8 @@ struct runtime {
   struct label_cache labels[LABEL_CACHE];
   const void *error_metatables[ERROR_COUNT];
 
+  struct link catchers;  /* the open ones (signal.c) */
+  struct caught *caught; /* a list of the handles of signals */
   uv_loop_t loop;
   uv_timer_t timer;
   uv_signal_t signals[2];
@@ -818,7 +822,7 @@ void scope_open_all(lua_State *L);
 
 void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
                        bool well); /* [-0, +0, m] before it settles; else its error is on top */
-bool group_canceled(const struct fiber *f); /* of a child */
+bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
 void group_open(lua_State *L);
 
@@ -992,6 +996,7 @@ void sync_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 
+uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed */
 double loop_now(struct runtime *rt);
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
@@ -1021,6 +1026,12 @@ int loop_run(
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
 void loop_open(lua_State *L);
+
+/* ---- signal.c ---- */
+
+void signal_land(lua_State *L, int i);
+void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
+void signal_open(lua_State *L);
 
 /* ---- testing.c: what a test changes ---- */
 

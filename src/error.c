@@ -593,10 +593,12 @@ static int l_on_unobserved(lua_State *L) {
   return 0;
 }
 
-/* report(error): an error of a callback that has no caller */
+/* report(error, task or nil): an error of a callback that has no caller, or of a task that nobody has */
 static int l_report(lua_State *L) {
   luaL_checkany(L, 1);
-  error_report(L, 1, 0);
+  lua_settop(L, 2);
+  if (!lua_isnil(L, 2)) task_check(L, 2);
+  error_report(L, 1, lua_isnil(L, 2) ? 0 : 2);
   return 0;
 }
 

@@ -133,7 +133,8 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool w
 
 bool group_canceled(const struct fiber *f) {
   const struct scope *s = f->member.scope;
-  return (s->owner == f ? s->base->member.scope : s)->canceled;
+  if (s->owner == f) s = s->base->member.scope;
+  return s->kind != SCOPE_GROUP || s->canceled;
 }
 
 void group_discard(lua_State *L, int i) {

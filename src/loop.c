@@ -70,6 +70,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_WAIT: wait_op_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
+    case KIND_CATCHER: signal_land(L, i); break;
     case KIND_IDLE: testing_land(L, i); break;
     case KIND_QUEUED:
     case KIND_SELECT: waiter_land(L, i); break;
@@ -147,7 +148,7 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
 
 /* libuv's loop is made when something is first waited for: a program that never does starts sooner */
-static uv_loop_t *uv(struct runtime *rt) {
+uv_loop_t *loop_uv(struct runtime *rt) {
   if (!rt->loop_open) {
     uv_loop_init(&rt->loop);
     uv_timer_init(&rt->loop, &rt->timer);
@@ -185,13 +186,13 @@ static bool is_alive(struct runtime *rt) {
 
 static void arm(struct runtime *rt, double seconds) {
   uint64_t ms = seconds <= 0 ? 0 : seconds > 1e9 ? (uint64_t)1e12 : (uint64_t)ceil(seconds * 1e3);
-  uv_update_time(uv(rt));
+  uv_update_time(loop_uv(rt));
   uv_timer_start(&rt->timer, on_timer, ms, 0);
   rt->timer_armed = true;
 }
 
 static void run_uv(struct runtime *rt, uv_run_mode mode) {
-  uv_run(uv(rt), mode);
+  uv_run(loop_uv(rt), mode);
   if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
 }
 
@@ -497,6 +498,7 @@ void loop_close(lua_State *L, struct runtime *rt) {
     uv_walk(&rt->loop, close_any, NULL);
     while (uv_run(&rt->loop, UV_RUN_DEFAULT) != 0) continue;
     uv_loop_close(&rt->loop);
+    signal_free(L, rt);
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   testing_forget(L, rt);
@@ -540,7 +542,7 @@ static int l_loop_is_alive(lua_State *L) {
 }
 
 static int l_loop_backend_fd(lua_State *L) {
-  lua_pushinteger(L, uv_backend_fd(uv(runtime(L))));
+  lua_pushinteger(L, uv_backend_fd(loop_uv(runtime(L))));
   return 1;
 }
 
@@ -564,7 +566,7 @@ static int l_watch_signals(lua_State *L) {
   bool on = lua_toboolean(L, 1);
   for (int i = 0; i < 2; i++) {
     if (!rt->signals_open) {
-      uv_signal_init(uv(rt), &rt->signals[i]);
+      uv_signal_init(loop_uv(rt), &rt->signals[i]);
       uv_unref((uv_handle_t *)&rt->signals[i]);
     }
     if (on)

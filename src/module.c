@@ -333,6 +333,7 @@ static int open_all(lua_State *L) {
   periodic_open(L);
   sync_open(L);
   loop_open(L);
+  signal_open(L);
   coroutine_open(L);
   testing_open(L);
   return 1;

@@ -15,7 +15,8 @@
 **     scheduler   where its start and its continuations go, or nil: to the loop
 **     context     the synchronization context that it is in
 **     key         what may run it while it is handed over: the scheduler, or a posted function's number
-**     home        the scheduler that it was given to: told when it ends (`_ended`), even if it has left
+**     home        the scheduler that it was given to: told when it ends (`_ended`), even if it has left;
+**                 of a detached task, which is the loop's, whoever has started it
 **
 ** Who owns it: a task that is handed over is held by whoever has it, not by us. If they drop it, it is
 ** garbage like a parked one that nobody can wake, and is reported and closed by its watch (fiber.c).
@@ -525,6 +526,43 @@ static int l_spawn_on(lua_State *L) {
   return 1;
 }
 
+/* detached(home, named, fn, ...) -> a task in the context of the running one, but under no scope: what becomes of
+** who made it does not concern it. It waits for `launch`; a cancellation before that ends it. In the end, however
+** it comes, `home:_ended(task)` is called. It is named after the function `named`, if that is not nil. */
+static int l_detached(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  luaL_checktype(L, 1, LUA_TTABLE);
+  module_check_callable(L, 3);
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 3, rt->root); /* home named task */
+  fiber_hold(L, 3, f);
+  task_release(L, &f->task); /* should anything raise, it is a cold one that nobody has */
+  need_plan(L, 3);
+  lua_pushvalue(L, 1);
+  plan_set(L, -2, PLAN_HOME);
+  lua_settop(L, 3);
+  if (lua_isfunction(L, 2)) {
+    lua_pushvalue(L, 2);
+    fiber_name(L, f);
+  }
+  f->task.state = TASK_QUEUED;
+  f->task.traits |= TRAIT_QUEUED;
+  return 1;
+}
+
+/* launch(task) -> false: that detached task does not wait for it any more */
+static int l_launch(lua_State *L) {
+  struct fiber *f = (struct fiber *)task_check(L, 1);
+  bool waits = f->task.traits & TRAIT_QUEUED && !(f->task.flags & TASK_LINKED) &&
+               !task_done(&f->task) && f->co != NULL;
+  if (waits) {
+    task_hold(L, 1, &f->task);
+    f->task.traits &= (uint8_t)~TRAIT_QUEUED;
+    loop_ready(runtime(L), &f->task);
+  }
+  lua_pushboolean(L, waits);
+  return 1;
+}
+
 /* try_execute(scheduler, task) */
 static int l_try_execute(lua_State *L) {
   schedule_check(L, 1);
@@ -592,6 +630,8 @@ static int l_set_context(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {{"spawn_on", l_spawn_on},
+                                     {"detached", l_detached},
+                                     {"launch", l_launch},
                                      {"try_execute", l_try_execute},
                                      {"is_queued", l_is_queued},
                                      {"release", l_release},

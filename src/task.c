@@ -434,6 +434,12 @@ static int l_is_canceled(lua_State *L) {
   return 1;
 }
 
+/* is_awaited(task) -> whether anybody waits for it: whoever was interrupted does so no more, even before it runs */
+static int l_is_awaited(lua_State *L) {
+  lua_pushboolean(L, task_waiters(task_check(L, 1)) != NULL);
+  return 1;
+}
+
 static int l_exception(lua_State *L) {
   struct task *t = task_check(L, 1);
   if (t->state == TASK_FAULTED) {
@@ -654,11 +660,10 @@ static int l_try_set_exception(lua_State *L) { return set_exception(L, false); }
 static int l_set_canceled(lua_State *L) { return set_canceled(L, true); }
 static int l_try_set_canceled(lua_State *L) { return set_canceled(L, false); }
 
-static const luaL_Reg functions[] = {{"from_result", l_from_result},
-                                     {"from_exception", l_from_exception},
-                                     {"from_canceled", l_from_canceled},
-                                     {"TaskCompletionSource", l_completion_new},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"from_result", l_from_result},     {"from_exception", l_from_exception},
+    {"from_canceled", l_from_canceled}, {"TaskCompletionSource", l_completion_new},
+    {"is_awaited", l_is_awaited},       {NULL, NULL}};
 
 static const luaL_Reg methods[] = {{"results", l_results},
                                    {"traceback", l_traceback},

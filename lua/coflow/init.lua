@@ -89,4 +89,10 @@ return late(flow, {
   CountdownEvent = "sync",
   Condition = "sync",
   Barrier = "sync",
+  background = "background",
+  BackgroundQueue = "background",
+  hosting = "hosting",
+  Host = "hosting",
+  BackgroundService = "hosting",
+  signal = "signal",
 })

@@ -1,0 +1,76 @@
+-- coflow.signal: signals of the system: SIGHUP to read a configuration again, SIGTERM to end.
+--
+-- While somebody waits here for a signal its default action is off, for the whole process; afterwards it is in
+-- force again. Every wait and every stream for a signal gets it. flow.main, which has SIGINT and SIGTERM for
+-- itself, gets them as well.
+--
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+local signal = {}
+
+local names = {} -- number -> name
+for name, number in pairs(core.signals) do names[number] = name end
+
+-- The numbers of a name or a list of names; or nil and what is wrong with it.
+local function numbers_of(which)
+  if type(which) == "string" then which = { which } end
+  if type(which) ~= "table" then
+    return nil, "name of a signal, or a list of names, expected, got " .. (which == nil and "no value" or type(which))
+  elseif #which == 0 then
+    return nil, "the list of signals is empty"
+  end
+  local numbers = {}
+  for i, name in ipairs(which) do
+    if not core.signals[name] then
+      return nil, ("%s is no signal that can be caught"):format(type(name) == "string" and name or type(name))
+    end
+    numbers[i] = core.signals[name]
+  end
+  return numbers
+end
+
+-- The name of the next signal that the catcher has noted.
+local function next_of(catcher, token)
+  core.throw_if_canceled(token)
+  while true do
+    local number = catcher:take()
+    if number then return names[number] end
+    core.await_with(catcher:wait(), token)
+  end
+end
+
+---Waits for a signal, and returns its name. From the call to the return its default action is off.
+---Cancellation: ends the wait.
+---Raises: IO if the system refuses to tell of it.
+---@param which string|string[] "SIGHUP", say, or several of which the first to come counts
+---@param token? coflow.CancellationToken
+---@return string name
+function signal.wait(which, token)
+  local numbers, wrong = numbers_of(which)
+  if not numbers then core.argument_error(1, wrong) end
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(2, "CancellationToken expected, got " .. type(token))
+  end
+  core.throw_if_canceled(token)
+  local catcher <close> = core.catch(table.unpack(numbers))
+  return next_of(catcher, token)
+end
+
+signal.wait_async = core.async(signal.wait)
+
+---A stream of the names of the signals that come, from the moment at which it is iterated on. Those that come
+---while the last one is dealt with are not lost; of the same signal they count once, as signals do.
+---@param which string|string[]
+---@return coflow.Stream
+function signal.stream(which)
+  local numbers, wrong = numbers_of(which)
+  if not numbers then core.argument_error(1, wrong) end
+  return require("coflow.stream").new(function(emit)
+    local catcher <close> = core.catch(table.unpack(numbers))
+    while true do emit(next_of(catcher)) end
+  end)
+end
+
+return signal

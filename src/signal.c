@@ -1,0 +1,241 @@
+/*
+** signal.c - signals of the system, for those who catch them.
+**
+** A *catcher* is for some signals. While it is open, their default action is off for the whole process, and each
+** one that comes is noted in every catcher that is for it: in order of arrival, and once until it is taken, as
+** the system itself does with signals that are pending. So none is lost between two waits.
+**
+** There is one uv_signal_t for each number ever caught, shared by the catchers: started when the first one opens,
+** stopped when the last one closes, which gives the signal back to the system. It is freed with the loop. While it
+** is started it keeps the loop alive: whoever waits for a signal does not wait in vain.
+**
+** Who waits awaits a promise of the catcher's, complete once something is noted. It is the catcher that lands
+** then: it begins with a struct task for the ready list's sake, as a scope does, and is nothing for scripts. While
+** its promise is pending its anchor holds it, so that who waits for a signal is not garbage.
+**
+** Invariants: link.next != NULL while it is open; then it counts once in `users` of each signal of its mask.
+**             task.slot != 0 while its promise is pending, or it is on the ready list.
+**             order[0 .. count-1] are the numbers in `noted`, each once.
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <signal.h>
+
+enum { NUMBERS = 32 }; /* the names below are of lower ones */
+enum { CATCHER_PROMISE = 1 };
+
+struct catcher {
+  struct task task;
+  struct link link; /* in rt->catchers */
+  uint32_t mask, noted;
+  uint8_t order[NUMBERS];
+  int count;
+};
+
+struct caught {
+  struct caught *next;
+  int number, users;
+  uv_signal_t uv;
+};
+
+static const struct {
+  const char *name;
+  int number;
+} names[] = {{"SIGHUP", SIGHUP},   {"SIGINT", SIGINT},
+             {"SIGQUIT", SIGQUIT}, {"SIGABRT", SIGABRT},
+             {"SIGUSR1", SIGUSR1}, {"SIGUSR2", SIGUSR2},
+             {"SIGPIPE", SIGPIPE}, {"SIGALRM", SIGALRM},
+             {"SIGTERM", SIGTERM}, {"SIGCHLD", SIGCHLD},
+             {"SIGCONT", SIGCONT}, {"SIGTSTP", SIGTSTP},
+             {"SIGTTIN", SIGTTIN}, {"SIGTTOU", SIGTTOU},
+             {"SIGURG", SIGURG},   {"SIGXCPU", SIGXCPU},
+             {"SIGXFSZ", SIGXFSZ}, {"SIGVTALRM", SIGVTALRM},
+             {"SIGPROF", SIGPROF}, {"SIGWINCH", SIGWINCH},
+             {"SIGIO", SIGIO},     {NULL, 0}};
+
+/* ---- libuv side: no Lua below this line until the Lua face ---- */
+
+static void on_signal(uv_signal_t *handle, int number) {
+  struct runtime *rt = container_of(handle->loop, struct runtime, loop);
+  uint32_t bit = (uint32_t)1 << number;
+  for (struct link *l = rt->catchers.next; l != &rt->catchers; l = l->next) {
+    struct catcher *c = container_of(l, struct catcher, link);
+    if (!(c->mask & bit) || c->noted & bit) continue;
+    c->noted |= bit;
+    c->order[c->count++] = (uint8_t)number;
+    if (c->task.slot != 0) loop_ready(rt, &c->task);
+  }
+}
+
+static struct caught *find(struct runtime *rt, int number) {
+  struct caught *s = rt->caught;
+  while (s != NULL && s->number != number) s = s->next;
+  return s;
+}
+
+static void unuse(struct caught *s) {
+  if (--s->users > 0) return;
+  uv_signal_stop(&s->uv);
+  uv_unref((uv_handle_t *)&s->uv);
+}
+
+static int use(struct caught *s) {
+  if (s->users > 0) {
+    s->users++;
+    return 0;
+  }
+  int status = uv_signal_start(&s->uv, on_signal, s->number);
+  if (status < 0) return status;
+  uv_ref((uv_handle_t *)&s->uv);
+  s->users++;
+  return 0;
+}
+
+static void unuse_all(struct runtime *rt, uint32_t mask) {
+  for (int number = 0; number < NUMBERS; number++)
+    if (mask >> number & 1) unuse(find(rt, number));
+}
+
+/* what was opened; an error of libuv leaves everything as it was */
+static int use_all(struct runtime *rt, uint32_t mask) {
+  for (int number = 0; number < NUMBERS; number++) {
+    if (!(mask >> number & 1)) continue;
+    int status = use(find(rt, number));
+    if (status >= 0) continue;
+    unuse_all(rt, mask & (((uint32_t)1 << number) - 1));
+    return status;
+  }
+  return 0;
+}
+
+static void catcher_close(struct runtime *rt, struct catcher *c) {
+  if (c->link.next == NULL) return;
+  link_drop(&c->link);
+  unuse_all(rt, c->mask);
+}
+
+void signal_free(lua_State *L, struct runtime *rt) {
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  while (rt->caught != NULL) {
+    struct caught *s = rt->caught;
+    rt->caught = s->next;
+    alloc(ud, s, sizeof *s, 0);
+  }
+}
+
+/* ---- Lua face ---- */
+
+/* [-0, +0, m] there is a handle for that signal */
+static void need(lua_State *L, struct runtime *rt, int number) {
+  if (find(rt, number) != NULL) return;
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
+  if (s == NULL) luaL_error(L, "not enough memory");
+  *s = (struct caught){.next = rt->caught, .number = number};
+  uv_signal_init(loop_uv(rt),
+                 &s->uv); /* which fails only if the loop cannot have signals at all: see use */
+  uv_unref((uv_handle_t *)&s->uv);
+  rt->caught = s;
+}
+
+/* catch(number …) -> a catcher */
+static int l_catch(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  uint32_t mask = 0;
+  for (int i = lua_gettop(L); i > 0; i--) {
+    lua_Integer number = luaL_checkinteger(L, i);
+    luaL_argcheck(L, number > 0 && number < NUMBERS, i, "no such signal");
+    mask |= (uint32_t)1 << number;
+    need(L, rt, (int)number);
+  }
+  struct catcher *c =
+      (struct catcher *)object_new(L, TAG_CATCHER | KIND_CATCHER, sizeof *c, CATCHER_PROMISE);
+  c->task.state = TASK_WAITING;
+  c->mask = mask;
+  int status = use_all(rt, mask);
+  if (status < 0) {
+    error_push(L, ERROR_IO, "cannot catch the signal: %s", uv_strerror(status));
+    lua_pushstring(L, uv_err_name(status));
+    lua_setfield(L, -2, "code");
+    return lua_error(L);
+  }
+  link_append(&rt->catchers, &c->link);
+  return 1;
+}
+
+static struct catcher *check_catcher(lua_State *L) {
+  return (struct catcher *)object_check(L, 1, TAG_CATCHER | KIND_CATCHER);
+}
+
+/* catcher:take() -> the number of the first signal that was noted, which is not any more; or nil */
+static int l_take(lua_State *L) {
+  struct catcher *c = check_catcher(L);
+  if (c->count == 0) return 0;
+  int number = c->order[0];
+  c->noted &= ~((uint32_t)1 << number);
+  c->count--;
+  for (int i = 0; i < c->count; i++) c->order[i] = c->order[i + 1];
+  lua_pushinteger(L, number);
+  return 1;
+}
+
+/* catcher:wait() -> a task that is complete once there is something to take, or it is closed */
+static int l_wait(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct catcher *c = check_catcher(L);
+  lua_settop(L, 1);
+  if (lua_getiuservalue(L, 1, CATCHER_PROMISE) != LUA_TNIL) return 1;
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* catcher nil promise */
+  if (c->count > 0 || c->link.next == NULL) {
+    task_settle(L, rt, 3, 0);
+    return 1;
+  }
+  task_hold(L, 1, &c->task);
+  lua_pushvalue(L, 3);
+  lua_setiuservalue(L, 1, CATCHER_PROMISE);
+  return 1;
+}
+
+void signal_land(lua_State *L, int i) {
+  struct catcher *c = (struct catcher *)lua_touserdata(L, i);
+  bool pending = lua_getiuservalue(L, i, CATCHER_PROMISE) == LUA_TUSERDATA;
+  task_forget(L, &c->task);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, CATCHER_PROMISE);
+  if (pending) task_settle(L, runtime(L), lua_gettop(L), 0);
+}
+
+static int l_close(lua_State *L) {
+  struct catcher *c = check_catcher(L);
+  lua_settop(L, 1);
+  catcher_close(runtime(L), c);
+  if (c->task.slot != 0 && !(c->task.flags & TASK_LINKED)) signal_land(L, 1);
+  return 0;
+}
+
+static int l_gc(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct catcher *c = (struct catcher *)object_test(L, 1, TAG_CATCHER | KIND_CATCHER);
+  if (c != NULL && !rt->closed && c->task.slot == 0) catcher_close(rt, c);
+  return 0;
+}
+
+static const luaL_Reg methods[] = {
+    {"take", l_take}, {"wait", l_wait}, {"__close", l_close}, {"__gc", l_gc}, {NULL, NULL}};
+
+static const luaL_Reg functions[] = {{"catch", l_catch}, {NULL, NULL}};
+
+void signal_open(lua_State *L) {
+  link_init(&runtime(L)->catchers);
+  module_functions(L, functions);
+  module_class(L, TAG_CATCHER, "coflow.SignalCatcher", methods, NULL);
+  lua_newtable(L);
+  for (int i = 0; names[i].name; i++) {
+    lua_pushinteger(L, names[i].number);
+    lua_setfield(L, -2, names[i].name);
+  }
+  lua_setfield(L, -2, "signals");
+}
