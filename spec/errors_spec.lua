@@ -214,4 +214,18 @@ describe("a value raised by user code", function()
     end
     assert.is_true(rawequal(value, task.exception))
   end))
+
+  it("leaves the library's own frames out", helper.in_task(function()
+    local task = flow.spawn(function()
+      flow.task_group(function(group) group:spawn(function() error("x") end) end)
+    end)
+    task:try_await()
+    assert.is_nil(task:traceback():find("coflow/group.lua", 1, true))
+    assert.truthy(task:traceback():find("spec/errors_spec.lua", 1, true))
+  end))
+
+  it("names the public function in an argument error, whoever calls it", function()
+    assert.equal("bad argument #1 to 'coflow.with_timeout' (seconds must not be negative)",
+      select(2, pcall(flow.with_timeout, -1, print)))
+  end)
 end)

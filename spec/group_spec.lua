@@ -638,6 +638,17 @@ describe("the limit", function()
     end, { limit = 1 })
   end))
 
+  it("ends a queued child that was canceled before, with its group", in_task(function()
+    local task
+    flow.task_group(function(group)
+      group:spawn(after, 2)
+      task = group:spawn(function() error("has started") end)
+      task:cancel("early")
+      group:cancel("all")
+    end, { limit = 1 })
+    assert.equal("canceled", task.status)
+  end))
+
   it("lets a queued child be awaited, and be canceled", in_task(function()
     flow.task_group(function(group)
       group:spawn(after, 2)

@@ -212,15 +212,6 @@ describe("with_timeout", function()
     assert.equal("enough", raises("OperationCanceled", task.await, task).reason)
   end))
 
-  it("opens no scope that a yield of a plain coroutine could confuse", in_task(function(clock)
-    local walk = coroutine.wrap(function() flow.with_timeout(10, coroutine.yield, "inside") end)
-    assert.equal("inside", walk())
-    assert.equal(10, flow.deadline()) -- the task is in it
-    walk()
-    assert.is_nil(flow.deadline())
-    flow.sleep(20)
-    assert.equal(20, clock:now())
-  end))
 end)
 
 describe("the deadline", function()
@@ -1187,96 +1178,28 @@ describe("a parked task", function()
 end)
 
 describe("scopes in plain coroutines", function()
-  local function open(seconds)
-    local co = coroutine.create(function() flow.with_timeout(seconds, coroutine.yield) end)
-    coroutine.resume(co)
-    return co
-  end
+  local plain = require("coflow.coroutine").uninstall and coroutine
 
-  it("may be closed out of order", in_task(function(clock)
-    local a, b, c = open(10), open(20), open(30)
-    assert.equal(10, flow.deadline())
-    assert.is_true(coroutine.close(b))
-    assert.equal(10, flow.deadline())
-    assert.is_true(coroutine.close(a))
-    assert.is_true(coroutine.close(c))
-    assert.is_nil(flow.deadline())
-    flow.sleep(100)
-    assert.equal(100, clock:now())
-  end))
-
-  it("may be left open by a task that ends, and closed by another one", in_task(function(clock)
-    local co
-    flow.spawn(function()
-      co = open(10)
-      flow.yield()
-    end):await()
-    local function inner(n)
-      if n > 0 then return (flow.with_timeout(5 + n, inner, n - 1)) end
-      assert.equal(6, flow.deadline())
-      assert.is_true(coroutine.close(co))
-      assert.equal(6, flow.deadline())
-      raises("OperationCanceled", flow.sleep, 20)
+  it("are refused, since a yield would leave them open in whoever goes on", in_task(function()
+    local source = flow.CancellationTokenSource()
+    local uses = {
+      with_timeout = function() flow.with_timeout(10, plain.yield) end,
+      with_cancellation = function() flow.with_cancellation(source.token, plain.yield) end,
+      shield = function() flow.shield(plain.yield) end,
+    }
+    for name, use in pairs(uses) do
+      local ok, err = plain.resume(plain.create(use))
+      assert.is_false(ok)
+      helper.is_error("InvalidOperation", err, name, "coflow.coroutine")
     end
-    inner(4)
-    assert.equal(6, clock:now())
-  end))
-
-  it("may be closed by another task while theirs waits in them", in_task(function()
-    local co
-    local waiting = flow.spawn(function()
-      co = coroutine.create(function() flow.shield(coroutine.yield) end)
-      coroutine.resume(co)
-      flow.sleep(100)
-    end)
-    flow.yield()
-    waiting:cancel("now") -- it is in the shield
-    flow.sleep(1)
-    assert.equal("waiting_for_activation", waiting.status)
-    coroutine.close(co)
-    raises("OperationCanceled", waiting.await, waiting)
-  end))
-
-  it("may be left open on a token, which does not reach what goes on after the task", in_task(function()
-    local source <close> = flow.CancellationTokenSource(50)
-    local child = flow.spawn(function()
-      local started
-      coroutine.wrap(function()
-        flow.with_cancellation(source.token, function()
-          started = flow.spawn(function()
-            flow.sleep(5)
-            return "free"
-          end)
-          coroutine.yield()
-        end)
-      end)()
-      return started
-    end):await()
-    flow.sleep(1)
-    source:cancel()
-    assert.equal("free", child:await())
-  end))
-
-  it("may be dropped", in_task(function(clock)
-    flow.spawn(function()
-      open(5)
-      collectgarbage()
-      pcall(flow.sleep, 9)
-      return clock:now()
-    end):await()
     assert.is_nil(flow.deadline())
+    assert.is_false(plain.resume(plain.create(function() flow.task_group(plain.yield) end)))
   end))
 
-  it("may outlive what they are in, in a random order", in_task(function(clock)
-    local random = support.random(7)
-    for _ = 1, 20 do
-      local list = {}
-      for i = 1, 12 do list[i] = open(50 + i) end
-      for _, i in ipairs(support.shuffled(12, random)) do assert.is_true(coroutine.close(list[i])) end
-      assert.is_nil(flow.deadline())
-      flow.sleep(0.5)
-    end
-    assert.equal(10, clock:now())
+  it("are allowed again in the task, and in coroutines of ours", in_task(function()
+    assert.equal(1, flow.with_timeout(10, function() return 1 end))
+    local wrapped = flow.coroutine.wrap(function() return flow.with_timeout(10, function() return 2 end) end)
+    assert.equal(2, wrapped())
   end))
 end)
 

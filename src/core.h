@@ -40,6 +40,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <uv.h>
 
 #pragma GCC visibility push(hidden) /* only luaopen_coflow_* and coflow.h are for others */
@@ -451,6 +452,9 @@ struct runtime {
   uint64_t random;
   int passed_over; /* how often in succession the first ready task was not chosen */
 
+  char library[256]; /* how the sources of the library's Lua files begin: "@…/coflow/" */
+  size_t library_length;
+
   uint64_t next_id, next_local, next_serial;
   int watched_count;  /* locals with a handler ever made */
   bool shown_watched; /* RUNTIME_SHOWN holds one of them */
@@ -486,6 +490,10 @@ static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0
 }
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
+/* whether that is the source (lua_Debug) of a Lua file of the library, which a user wants not to see */
+static inline bool module_is_ours(const struct runtime *rt, const char *source) {
+  return rt->library_length > 0 && strncmp(source, rt->library, rt->library_length) == 0;
+}
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
                   const luaL_Reg *properties); /* [-0, +0, m] */
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin,

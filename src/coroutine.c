@@ -96,18 +96,12 @@ bool coroutine_has_body(lua_State *L, struct runtime *rt) {
 }
 
 void coroutine_push_place(lua_State *L, int level) {
-  static const char *const ours[] = {"/coflow/scope.lua", "/coflow/group.lua",
-                                     "/coflow/context.lua", NULL};
+  const struct runtime *rt = runtime(L);
   lua_Debug ar;
   for (; lua_getstack(L, level, &ar); level++) {
     lua_getinfo(L, "Sl", &ar);
     if (ar.currentline <= 0) continue;
-    const char *const *file = ours; /* its functions were called from further out */
-    for (; *file != NULL; file++) {
-      size_t n = strlen(*file), m = strlen(ar.source);
-      if (m >= n && strcmp(ar.source + m - n, *file) == 0) break;
-    }
-    if (*file != NULL) continue;
+    if (module_is_ours(rt, ar.source)) continue; /* called from further out */
     lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
     return;
   }

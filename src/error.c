@@ -138,7 +138,10 @@ static void push_frames(lua_State *L, lua_State *from, int level, bool body) {
       break;
     }
     lua_getinfo(from, "Slnt", &ar);
-    add_frame(L, &b, &ar);
+    if (module_is_ours(runtime(L), ar.source))
+      n--;
+    else
+      add_frame(L, &b, &ar);
     ar = next;
   }
   luaL_pushresult(&b);

@@ -363,14 +363,18 @@ static bool push_place(lua_State *L, lua_State *co) {
   lua_Debug ar;
   lua_State *inner = coroutine_inner(co, NULL);
   if (inner != NULL && push_place(L, inner)) return true;
+  bool found = false;
   for (int level = 0; lua_getstack(co, level, &ar); level++) {
     lua_getinfo(co, "Sl", &ar);
-    if (ar.currentline > 0) {
-      lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
-      return true;
-    }
+    if (ar.currentline <= 0) continue;
+    bool ours = module_is_ours(runtime(L), ar.source); /* only if there is no other */
+    if (found && ours) continue;
+    if (found) lua_pop(L, 1);
+    lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+    found = true;
+    if (!ours) break;
   }
-  return false;
+  return found;
 }
 
 void fiber_push_place(lua_State *L, struct fiber *f) {

@@ -158,13 +158,37 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
   }
 }
 
+/* [-0, +n, m] "coflow.f" or "coflow.Class.f" of the function on top, which C has called without a name; or false */
+static bool push_public_name(lua_State *L) {
+  int fn = lua_gettop(L);
+  luaL_checkstack(L, 10, NULL);
+  luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
+  lua_getfield(L, -1, "coflow");
+  if (!lua_istable(L, -1)) return false;
+  for (lua_pushnil(L); lua_next(L, fn + 2); lua_pop(L, 1)) {
+    if (lua_type(L, fn + 3) != LUA_TSTRING) continue;
+    if (lua_rawequal(L, -1, fn)) {
+      lua_pushfstring(L, "coflow.%s", lua_tostring(L, fn + 3));
+      return true;
+    }
+    if (!lua_istable(L, -1)) continue;
+    for (lua_pushnil(L); lua_next(L, fn + 4); lua_pop(L, 1))
+      if (lua_type(L, fn + 5) == LUA_TSTRING && lua_rawequal(L, -1, fn)) {
+        lua_pushfstring(L, "coflow.%s.%s", lua_tostring(L, fn + 3), lua_tostring(L, fn + 5));
+        return true;
+      }
+  }
+  return false;
+}
+
 /* Like luaL_argerror for a public function written in Lua, which calls us directly: counts as its
 ** caller sees the arguments, and blames the line of that caller. */
 int module_blame(lua_State *L, int n, const char *message) {
   lua_Debug ar;
   if (!lua_getstack(L, 1, &ar)) return luaL_argerror(L, n, message);
-  lua_getinfo(L, "n", &ar);
-  const char *name = ar.name ? ar.name : "?";
+  lua_getinfo(L, "nf", &ar);
+  const char *name = ar.name;
+  if (name == NULL) name = push_public_name(L) ? lua_tostring(L, -1) : "?";
   luaL_where(L, 2);
   if (strcmp(ar.namewhat, "method") == 0 && --n == 0)
     lua_pushfstring(L, "calling '%s' on bad self (%s)", name, message);
@@ -256,6 +280,20 @@ static int l_check_function(lua_State *L) {
   return module_blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
 }
 
+/* library(): notes where the Lua files of the library are, init.lua being the caller */
+static int l_library(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_Debug ar;
+  if (!lua_getstack(L, 1, &ar)) return 0;
+  lua_getinfo(L, "S", &ar);
+  const char *end = ar.source[0] == '@' ? strrchr(ar.source, '/') : NULL;
+  size_t n = end ? (size_t)(end - ar.source) + 1 : 0;
+  if (n >= sizeof rt->library) return 0;
+  memcpy(rt->library, ar.source, n);
+  rt->library_length = n;
+  return 0;
+}
+
 /* is_callable(value) */
 static int l_is_callable(lua_State *L) {
   luaL_checkany(L, 1);
@@ -309,6 +347,7 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"take", l_take},
                                      {"argument_error", l_argument_error},
                                      {"check_function", l_check_function},
+                                     {"library", l_library},
                                      {"is_callable", l_is_callable},
                                      {"check_class", l_check_class},
                                      {"check_options", l_check_options},

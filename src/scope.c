@@ -405,7 +405,9 @@ void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, i
     else if (!below->canceled) {
       mark_one(L, below, s, reason, cause, run);
       walk_into(&w, below);
-    }
+    } else if (below->owner != NULL && below->owner->task.traits & TRAIT_QUEUED)
+      pending_interrupt(L,
+                        (struct pending *)(void *)below->owner); /* canceled, it would yet start */
   }
   rt->land_busy = busy;
 }
@@ -527,6 +529,11 @@ static void check_inside(lua_State *L, const char *what) {
   if (rt->me == rt->outside)
     error_throw(L, ERROR_OPERATION,
                 "%s outside every task: run the program with flow.run(fn), and use it in there",
+                what);
+  if (!fiber_on_top(L, rt))
+    error_throw(L, ERROR_OPERATION,
+                "%s inside a coroutine made by coroutine.create or coroutine.wrap, out of which a "
+                "yield would leave it open: make it with coflow.coroutine",
                 what);
 }
 

@@ -45,7 +45,7 @@ local function conclude(group, ok, body_error, body_root)
   local failures = own_failures(failed, policy, body_error, body_root)
   if winner then return winner end
   local n = failures.n
-  if n > 1 or (n == 1 and policy == "first_success") then
+  if n > 1 or (n == 1 and policy == "first_success" and failures.task) then
     local message = n == 1 and "a task of the group failed" or n .. " tasks of the group failed"
     error(errors.Aggregate(message, { inner_exceptions = failures }), 0)
   elseif n == 1 then

@@ -6,8 +6,14 @@
 --
 -- SPDX-License-Identifier: MIT
 
+if _VERSION ~= "Lua 5.4" then
+  error("coflow is for Lua 5.4, and this is " .. _VERSION .. " (busted: busted --lua=lua5.4 …)", 0)
+end
+
 local core = require "coflow.core"
 local take = core.take
+
+core.library()
 
 ---Makes fields that come when they are first read, from a module of ours: it puts them into the class, or
 ---returns them in a table. A module of the field's own name is, as a value, the field.
@@ -80,6 +86,7 @@ return late(flow, {
   channel = "channel",
   Channel = "channel",
   resilience = "resilience",
+  testing = "testing",
   sync = "sync",
   Semaphore = "sync",
   Lock = "sync",

@@ -57,7 +57,7 @@ function flow.await(x) end
 function flow.try_await(x) end
 
 ---`pcall`, except that it lets an OperationCanceled through while the ambient token is canceled.
----Tasks have no ambient token in this release, so it still catches all.
+---For loops that go on after errors: with plain `pcall` such a loop would not end when its scope is canceled.
 ---@param fn function
 ---@param ... any arguments of `fn`
 ---@return boolean ok
