@@ -95,4 +95,6 @@ return late(flow, {
   Host = "hosting",
   BackgroundService = "hosting",
   signal = "signal",
+  stream = "stream",
+  parallel = "parallel",
 })
