@@ -37,10 +37,9 @@ end
 
 local function leave(loop)
   loop.running = loop.running - 1
-  local waiting = loop.waiting
-  if not waiting then return end
-  loop.waiting = nil
-  waiting:try_set_result()
+  if not loop.waiting then return end
+  loop.waiting = false
+  loop.news:try_write(true)
 end
 
 local leaving = { __close = function(guard) leave(guard[1]) end }
@@ -48,8 +47,8 @@ local leaving = { __close = function(guard) leave(guard[1]) end }
 -- Waits for a free slot; no further item is taken when the loop has been canceled.
 local function wait_for_slot(loop)
   while loop.running >= loop.degree do
-    loop.waiting = core.TaskCompletionSource()
-    core.await(loop.waiting.task)
+    loop.waiting = true
+    loop.news:read()
   end
   core.throw_if_canceled()
 end
@@ -116,6 +115,8 @@ local function new_loop(fn, options, total)
     on_progress = options.on_progress,
     total = total,
     running = 0,
+    news = core.channel_new(), -- that a slot is free, for the calling task if it is waiting
+    waiting = false,
     count = 0,
     done = 0,
   }

@@ -602,26 +602,26 @@ end
 
 local FAILED = {}
 
--- The pumps that wait for space: only the consumer, or what closes a forgotten iteration, ends that.
+-- The pumps that wait for room. Held here: only the consumer ends that, or what closes a forgotten iteration.
 local idle = {}
 
 -- The items of all `streams`, in order of arrival, read ahead by at most `limit` items of each.
 --
 -- One queue for all: the three lists from `first` to `last`. A pump's failure is an entry of its own in it, behind
--- the items that came before; the error is the task's.
+-- the items that came before; the error is the task's. The channels carry no items, only the news of one, or
+-- of room for one: whoever reads it looks again.
 local function gather(streams, limit, name, token)
   local values, seconds, owners, first, last = {}, {}, {}, 1, 0
   local pumps, active, started, stopped = {}, #streams, false, false
   local stop = core.call_source(nil) -- ends the pumps' waits; but what closes their sources may wait
-  local waiting -- what the consumer waits for
+  local arrival, waiting = core.channel_new(), false -- where the consumer waits, and whether it does
 
   local function put(pump, value, second)
     last = last + 1
     values[last], seconds[last], owners[last] = value, second, pump
     if not waiting then return end
-    local waking = waiting
-    waiting = nil
-    waking:try_set_result()
+    waiting = false
+    arrival:try_write(true)
   end
 
   local function leave(pump)
@@ -636,10 +636,8 @@ local function gather(streams, limit, name, token)
     local _ <close> = core.open_linked(stop.token, pump.next)
     while true do
       while pump.held >= limit do
-        pump.space = core.TaskCompletionSource()
         idle[pump] = true
-        await(pump.space.task)
-        idle[pump] = nil
+        pump.room:read()
       end
       local value, second = pump.next()
       if value == nil or stopped then break end
@@ -650,7 +648,7 @@ local function gather(streams, limit, name, token)
   end
 
   for i, source in ipairs(streams) do
-    local pump = { held = 0, ended = false }
+    local pump = { held = 0, ended = false, room = core.channel_new() }
     pump.next, pump.close = source._open(token)
     local function run() pump_all(pump) end
     pump.task = core.new(function() if token then under_token(token, run) else run() end end)
@@ -665,8 +663,8 @@ local function gather(streams, limit, name, token)
     end
     while first > last do
       if active == 0 then return nil end
-      waiting = core.TaskCompletionSource()
-      await(waiting.task)
+      waiting = true
+      arrival:read()
     end
     local value, second, pump = values[first], seconds[first], owners[first]
     values[first], seconds[first], owners[first] = nil, nil, nil
@@ -674,10 +672,9 @@ local function gather(streams, limit, name, token)
     if value == nil then return nil end
     if value == FAILED then return await(pump.task) end -- which raises
     pump.held = pump.held - 1
-    if pump.space then
-      local space = pump.space
-      pump.space = nil
-      space:try_set_result()
+    if idle[pump] then
+      idle[pump] = nil
+      pump.room:try_write(true)
     end
     return value, second
   end
