@@ -343,6 +343,74 @@ describe("a stream", function()
     assert.same({}, log)
   end))
 
+  it("is closed with a consumer that is abandoned, wherever that waits", in_task(function()
+    local shapes = {
+      plain = function(s) return s end,
+      buffer = function(s) return s:buffer(2) end,
+      merge = function(s) return s:merge({}) end,
+      flat_map = function(s) return stream.from({ 1 }):flat_map(function() return s end) end,
+    }
+    local reported
+    flow.on_unobserved_exception(function(err) if err.name == "TaskAbandoned" then reported = reported + 1 end end)
+    local function dead() flow.TaskCompletionSource().task:await() end
+    for name, shape in pairs(shapes) do
+      for _, stuck in ipairs { false, true } do
+        local closed = 0
+        reported = 0
+        flow.spawn(function()
+          local s = stream.new(function(emit)
+            local _ <close> = closing(function() closed = closed + 1 end)
+            emit(1)
+            if stuck then dead() end
+            emit(2)
+          end)
+          for _ in shape(s):iterate() do
+            if not stuck then dead() end
+          end
+        end)
+        flow.yield()
+        collect()
+        collect()
+        assert.equal(1, closed, name)
+        -- the task, and what had read ahead and waits for what can never come
+        assert.equal(stuck and (name == "buffer" or name == "merge") and 2 or 1, reported, name)
+      end
+    end
+    flow.on_unobserved_exception(function(err) io.stderr:write("unobserved: ", tostring(err), "\n") end)
+  end))
+
+  it("may be anywhere when the state closes", function()
+    assert.equal("end\n", helper.output [[
+      local flow = require "coflow"
+      local function producer(emit)
+        local _ <close> = setmetatable({}, { __close = function() flow.sleep(1) end })
+        emit(1)
+        emit(2)
+        flow.sleep(10)
+        emit(3)
+      end
+      kept = {}
+      for _, shape in ipairs {
+        function(s) return s end,
+        function(s) return s:buffer(2) end,
+        function(s) return s:merge(s):timeout(5) end,
+        function(s) return flow.stream.from({ s }):flat_map(function(inner) return inner end):throttle(1) end,
+      } do
+        local s = shape(flow.stream.new(producer))
+        local it, forgotten = s:iterate(), s:iterate()
+        it() forgotten()
+        kept[#kept + 1] = it
+        flow.spawn(s.for_each, s, function() end)
+        flow.spawn(s.for_each, s, function() flow.sleep(10) end)
+        flow.spawn(flow.parallel.for_each, s, function() flow.sleep(10) end)
+        flow.spawn(flow.parallel.map, s, { max_degree_of_parallelism = 1 }, function() end)
+      end
+      for _ = 1, 5 do flow.run(flow.yield) end
+      print("end")
+      os.exit(0, true)
+    ]])
+  end)
+
   it("is closed with the generator that runs over it, which cannot wait for it", in_task(function(clock)
     for _, shape in ipairs { function(s) return s end, function(s) return s:buffer(2) end } do
       local log, note = recorder()

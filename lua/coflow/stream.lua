@@ -692,7 +692,8 @@ local function gather(streams, limit, name, token)
     local err, failed
     for _, pump in ipairs(pumps) do
       local ok, problem = core.try_await(pump.task)
-      if not (ok or failed or pump.dropped or pump.task.is_canceled) then err, failed = problem, true end
+      local told = ok or pump.dropped or pump.task.is_canceled or is_error(problem, "TaskAbandoned")
+      if not (told or failed) then err, failed = problem, true end
     end
     if failed then error(err, 0) end
   end
