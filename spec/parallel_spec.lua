@@ -4,6 +4,7 @@
 local flow = require "coflow"
 local testing = require "coflow.testing"
 local helper = require "spec.helper"
+local support = require "spec.support.flow_support"
 
 local parallel, stream = flow.parallel, flow.stream
 local in_task, in_order, recorder = helper.in_task, helper.in_order, helper.recorder
@@ -506,4 +507,61 @@ describe("parallel.for_each", function()
     flow.on_unobserved_exception(function(err) io.stderr:write("unobserved: ", tostring(err), "\n") end)
     assert.same({}, reports)
   end))
+end)
+
+describe("parallel loops of any kind", function()
+  it("call for each item once, in order, and leave nothing running", function()
+    local outcomes = {}
+    for seed = 1, many(400, 6) do
+      local random = support.random(seed)
+      testing.run(function()
+        local n, limit, way = random(20) - 1, random(5), random(4)
+        local open, running, calls = 0, 0, {}
+        local function wait()
+          local kind = random(4)
+          if kind == 1 then flow.yield() elseif kind == 2 then flow.sleep(random(3)) end
+        end
+        local items = stream.new(function(emit)
+          open = open + 1
+          local _ <close> = closing(function() flow.shield(wait) open = open - 1 end)
+          for i = 1, n do
+            wait()
+            if way == 2 and random(20) == 1 then error("source", 0) end
+            emit(i)
+          end
+        end)
+        if random(3) == 1 then items = items:buffer(random(3)) end
+        local source <close> = Source(way == 3 and random(10) or nil)
+        local ok, result = pcall(flow.with_timeout, way == 4 and random(10) or nil, parallel.map, items,
+          { max_degree_of_parallelism = limit, token = source.token }, function(item)
+            running = running + 1
+            local _ <close> = closing(function() running = running - 1 end)
+            assert.is_nil(calls[item])
+            calls[item] = true
+            assert.is_true(running <= limit)
+            wait()
+            if way == 2 and random(10) == 1 then error("item", 0) end
+            return -item
+          end)
+        assert.equal(0, running)
+        assert.equal(0, open)
+        local called = 0
+        for _ in pairs(calls) do called = called + 1 end
+        for i = 1, called do assert.is_true(calls[i]) end
+        if ok then
+          assert.equal(n, called)
+          assert.equal(n, result.n)
+          for i = 1, n do assert.equal(-i, result[i]) end
+        elseif way == 2 then
+          assert.is_true(result == "source" or result == "item" or #helper.inner(result) > 1)
+        else
+          is_error(way == 3 and "OperationCanceled" or "Timeout", result)
+        end
+        outcomes[way .. tostring(ok)] = true
+      end, { seed = seed })
+    end
+    for _, outcome in ipairs { "1true", "2false", "3false", "4false" } do
+      assert.is_true(outcomes[outcome] or many(2, 1) == 1, outcome)
+    end
+  end)
 end)

@@ -6,6 +6,7 @@
 local flow = require "coflow"
 local testing = require "coflow.testing"
 local helper = require "spec.helper"
+local support = require "spec.support.flow_support"
 
 local stream = flow.stream
 local in_task, in_order, recorder = helper.in_task, helper.in_order, helper.recorder
@@ -1096,5 +1097,106 @@ describe("merge", function()
       assert.equal(3, opened)
       assert.equal(3, closed)
     end, { runs = many(50, 2) })
+  end)
+end)
+
+-- Random pipelines against lists. Whatever the operators, the order and the way out: the items are the first ones of
+-- those that the same operators give on a list, and when the loop is left each producer that began has been left, once.
+describe("a pipeline of any operators", function()
+  local function random_pipeline(random, opened)
+    local function wait()
+      local kind = random(6)
+      if kind == 1 then flow.yield() elseif kind == 2 then flow.sleep(random(3)) end
+    end
+    local function producer(values)
+      return stream.new(function(emit)
+        opened.now = opened.now + 1
+        opened.ever = opened.ever + 1
+        local _ <close> = closing(function()
+          if random(2) == 1 then flow.shield(wait) end
+          opened.now = opened.now - 1
+        end)
+        for _, v in ipairs(values) do
+          wait()
+          if random(20) == 1 then pcall(wait) end
+          emit(v)
+        end
+      end)
+    end
+    local function flattened(values, fn)
+      local result = {}
+      for _, v in ipairs(values) do
+        for _, w in ipairs(fn(v)) do result[#result + 1] = w end
+      end
+      return result
+    end
+    local operators = {
+      function(s, list_) return s:map(function(v) wait() return v + 1 end),
+        flattened(list_, function(v) return { v + 1 } end) end,
+      function(s, list_) return s:filter(function(v) wait() return v % 3 ~= 0 end),
+        flattened(list_, function(v) return v % 3 ~= 0 and { v } or {} end) end,
+      function(s, list_)
+        local n = random(12)
+        return s:take(n), table.move(list_, 1, math.min(n, #list_), 1, {})
+      end,
+      function(s, list_)
+        local n = random(3)
+        return s:skip(n), table.move(list_, n + 1, #list_, 1, {})
+      end,
+      function(s, list_) return s:flat_map(function(v) return producer({ v, -v }) end),
+        flattened(list_, function(v) return { v, -v } end) end,
+      function(s, list_)
+        local n = random(4)
+        return s:chunk(n):flat_map(function(chunk) return chunk end), list_
+      end,
+      function(s, list_)
+        return s:zip(producer(list(9))):map(function(a, b) return a * 10 + b end), (function()
+          local result = {}
+          for i = 1, math.min(9, #list_) do result[i] = list_[i] * 10 + i end
+          return result
+        end)()
+      end,
+      function(s, list_) return s:buffer(random(3)), list_ end,
+      function(s, list_) return s:merge(producer({})), list_ end,
+      function(s, list_) return s:throttle(random(3) - 1), list_ end,
+      function(s, list_) return s:timeout(1000), list_ end,
+    }
+    local values = list(random(15) - 1)
+    local s, expected = producer(values), values
+    for _ = 1, random(6) do s, expected = operators[random(#operators)](s, expected) end
+    return s, expected, wait
+  end
+
+  it("gives what it should, and closes what it opened", function()
+    local left = 0
+    for seed = 1, many(400, 6) do
+      local random = support.random(seed)
+      testing.run(function()
+        local opened = { now = 0, ever = 0 }
+        local s, expected, wait = random_pipeline(random, opened)
+        local way, at, seen = random(5), random(10), {}
+        local problem = {}
+        local function consume(token)
+          for v in s:iterate(token) do
+            seen[#seen + 1] = v
+            wait()
+            if #seen == at and way == 2 then break end
+            if #seen == at and way == 3 then error(problem) end
+          end
+        end
+        local source <close> = Source(way == 5 and at or nil)
+        local ok, err = pcall(flow.with_timeout, way == 4 and at or nil, consume, source.token)
+        if not ok then
+          left = left + 1
+          if way == 3 then assert.equal(problem, err)
+          else is_error(way == 4 and "Timeout" or "OperationCanceled", err) end
+        elseif way ~= 2 or #seen < at then
+          assert.equal(#expected, #seen)
+        end
+        for i, v in ipairs(seen) do assert.equal(expected[i], v) end
+        assert.equal(0, opened.now)
+      end, { seed = seed })
+    end
+    assert.is_true(left > 0)
   end)
 end)
