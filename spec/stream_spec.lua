@@ -335,6 +335,25 @@ describe("a stream", function()
     assert.same({ "map OperationCanceled iteration", "flat_map OperationCanceled iteration" }, log)
   end))
 
+  it("that is forgotten is closed under nobody's token", in_task(function()
+    local log, note = recorder()
+    local it = stream.new(function(emit)
+      local _ <close> = closing(function() flow.sleep(2) note("closed") end)
+      for i = 1, 3 do emit(i) end
+    end):iterate()
+    it()
+    it = nil -- luacheck: ignore
+    local collector = flow.spawn(function()
+      collectgarbage()
+      collectgarbage()
+      flow.sleep(10)
+    end)
+    flow.sleep(1)
+    collector:cancel()
+    flow.sleep(2)
+    assert.same({ "closed" }, log)
+  end))
+
   it("that is forgotten before it started leaves nothing", in_task(function()
     local log, note = recorder()
     counter(1, 1, note):iterate()
@@ -994,15 +1013,56 @@ describe("buffer", function()
   end))
 
   it("drops an error that nobody came to, but not that of a close handler", in_task(function()
-    local s = stream.new(function(emit) emit(1) error("ahead", 0) end):buffer(3)
-    for _ in s:iterate() do flow.sleep(1) break end
+    local reports = {}
+    flow.on_unobserved_exception(function(err) reports[#reports + 1] = err end)
+    local s = stream.new(function(emit) emit(1) error("ahead", 0) end)
+    for _ in s:buffer(3):iterate() do flow.sleep(1) break end
+    for _ in s:buffer(3):merge(counter(3, 5)):iterate() do flow.sleep(1) break end
+    collect()
     s = stream.new(function(emit)
       local _ <close> = closing(function() error("closing", 0) end)
       while true do emit(1) end
     end)
     assert.equal("closing", raised(function() for _ in s:buffer(3):iterate() do break end end))
     assert.equal("closing", raised(function() for _ in s:merge(s):iterate() do break end end))
-    collect() -- and nothing is reported
+    collect()
+    flow.on_unobserved_exception(function(err) io.stderr:write("unobserved: ", tostring(err), "\n") end)
+    assert.same({}, reports)
+  end))
+
+  it("keeps nothing of itself, nor of what it had read ahead, when the loop is left", in_task(function()
+    local weak = setmetatable({}, { __mode = "v" })
+    flow.spawn(function()
+      local s = stream.new(function(emit)
+        for i = 1, 9 do
+          local item = {}
+          weak[i] = item
+          emit(item)
+        end
+      end)
+      weak.fn = function(v) return v, weak end
+      for _ in s:map(weak.fn):buffer(3):iterate() do
+        flow.sleep(1)
+        break
+      end
+    end):await()
+    collect()
+    assert.is_nil(next(weak))
+  end))
+
+  it("stops reading ahead when the iteration's token is canceled", in_task(function(clock)
+    local log, note = recorder()
+    local s = stream.new(function(emit)
+      local _ <close> = closing(function(err) note("closed", err.name, clock:now()) end)
+      emit(1)
+      flow.sleep(100)
+    end)
+    local source = Source(0.5)
+    raises("OperationCanceled", function()
+      for _ in s:buffer(2):iterate(source.token) do flow.sleep(10) end
+    end)
+    assert.same({ "closed OperationCanceled 0.5" }, log)
+    assert.equal(10, clock:now())
   end))
 
   it("is under the token of its iteration, not of a scope around a pull", in_task(function()

@@ -44,7 +44,7 @@ end
 
 local leaving = { __close = function(guard) leave(guard[1]) end }
 
--- Waits for a free slot; no further item is taken when the loop has been canceled.
+-- Waits for a free slot; no item is taken, not even a first one, when the loop has been canceled.
 local function wait_for_slot(loop)
   while loop.running >= loop.degree do
     loop.waiting = true
@@ -78,7 +78,6 @@ local function take_stream(loop, source)
 end
 
 local function run(loop, items, source, token)
-  core.throw_if_canceled(token)
   local _ <close> = setmetatable({ token }, external)
   local _ <close> = token == NONE and core.open_shield() or token and core.open_linked(token, loop.fn) or nil
   task_group(function(group)

@@ -231,7 +231,6 @@ local REFUSALS = 100 -- how often a producer that is being closed may go on and 
 local STUCK = {}
 
 local function new_source(token)
-  if token == NONE then return core.call_source(nil) end
   local ambient = core.cancellation_token()
   if token == nil then return core.linked_source(ambient) end
   return core.linked_source(token, ambient)
