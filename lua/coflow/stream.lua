@@ -85,7 +85,7 @@ end
 -- Calls fn with the ambient token linked to `token`; `none` hides it. Under a token that is canceled already it is
 -- called too: it is interrupted where it waits, as always.
 local function under_token(token, fn)
-  local canceled = token.is_cancellation_requested and core.call_source(nil)
+  local canceled = token.is_cancellation_requested and core.call_source()
   local _ <close> = token == NONE and core.open_shield()
     or core.open_linked(canceled and canceled.token or token, fn)
   local _ <close> = setmetatable({ token }, renaming)
@@ -612,7 +612,7 @@ local idle = {}
 local function gather(streams, limit, name, token)
   local values, seconds, owners, first, last = {}, {}, {}, 1, 0
   local pumps, active, started, stopped = {}, #streams, false, false
-  local stop = core.call_source(nil) -- ends the pumps' waits; but what closes their sources may wait
+  local stop = core.call_source() -- ends the pumps' waits; but what closes their sources may wait
   local arrival, waiting = core.channel_new(), false -- where the consumer waits, and whether it does
 
   local function put(pump, value, second)
