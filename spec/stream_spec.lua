@@ -363,7 +363,7 @@ describe("a stream", function()
     assert.same({}, log)
   end))
 
-  it("is closed with a consumer that is abandoned, wherever that waits", in_task(function()
+  it("is closed with a consumer that is abandoned, wherever that waits", in_task(function(clock)
     local shapes = {
       plain = function(s) return s end,
       buffer = function(s) return s:buffer(2) end,
@@ -388,9 +388,10 @@ describe("a stream", function()
             if not stuck then dead() end
           end
         end)
-        flow.yield()
-        collect()
-        collect()
+        for _ = 1, 3 do
+          clock:settle()
+          collect()
+        end
         assert.equal(1, closed, name)
         -- the task, and what had read ahead and waits for what can never come
         assert.equal(stuck and (name == "buffer" or name == "merge") and 2 or 1, reported, name)
@@ -1073,11 +1074,11 @@ describe("buffer", function()
     it:dispose()
   end))
 
-  it("that is forgotten ends its task", in_task(function()
+  it("that is forgotten ends its task", in_task(function(clock)
     local log, note = recorder()
     local it = counter(9, nil, note):buffer(2):iterate()
     it()
-    flow.yield()
+    clock:settle()
     it = nil -- luacheck: ignore
     collect()
     flow.sleep(1)
