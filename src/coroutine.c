@@ -34,6 +34,8 @@
 ** That call must not cost a level of the C stack, of which nested generators have about 200: when it
 ** is first resumed the coroutine is *primed*. A Lua function has then paused in the protected call; it
 ** goes on as any coroutine does, without nesting, and calls the generator's function in a tail call.
+** What generator makes differs in its errors only: strings do not get the place of the call put before
+** them, for whoever calls it on somebody else's behalf (lua/coflow/stream.lua).
 **
 ** Between entering and leaving nothing raises but handlers of async locals, whose errors are caught, and
 ** the coroutine itself, which is protected. What is closed with an abandoned task is closed here too,
@@ -346,16 +348,21 @@ static int resumed(lua_State *L, int n) {
   return n + 1;
 }
 
+/* what a generator does: it raises the error as it is */
+static int generated(lua_State *L, int n) {
+  if (n >= 0) return n;
+  error_keep_left(L, lua_gettop(L) - 1);
+  return lua_error(L);
+}
+
 /* what the function made by coroutine.wrap does */
 static int wrapped(lua_State *L, int n) {
-  if (n >= 0) return n;
-  if (n != FAILED_MEMORY && lua_type(L, -1) == LUA_TSTRING) { /* says where the call was */
+  if (n < 0 && n != FAILED_MEMORY && lua_type(L, -1) == LUA_TSTRING) { /* says where the call was */
     luaL_where(L, 1);
     lua_insert(L, -2);
     lua_concat(L, 2);
   }
-  error_keep_left(L, lua_gettop(L) - 1);
-  return lua_error(L);
+  return generated(L, n);
 }
 
 static int go_on(lua_State *L, lua_KFunction k, bool wrapped) {
@@ -376,6 +383,12 @@ static int wrap_k(lua_State *L, int status, lua_KContext ctx) {
   return wrapped(L, go_on(L, wrap_k, true));
 }
 
+static int generator_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status;
+  if (!fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, generator_k);
+  return generated(L, go_on(L, generator_k, true));
+}
+
 /* ---- Lua face ---- */
 
 static int l_resume(lua_State *L) {
@@ -391,6 +404,13 @@ static int call_wrapped(lua_State *L) {
   lua_pushvalue(L, lua_upvalueindex(4));
   lua_rotate(L, 1, 2);
   return wrapped(L, enter(L, wrap_k, true));
+}
+
+static int call_generator(lua_State *L) {
+  lua_pushvalue(L, lua_upvalueindex(3));
+  lua_pushvalue(L, lua_upvalueindex(4));
+  lua_rotate(L, 1, 2);
+  return generated(L, enter(L, generator_k, true));
 }
 
 /* [-0, +3, v] create(fn, { context = "caller" }): nothing else remains but fn, record, coroutine. As
@@ -434,15 +454,20 @@ static int l_create(lua_State *L) {
   return 1;
 }
 
-static int l_wrap(lua_State *L) {
+/* the function that resumes a new coroutine */
+static int create_wrapped(lua_State *L, lua_CFunction call) {
   create(L, !lua_iscfunction(L, 1)); /* a C function has nothing to close */
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
   lua_pushvalue(L, 3);
   lua_pushvalue(L, 2);
-  lua_pushcclosure(L, call_wrapped, 4);
+  lua_pushcclosure(L, call, 4);
   return 1;
 }
+
+static int l_wrap(lua_State *L) { return create_wrapped(L, call_wrapped); }
+
+static int l_generator(lua_State *L) { return create_wrapped(L, call_generator); }
 
 static int l_yield(lua_State *L) {
   const struct level *l = runtime(L)->level;
@@ -503,15 +528,11 @@ static int l_close(lua_State *L) {
   return result == LUA_OK ? 1 : 2;
 }
 
-static const luaL_Reg functions[] = {{"create", l_create},
-                                     {"wrap", l_wrap},
-                                     {"resume", l_resume},
-                                     {"yield", l_yield},
-                                     {"status", l_status},
-                                     {"running", l_running},
-                                     {"isyieldable", l_isyieldable},
-                                     {"close", l_close},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {{"create", l_create},       {"wrap", l_wrap},
+                                     {"generator", l_generator}, {"resume", l_resume},
+                                     {"yield", l_yield},         {"status", l_status},
+                                     {"running", l_running},     {"isyieldable", l_isyieldable},
+                                     {"close", l_close},         {NULL, NULL}};
 static const luaL_Reg methods[] = {{NULL, NULL}};
 
 void coroutine_open(lua_State *L) {

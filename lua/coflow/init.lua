@@ -102,4 +102,6 @@ return late(flow, {
   Host = "hosting",
   BackgroundService = "hosting",
   signal = "signal",
+  stream = "stream",
+  parallel = "parallel",
 })
