@@ -29,6 +29,7 @@ build = {
         "src/error.c",
         "src/fiber.c",
         "src/group.c",
+        "src/io.c",
         "src/loop.c",
         "src/module.c",
         "src/periodic.c",

@@ -108,6 +108,7 @@ enum task_kind {
   KIND_TICK,    /* of a Timer; no object of Lua's */
   KIND_GATE,    /* no task: a lock that is to let readers in (sync.c) */
   KIND_CATCHER, /* no task: of signals (signal.c) */
+  KIND_IO,      /* libuv has it in hands: its struct begins with struct io */
   KIND_COUNT
 };
 
@@ -146,6 +147,10 @@ enum task_flags {
 ** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) the fault record. */
 enum task_uservalue { TASK_RESULT = 1, TASK_WAITERS, TASK_CONTEXT };
 enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to */
+enum {
+  IO_PATH = OP_INPUT,
+  IO_FIRST
+}; /* of those on libuv: what errors call .path, or nil; then their own */
 
 struct wait {
   struct wait *next, *prev; /* circular; prev of the first is the last */
@@ -384,7 +389,8 @@ enum runtime_uservalue {
   RUNTIME_TIMERS,     /* index of a deadline -> the armed Timer that it is part of, or false */
   RUNTIME_ORIGIN,     /* the last origin of Timers without a context (periodic.c) */
   RUNTIME_SPARE,      /* a blank fiber for the next tick of a Timer, or nil */
-  RUNTIME_UV_COUNT = RUNTIME_SPARE
+  RUNTIME_IO_RESULT,  /* the function that makes the result of an operation on libuv */
+  RUNTIME_UV_COUNT = RUNTIME_IO_RESULT
 };
 
 enum clock {
@@ -464,6 +470,7 @@ struct runtime {
 
   struct link catchers;  /* the open ones (signal.c) */
   struct caught *caught; /* a list of the handles of signals */
+  struct link flights; /* the operations that libuv has in hands (io.c) */
   uv_loop_t loop;
   uv_timer_t timer;
   uv_signal_t signals[2];
@@ -1001,6 +1008,51 @@ void select_open(lua_State *L);
 void sync_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
 void sync_land(lua_State *L, int i);
 void sync_open(lua_State *L);
+
+/* ---- io.c: operations that libuv has in hands ---- */
+
+struct io;
+struct io_class {
+  const char *name;    /* of the task: "fs.open" */
+  const char *syscall; /* of its errors, unless op->syscall tells another one */
+  int (*land)(lua_State *L,
+              struct io *op);   /* [-0, +n, e] it is at index 1, op->status >= 0: its results */
+  void (*abort)(struct io *op); /* asks libuv to stop; io_end(op) if it has stopped at once */
+  void (*release)(
+      struct io *op); /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
+  void (*fail)(lua_State *L, struct io *op); /* or NULL: [-0, +1, m] the error for op->status < 0 */
+};
+struct io {
+  struct pending pending;
+  const struct io_class *class;
+  struct runtime *rt;
+  const char *syscall; /* that failed; NULL: that of the class */
+  struct link flight;  /* in rt->flights while libuv has it in hands */
+  ssize_t status;      /* a number >= 0 or an error of libuv, from the callback */
+  bool deaf;           /* given `none` */
+  bool aborted, released;
+};
+static inline bool io_in_flight(const struct io *op) { return op->flight.next != NULL; }
+struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t size,
+                    int uservalues); /* [-0, +1, e] given the token at k; NULL: canceled before */
+int io_started(lua_State *L, struct io *op,
+               int status); /* [-0, +0, m] op is on top; what libuv said; returns 1 */
+void io_done(struct io *op, ssize_t status); /* called by libuv: its callback has come. No Lua. */
+void io_end(struct io *op); /* libuv knows it no more, and will not call. No Lua. */
+void io_land(lua_State *L, int i);
+int io_await(lua_State *L,
+             struct fiber *me); /* returns for the direct style, with the operation on top */
+int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that x_async is */
+void io_functions(
+    lua_State *L,
+    const luaL_Reg *functions); /* [-0, +0, m] into the table on top: as x_async and x */
+void io_methods(lua_State *L, uint32_t tag,
+                const luaL_Reg *functions); /* [-0, +0, m] … of a class */
+void io_push_error(lua_State *L, int status, const char *syscall,
+                   const char *path);    /* [-0, +1, m] the IO error; both may be NULL */
+void io_abort_all(struct runtime *rt);   /* the state is closing */
+void io_release_all(struct runtime *rt); /* what has not landed by then */
+void io_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

@@ -32,6 +32,7 @@
 enum { SLICE = 256, LOOK = 16, IN_PLACE = 256 };
 #define SLICE_SECONDS 0.001
 #define TRIM_SECONDS 1.0
+#define CLOSE_SECONDS 2.0 /* for threads to let go of what they do when a state closes */
 
 /* ---- time ---- */
 
@@ -59,7 +60,7 @@ static void land(lua_State *L, struct task *t) {
     periodic_land(L, runtime(L), t);
     return;
   }
-  if (task_done(t)) { /* a finalizer linked it again while it was landing */
+  if (task_done(t) && !task_is(t, KIND_IO)) { /* a finalizer linked it again while it was landing */
     task_forget(L, t);
     return;
   }
@@ -68,6 +69,7 @@ static void land(lua_State *L, struct task *t) {
   switch (task_kind(t)) {
     case KIND_DELAY: delay_land(L, i); break;
     case KIND_WAIT: wait_op_land(L, i); break;
+    case KIND_IO: io_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
     case KIND_CATCHER: signal_land(L, i); break;
@@ -272,12 +274,52 @@ static bool pass_time(struct runtime *rt) {
 
 static void on_close(uv_handle_t *handle) { (void)handle; }
 
-static void close_any(uv_handle_t *handle, void *arg) {
-  (void)arg;
-  if (!uv_is_closing(handle)) uv_close(handle, on_close);
+static void close_any(uv_handle_t *handle, void *timer) {
+  if (handle != timer && !uv_is_closing(handle)) uv_close(handle, on_close);
 }
 
-void loop_init(struct runtime *rt) { rt->closed = false; }
+void loop_init(struct runtime *rt) {
+  link_init(&rt->flights);
+  rt->closed = false;
+}
+
+/* Cancels what libuv has in hands and waits until it has let go, but not for ever: false if a thread of its
+** pool is stuck in a system call, and may still write where it was told to. */
+static bool close_uv(struct runtime *rt) {
+  uv_handle_t *timer = (uv_handle_t *)&rt->timer;
+  double end = (double)uv_hrtime() / 1e9 + CLOSE_SECONDS;
+  io_abort_all(rt);
+  uv_walk(&rt->loop, close_any, timer);
+  uv_unref(timer); /* it bounds each wait, and is no reason for one */
+  while (uv_loop_alive(&rt->loop) && (double)uv_hrtime() / 1e9 < end) {
+    uv_timer_start(&rt->timer, on_timer, (uint64_t)(CLOSE_SECONDS * 1e3), 0);
+    uv_run(&rt->loop, UV_RUN_ONCE);
+  }
+  if (uv_loop_alive(&rt->loop)) return false;
+  uv_close(timer, on_close);
+  uv_run(&rt->loop, UV_RUN_DEFAULT);
+  return uv_loop_close(&rt->loop) == 0;
+}
+
+/* An allocator that frees nothing any more. */
+struct keeper {
+  lua_Alloc alloc;
+  void *ud;
+};
+
+static void *keep(void *ud, void *block, size_t old, size_t size) {
+  const struct keeper *k = (const struct keeper *)ud;
+  return size == 0 ? NULL : k->alloc(k->ud, block, old, size);
+}
+
+/* [-0, +0, -] The memory of a state that a thread may still write to is given up, all of it. */
+static void keep_memory(lua_State *L, lua_Alloc alloc, void *ud) {
+  struct keeper *k = (struct keeper *)alloc(ud, NULL, 0, sizeof *k);
+  fprintf(stderr, "coflow: closed while a system call is stuck in a thread: nothing is freed\n");
+  if (k == NULL) return;
+  *k = (struct keeper){alloc, ud};
+  lua_setallocf(L, keep, k);
+}
 
 /* ---- driving ---- */
 
@@ -495,10 +537,12 @@ void loop_close(lua_State *L, struct runtime *rt) {
   lua_Alloc alloc = lua_getallocf(L, &ud);
   rt->closed = true;
   if (rt->loop_open) {
-    uv_walk(&rt->loop, close_any, NULL);
-    while (uv_run(&rt->loop, UV_RUN_DEFAULT) != 0) continue;
-    uv_loop_close(&rt->loop);
-    signal_free(L, rt);
+    bool clean = close_uv(rt);
+    io_release_all(rt);
+    if (!clean)
+      keep_memory(L, alloc, ud);
+    else
+      signal_free(L, rt);
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   testing_forget(L, rt);

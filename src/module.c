@@ -366,6 +366,7 @@ static int open_all(lua_State *L) {
   group_open(L);
   cancel_open(L);
   timer_open(L);
+  io_open(L);
   schedule_open(L);
   channel_open(L);
   select_open(L);

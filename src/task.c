@@ -377,7 +377,7 @@ void task_push_name(lua_State *L, int i) {
     lua_remove(L, -2);
   } else if (lua_isnil(L, -1)) {
     lua_pop(L, 1);
-    lua_pushstring(L, kinds[task_kind(t)]);
+    lua_pushstring(L, task_is(t, KIND_IO) ? ((struct io *)t)->class->name : kinds[task_kind(t)]);
   }
   lua_remove(L, -2);
 }

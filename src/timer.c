@@ -106,6 +106,7 @@ void pending_interrupt(lua_State *L, struct pending *p) {
 void pending_hold(lua_State *L, struct pending *p, bool hold) {
   struct task *t = &p->task;
   if (t->state != TASK_WAITING || t->flags & TASK_LINKED) return;
+  if (task_is(t, KIND_IO)) return; /* held while libuv has it */
   if (!task_is(t, KIND_FIBER)) {
     if (deadline_is_set(&((struct timed *)(void *)p)->deadline)) return; /* held by it */
   } else if (fiber_naps((struct fiber *)t) && deadline_is_set(&((struct fiber *)t)->u.nap.deadline))
