@@ -85,11 +85,13 @@ enum tag {
   TAG_TIMER = 0xC0F12000,
   TAG_PERIODIC = 0xC0F12100,
   TAG_ORIGIN = 0xC0F12200,
-  TAG_CATCHER = 0xC0F12300 /* of signals; a struct task as well, but not for scripts */
+  TAG_CATCHER = 0xC0F12300, /* of signals; a struct task as well, but not for scripts */
+  TAG_FILE = 0xC0F12400,
+  TAG_WATCHER = 0xC0F12500
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_CATCHER)
+#define TAG_LAST TAG_CLASS(TAG_WATCHER)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -1053,6 +1055,12 @@ void io_push_error(lua_State *L, int status, const char *syscall,
 void io_abort_all(struct runtime *rt);   /* the state is closing */
 void io_release_all(struct runtime *rt); /* what has not landed by then */
 void io_open(lua_State *L);
+
+/* ---- fs.c, watch.c, dns.c ---- */
+
+void fs_open(lua_State *L);
+void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */
+void dns_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

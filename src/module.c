@@ -367,6 +367,8 @@ static int open_all(lua_State *L) {
   cancel_open(L);
   timer_open(L);
   io_open(L);
+  fs_open(L);
+  dns_open(L);
   schedule_open(L);
   channel_open(L);
   select_open(L);

@@ -104,4 +104,6 @@ return late(flow, {
   signal = "signal",
   stream = "stream",
   parallel = "parallel",
+  fs = "fs",
+  dns = "dns",
 })

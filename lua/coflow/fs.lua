@@ -1,0 +1,43 @@
+-- coflow.fs: files and directories. The operations are in C (fs.c, watch.c); here is what is best said in Lua.
+--
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+local fs, next_line = core.open_fs()
+
+local File = core.methods("coflow.File")
+
+---Iterates over the lines from the position on, without their ends: `for line in file:lines() do`. Lines are
+---read ahead, but the position is behind the last one told: leaving the loop early loses nothing. Leaves the
+---file open. May suspend.
+---Cancellation: raises at the next line.
+---@param token? coflow.CancellationToken
+---@return fun(): string?
+function File:lines(token)
+  core.check_class(1, self, "coflow.File")
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(2, "token must be a CancellationToken")
+  end
+  local read_line = self.read_line
+  return function()
+    return next_line(self, token) or read_line(self, nil, token)
+  end
+end
+
+local Watcher = core.methods("coflow.Watcher")
+
+---Iterates over the changes until the watcher is closed: `for change in watcher:iterate() do`. May suspend.
+---Cancellation: raises; no change is lost.
+---@param token? coflow.CancellationToken
+---@return fun(): coflow.Change?
+function Watcher:iterate(token)
+  core.check_class(1, self, "coflow.Watcher")
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(2, "token must be a CancellationToken")
+  end
+  local next = self.next
+  return function() return next(self, token) end
+end
+
+return fs
