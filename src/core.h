@@ -1032,6 +1032,7 @@ struct io {
   struct link flight;  /* in rt->flights while libuv has it in hands */
   ssize_t status;      /* a number >= 0 or an error of libuv, from the callback */
   bool deaf;           /* given `none` */
+  bool quiet;          /* whoever awaits it in direct style is not told how it ended */
   bool aborted, released;
 };
 static inline bool io_in_flight(const struct io *op) { return op->flight.next != NULL; }

@@ -1321,7 +1321,9 @@ static int l_file_close(lua_State *L) { /* __close: waits where that is possible
   if (f->closing) return 0;
   bool top_level = rt->me == rt->outside && rt->depth == 0 && !rt->pumping;
   struct fiber *me = fiber_can_suspend(L, rt) ? (struct fiber *)rt->me : NULL;
+  bool unwinds = !lua_isnoneornil(L, 2); /* an error, which goes on */
   l_close(L);
+  ((struct io *)lua_touserdata(L, -1))->quiet = unwinds;
   return me || top_level ? io_await(L, me) : 0;
 }
 

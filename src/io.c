@@ -209,7 +209,9 @@ static int await_k(lua_State *L, int status, lua_KContext ctx) {
   if (!task_done(on) || (status != LUA_OK && !fiber_on_top(L, rt)))
     return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
   rt->me->flags &= (uint16_t)~TASK_DEAF;
-  return task_push_outcome(L, 1, on);
+  if (!((struct io *)on)->quiet) return task_push_outcome(L, 1, on);
+  on->flags |= TASK_OBSERVED;
+  return 0;
 }
 
 int io_await(lua_State *L, struct fiber *me) {
@@ -223,9 +225,25 @@ int io_await(lua_State *L, struct fiber *me) {
   return fiber_await(L, runtime(L), me, on, await_k);
 }
 
+/* [-0, +0, m] In direct style the operation on top is a part of the running task, whatever that lets flow to
+** what it starts. */
+static void adopt(lua_State *L, struct runtime *rt) {
+  struct io *op = (struct io *)lua_touserdata(L, -1);
+  if (!(rt->me->flags & TASK_SUPPRESSED) || op->deaf) return;
+  struct scope *s = scope_ambient(L, rt);
+  if (task_done(&op->pending.task)) return;
+  scope_leave(L, rt, &op->pending.member);
+  scope_join(s, &op->pending.member);
+  if (!s->canceled) return;
+  pending_interrupt(L, &op->pending);
+  loop_land_all(L, rt);
+}
+
 int io_call(lua_State *L, lua_CFunction start) {
-  struct fiber *me = fiber_here(L, runtime(L)); /* where nobody can wait nothing is started */
+  struct runtime *rt = runtime(L);
+  struct fiber *me = fiber_here(L, rt); /* where nobody can wait nothing is started */
   start(L);
+  if (me != NULL) adopt(L, rt);
   return io_await(L, me);
 }
 

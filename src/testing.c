@@ -158,7 +158,7 @@ static const struct deadline *deadline_of(const struct task *t) {
 }
 
 /* [-0, +0 or +1, -] the task in that slot, if the running test has left it: a function that was started,
-** or an operation with its deadline armed */
+** or an operation that libuv has in hands or with its deadline armed */
 static struct task *push_left(lua_State *L, lua_Integer slot) {
   struct runtime *rt = runtime(L);
   if (born_at(rt->births, BIRTH_SLOT, (size_t)slot) == 0) return NULL;
@@ -171,7 +171,7 @@ static struct task *push_left(lua_State *L, lua_Integer slot) {
   t = (struct task *)object_test(L, -1, TAG_TASK);
   bool left = t != NULL && t != rt->outside && !task_done(t) && t->state != TASK_CREATED &&
               !(t->flags & TASK_ABANDONED);
-  if (left && !task_is(t, KIND_FIBER)) left = deadline_of(t) != NULL;
+  if (left && !task_is(t, KIND_FIBER)) left = task_is(t, KIND_IO) || deadline_of(t) != NULL;
   if (left && task_is(t, KIND_FIBER) && t->state == TASK_WAITING && !(t->flags & TASK_STARTED))
     left = false; /* a continuation: it will start when what it follows is complete, or never */
   if (left) return t;
@@ -349,7 +349,9 @@ static int l_left(lua_State *L) {
     if (task_is(t, KIND_FIBER)) {
       loop_push_wait(L, 3);
       lua_pushfstring(L, "task '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
-    } else
+    } else if (task_is(t, KIND_IO))
+      lua_pushfstring(L, "operation '%s'", lua_tostring(L, -1));
+    else
       lua_pushfstring(L, "timer '%s', due in %f s", lua_tostring(L, -1),
                       (LUAI_UACNUMBER)(deadline_due(rt, deadline_of(t)) - rt->virtual_now));
     lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 4));
