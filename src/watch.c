@@ -43,8 +43,9 @@ struct watcher {
 
 struct next_op {
   struct io io;
-  struct watch *watch; /* NULL: it was not promised anything */
-  struct link link;    /* among those who wait */
+  struct watcher *watcher; /* a user value as well */
+  bool promised;           /* a change, not yet taken */
+  struct link link;        /* among those who wait */
 };
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
@@ -66,7 +67,7 @@ static void promise(struct watch *w) {
     stop_waiting(w, op);
     if (w->promised < w->count) {
       w->promised++;
-      op->watch = w;
+      op->promised = true;
     }
     io_done(&op->io, 0);
   }
@@ -128,16 +129,13 @@ static void close_watch(struct watch *w) {
 static struct next_op *as_next(struct io *op) { return (struct next_op *)(void *)op; }
 
 static void next_abort(struct io *op) {
-  struct next_op *n = as_next(op);
-  struct watch *w = n->watch;
-  n->watch = NULL;
-  stop_waiting(w, n);
+  stop_waiting(as_next(op)->watcher->watch, as_next(op));
   io_end(op);
 }
 
 static void next_release(struct io *op) {
-  struct watch *w = as_next(op)->watch;
-  if (w == NULL) return; /* nothing was promised, or it has been taken */
+  struct watch *w = as_next(op)->watcher ? as_next(op)->watcher->watch : NULL;
+  if (w == NULL || !as_next(op)->promised) return;
   w->promised--;
   promise(w);
 }
@@ -158,18 +156,17 @@ static void push_change(lua_State *L, const struct change *c) {
 
 static int next_land(lua_State *L, struct io *op) {
   struct next_op *n = as_next(op);
-  lua_getiuservalue(L, 1, WATCH_WATCHER);
-  struct watch *w = ((struct watcher *)lua_touserdata(L, -1))->watch;
+  struct watch *w = n->watcher->watch;
   if (w == NULL) { /* closed */
-    n->watch = NULL;
     lua_pushnil(L);
     return 1;
   }
-  if (n->watch != NULL) {
+  if (n->promised) {
     push_change(L, w->first);
+    if (n->watcher->watch == NULL) return 1; /* closed by a finalizer */
     drop_first(w);
     w->promised--;
-    n->watch = NULL;
+    n->promised = false;
     return 1;
   }
   lua_getiuservalue(L, 1, IO_PATH);
@@ -192,7 +189,8 @@ static int l_next(lua_State *L) {
   struct next_op *op =
       (struct next_op *)(void *)io_begin(L, 2, &next_class, sizeof *op, WATCH_WATCHER);
   if (op == NULL) return 1;
-  struct watch *w = ((struct watcher *)lua_touserdata(L, 1))->watch; /* looked at last */
+  op->watcher = (struct watcher *)lua_touserdata(L, 1);
+  struct watch *w = op->watcher->watch; /* looked at last */
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, -2, WATCH_WATCHER);
   lua_getiuservalue(L, 1, WATCHER_PATH);
@@ -200,13 +198,12 @@ static int l_next(lua_State *L) {
   if (w == NULL || w->error != 0 || w->promised < w->count) {
     if (w != NULL && w->promised < w->count) {
       w->promised++;
-      op->watch = w;
+      op->promised = true;
     }
     io_end(&op->io);
     io_land(L, lua_gettop(L));
     return 1;
   }
-  op->watch = w;
   if (first_waiting(w) == NULL) uv_ref((uv_handle_t *)&w->handle);
   link_append(&w->waiting, &op->link);
   return 1;

@@ -1,0 +1,86 @@
+-- io_support.lua - what the specs of files and names share: bodies that run on the real clock and leave no
+-- descriptor behind, a directory for each, pipes with names.
+
+local assert = require "luassert"
+local flow = require "coflow"
+
+local fs = flow.fs
+local support = {}
+
+local function descriptors()
+  local n = 0
+  for _ in fs.scandir("/proc/self/fd") do n = n + 1 end
+  return n
+end
+
+local function settle()
+  flow.loop.run() -- until libuv has let go of what was canceled, too
+  collectgarbage()
+  collectgarbage()
+  flow.loop.run()
+end
+
+---A test body: `fn(dir)` as the root task, on the real clock, with a new directory. What it leaves in flight ends
+---before the descriptors are counted.
+function support.in_task(fn)
+  return function()
+    local dir = fs.mkdtemp(os.tmpname() .. ".d")
+    os.remove((dir:gsub("%.d......$", "")))
+    settle()
+    local before = descriptors()
+    local ok, err = pcall(flow.run, fn, dir)
+    settle()
+    os.execute("rm -rf '" .. dir .. "'")
+    if not ok then error(err, 0) end
+    assert.equal(before, descriptors(), "descriptors are left open")
+    assert.is_false(flow.loop.is_alive(), "something is left alive")
+  end
+end
+
+---The path of a new pipe in `dir`.
+function support.fifo(dir)
+  local path = dir .. "/fifo"
+  assert(os.execute("mkfifo '" .. path .. "'"))
+  return path
+end
+
+---Opens both ends of a new pipe: a value that closes them, reader, writer.
+function support.pipe(dir)
+  local path = support.fifo(dir)
+  local reader = fs.open(path)
+  local writer = fs.open(path, "w")
+  return setmetatable({}, { __close = function()
+    reader:close()
+    writer:close()
+  end }), reader, writer
+end
+
+function support.content(path)
+  local file <close> = assert(io.open(path, "rb"))
+  return file:read("a")
+end
+
+function support.put(path, data)
+  local file <close> = assert(io.open(path, "wb"))
+  file:write(data)
+end
+
+---The names in a directory, sorted.
+function support.names(dir)
+  local names = {}
+  for name in fs.scandir(dir) do names[#names + 1] = name end
+  table.sort(names)
+  return names
+end
+
+---Calls fn(...), which must raise an IO error with that code; returns it.
+function support.io_error(code, fn, ...)
+  local ok, err = pcall(fn, ...)
+  if ok then error(code .. " expected, but nothing was raised", 2) end
+  if not flow.errors.is(err, "IO") or err.code ~= code then
+    error(("the IO error %s expected, got: %s"):format(code, tostring(err)), 2)
+  end
+  return err
+end
+
+return support
