@@ -24,6 +24,7 @@
 */
 #include "core.h"
 
+#include <dlfcn.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -312,8 +313,12 @@ static void *keep(void *ud, void *block, size_t old, size_t size) {
   return size == 0 ? NULL : k->alloc(k->ud, block, old, size);
 }
 
-/* [-0, +0, -] The memory of a state that a thread may still write to is given up, all of it. */
+/* [-0, +0, -] The memory of a state that a thread may still write to is given up, all of it, and the code
+** that it runs stays loaded. */
 static void keep_memory(lua_State *L, lua_Alloc alloc, void *ud) {
+  static const char anything;
+  Dl_info here;
+  if (dladdr(&anything, &here) != 0) dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
   struct keeper *k = (struct keeper *)alloc(ud, NULL, 0, sizeof *k);
   fprintf(stderr, "coflow: closed while a system call is stuck in a thread: nothing is freed\n");
   if (k == NULL) return;
