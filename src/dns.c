@@ -114,13 +114,18 @@ static int check_family(lua_State *L, int i) {
   static const int families[] = {AF_UNSPEC, AF_INET, AF_INET6};
   if (lua_isnoneornil(L, i)) return AF_UNSPEC;
   module_check_options(L, i, options);
-  if (lua_getfield(L, i, "family") == LUA_TNIL) return AF_UNSPEC;
-  if (lua_type(L, -1) == LUA_TNUMBER && lua_tonumber(L, -1) == 4) return AF_INET;
-  if (lua_type(L, -1) == LUA_TNUMBER && lua_tonumber(L, -1) == 6) return AF_INET6;
-  if (lua_type(L, -1) == LUA_TSTRING)
-    for (int n = 0; n < 3; n++)
-      if (strcmp(lua_tostring(L, -1), names[n]) == 0) return families[n];
-  return luaL_argerror(L, i, "family must be \"ipv4\", \"ipv6\" or \"any\"");
+  int family = -1;
+  switch (lua_getfield(L, i, "family")) {
+    case LUA_TNIL: family = AF_UNSPEC; break;
+    case LUA_TNUMBER:
+      family = lua_tonumber(L, -1) == 4 ? AF_INET : lua_tonumber(L, -1) == 6 ? AF_INET6 : -1;
+      break;
+    case LUA_TSTRING:
+      for (int n = 0; n < 3; n++)
+        if (strcmp(lua_tostring(L, -1), names[n]) == 0) family = families[n];
+  }
+  lua_pop(L, 1);
+  return family >= 0 ? family : luaL_argerror(L, i, "family must be \"ipv4\", \"ipv6\" or \"any\"");
 }
 
 /* resolve(host, options, token) */

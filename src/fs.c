@@ -1227,7 +1227,6 @@ static int l_next_line(lua_State *L) {
 static int l_write(lua_State *L) {
   check_file(L);
   int top = lua_gettop(L), last = object_test(L, top, TAG_TOKEN) ? top - 1 : top;
-  luaL_checkany(L, 2);
   if (last == top) lua_pushnil(L);
   for (int i = 2; i <= last; i++)
     if (lua_type(L, i) != LUA_TSTRING) {

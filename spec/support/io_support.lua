@@ -7,6 +7,8 @@ local flow = require "coflow"
 local fs = flow.fs
 local support = {}
 
+fs.watch("/"):close() -- libuv's loop has one descriptor for all that is watched, from now on
+
 local function descriptors()
   local n = 0
   for _ in fs.scandir("/proc/self/fd") do n = n + 1 end
