@@ -145,7 +145,7 @@ end)
 describe("coflow.meta", function()
   local path = "lua/coflow/meta.lua"
   local records = { -- tables, without a class
-    Error = true, AsyncLocalOptions = true, ValueChanged = true, SelectOptions = true,
+    Error = true, AsyncLocalOptions = true, ValueChanged = true, SelectOptions = true, Stat = true, Change = true,
   }
 
   -- "Class.name" of all that it declares, static or not; just "name" for what `flow` has itself.
@@ -192,7 +192,7 @@ describe("coflow.meta", function()
       end
     end
     assert(flow.call and flow.when_each and flow.with_timeout and flow.main and flow.task_group) -- loads them
-    assert(flow.ExecutionContext.run and flow.channel)
+    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns)
     for key, value in pairs(flow) do
       if type(value) == "function" and not key:find("^%u") then
         want(key)
@@ -204,7 +204,7 @@ describe("coflow.meta", function()
     end
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
       "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "ChannelReader",
-      "ChannelWriter", "Timer", "PeriodicTimer" } do
+      "ChannelWriter", "Timer", "PeriodicTimer", "File", "Watcher" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name) end
     end
     table.sort(missing)
@@ -217,6 +217,8 @@ describe("coflow.meta", function()
     source:cancel("a reason to be read")
     local scope <close> = flow.AsyncLocal():with(1)
     local channel = flow.Channel.unbounded()
+    local file <close> = flow.fs.open("/dev/null")
+    local watcher <close> = flow.fs.watch("/")
     local objects = {
       Task = flow.Task.from_exception("an exception to be read"),
       TaskCompletionSource = flow.TaskCompletionSource(),
@@ -240,6 +242,8 @@ describe("coflow.meta", function()
       CountdownEvent = flow.CountdownEvent(1),
       Condition = flow.Condition(flow.Lock()),
       Barrier = flow.Barrier(1),
+      File = file,
+      Watcher = watcher,
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)

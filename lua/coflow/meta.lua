@@ -1003,6 +1003,384 @@ function Barrier:signal_and_wait_async(token) end
 
 function Barrier:dispose() end
 
+-- Files and names ---------------------------------------------------------------------------------
+
+---Files and directories. Each operation is done by a thread of libuv's pool (four of them, unless UV_THREADPOOL_SIZE
+---says otherwise) and suspends the calling task only; its `_async` twin takes the same arguments and returns a task
+---of its results. Paths are strings of any bytes but zero; permissions are integers. What holds for all:
+---
+---Cancellation: ends the wait at once. One that no thread has begun is never done; one that is being done stops
+---between two system calls, and what it brings late is released. What it has changed by then is changed.
+---A thread in the middle of a system call (a dead network mount) cannot be stopped: it is busy until that
+---returns, and delays the end of the state by two seconds at most.
+---Raises: IO, with `code` ("ENOENT"), `syscall` and `path`.
+---@class coflow.fs
+flow.fs = {}
+
+---Opens a file. `mode` is Lua's: "r" (the default), "w", "a", each with "+" to read and write; "x" after "w" or "a"
+---refuses a file that is there. Close it, best by `local file <close> = …`.
+---A FIFO is opened for reading at once (the first read waits for a writer); for writing this waits for a reader, and
+---keeps a thread of the pool meanwhile.
+---Source: fopen.
+---@param path string
+---@param mode? string
+---@param token? coflow.CancellationToken
+---@return coflow.File
+function flow.fs.open(path, mode, token) end
+
+---`open` as a task.
+---@return coflow.Task
+function flow.fs.open_async(path, mode, token) end
+
+---All that is in a file.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return string
+function flow.fs.read_file(path, token) end
+
+---`read_file` as a task.
+---@return coflow.Task
+function flow.fs.read_file_async(path, token) end
+
+---Makes `data` all that is in a file, which is created if need be. `append`: adds it at the end instead.
+---`atomic`: writes a new file beside it, synchronizes that and puts it in its place, so that at every instant, also
+---after a crash, the file is whole, the old one or the new one; its permissions stay, and a symbolic link stays one. A
+---process killed in the middle may leave a file ".coflow-…" there; a failure or a cancellation leaves none.
+---@param path string
+---@param data string
+---@param options? { atomic?: boolean, append?: boolean }
+---@param token? coflow.CancellationToken
+function flow.fs.write_file(path, data, options, token) end
+
+---`write_file` as a task.
+---@return coflow.Task
+function flow.fs.write_file_async(path, data, options, token) end
+
+---What is known of a file, or of what a link points to.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return coflow.Stat
+function flow.fs.stat(path, token) end
+
+---`stat` as a task.
+---@return coflow.Task
+function flow.fs.stat_async(path, token) end
+
+---What is known of a file, or of the link itself.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return coflow.Stat
+function flow.fs.lstat(path, token) end
+
+---`lstat` as a task.
+---@return coflow.Task
+function flow.fs.lstat_async(path, token) end
+
+---Whether a file is there and may be read ("r"), written ("w"), executed ("x"): any of these, or none.
+---A refusal is an answer, not an error.
+---@param path string
+---@param how? string
+---@param token? coflow.CancellationToken
+---@return boolean ok
+---@return string? code
+function flow.fs.access(path, how, token) end
+
+---`access` as a task.
+---@return coflow.Task
+function flow.fs.access_async(path, how, token) end
+
+---Sets permissions.
+---@param path string
+---@param mode integer
+---@param token? coflow.CancellationToken
+function flow.fs.chmod(path, mode, token) end
+
+---`chmod` as a task.
+---@return coflow.Task
+function flow.fs.chmod_async(path, mode, token) end
+
+---Cuts a file, or fills it up with zeros.
+---@param path string
+---@param size integer bytes
+---@param token? coflow.CancellationToken
+function flow.fs.truncate(path, size, token) end
+
+---`truncate` as a task.
+---@return coflow.Task
+function flow.fs.truncate_async(path, size, token) end
+
+---Makes `path` a symbolic link.
+---@param target string
+---@param path string
+---@param token? coflow.CancellationToken
+function flow.fs.symlink(target, path, token) end
+
+---`symlink` as a task.
+---@return coflow.Task
+function flow.fs.symlink_async(target, path, token) end
+
+---Where a symbolic link points to.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return string
+function flow.fs.readlink(path, token) end
+
+---`readlink` as a task.
+---@return coflow.Task
+function flow.fs.readlink_async(path, token) end
+
+---The absolute path without links, "." and "..".
+---@param path string
+---@param token? coflow.CancellationToken
+---@return string
+function flow.fs.realpath(path, token) end
+
+---`realpath` as a task.
+---@return coflow.Task
+function flow.fs.realpath_async(path, token) end
+
+---The entries of a directory, sorted: `for name, type in flow.fs.scandir(path) do`. All are read before the first is
+---told. "unknown" where the file system does not say.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return fun(): string?, coflow.FileType
+function flow.fs.scandir(path, token) end
+
+---`scandir` as a task.
+---@return coflow.Task
+function flow.fs.scandir_async(path, token) end
+
+---Makes a directory. `recursive`: and those above that are missing; then one that is there already is no failure.
+---@param path string
+---@param options? { recursive?: boolean, mode?: integer }
+---@param token? coflow.CancellationToken
+function flow.fs.mkdir(path, options, token) end
+
+---`mkdir` as a task.
+---@return coflow.Task
+function flow.fs.mkdir_async(path, options, token) end
+
+---Makes a directory with a new name that begins so, for its user only; returns its path.
+---@param prefix string
+---@param token? coflow.CancellationToken
+---@return string
+function flow.fs.mkdtemp(prefix, token) end
+
+---`mkdtemp` as a task.
+---@return coflow.Task
+function flow.fs.mkdtemp_async(prefix, token) end
+
+---Renames, and replaces what is at `to`.
+---@param from string
+---@param to string
+---@param token? coflow.CancellationToken
+function flow.fs.rename(from, to, token) end
+
+---`rename` as a task.
+---@return coflow.Task
+function flow.fs.rename_async(from, to, token) end
+
+---Removes a file or an empty directory. `recursive`: and all that is below; links are not followed.
+---@param path string
+---@param options? { recursive?: boolean }
+---@param token? coflow.CancellationToken
+function flow.fs.remove(path, options, token) end
+
+---`remove` as a task.
+---@return coflow.Task
+function flow.fs.remove_async(path, options, token) end
+
+---Copies what is in a file, and its permissions. A failure or a cancellation removes what was copied by then.
+---@param from string
+---@param to string
+---@param token? coflow.CancellationToken
+function flow.fs.copy(from, to, token) end
+
+---`copy` as a task.
+---@return coflow.Task
+function flow.fs.copy_async(from, to, token) end
+
+---Tells of changes of a file, or of the entries of a directory, from now on. Close it.
+---Raises: IO, at once.
+---@param path string
+---@return coflow.Watcher
+function flow.fs.watch(path) end
+
+---@alias coflow.FileType "file"|"directory"|"link"|"fifo"|"socket"|"char"|"block"|"unknown"
+
+---@class coflow.Stat
+---@field type coflow.FileType
+---@field size integer bytes
+---@field mode integer permissions
+---@field uid integer
+---@field gid integer
+---@field ino integer
+---@field dev integer
+---@field nlink integer
+---@field blocks integer of 512 bytes
+---@field atime number seconds since 1970; so are the other times
+---@field mtime number
+---@field ctime number
+---@field birthtime number
+
+---An open file. What several tasks ask of it is done one after another, in that order. The position is the file's
+---own (after "a" writes go to the end all the same), and moves when an operation succeeds. What was read ahead is not
+---read again: changes that others make to these bytes are not seen until the file is sought.
+---A canceled read loses nothing. A canceled write may have been done in part; it may be repeated in its place.
+---Raises: ObjectDisposed after `close`.
+---@class coflow.File
+---@field path string
+---@field is_closed boolean
+local File = {}
+
+---At most `max` bytes, as soon as there are any; nil at the end. 0 bytes are "".
+---@param max? integer 65536 unless given
+---@param token? coflow.CancellationToken
+---@return string?
+function File:read(max, token) end
+
+---`read` as a task.
+---@return coflow.Task
+function File:read_async(max, token) end
+
+---All bytes up to the end, "" at the end.
+---Raises: IO with code "EMSGSIZE" if there are more than `max`; nothing is lost.
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return string
+function File:read_all(max, token) end
+
+---`read_all` as a task.
+---@return coflow.Task
+function File:read_all_async(max, token) end
+
+---The next line, without its "\n"; nil at the end.
+---Raises: IO with code "EMSGSIZE" if it is longer than `max`; nothing is lost.
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return string?
+function File:read_line(max, token) end
+
+---`read_line` as a task.
+---@return coflow.Task
+function File:read_line_async(max, token) end
+
+---Writes strings and numbers, all of them; a token may follow. Returns the file.
+---@param ... string|number|coflow.CancellationToken
+---@return coflow.File
+function File:write(...) end
+
+---`write` as a task.
+---@return coflow.Task
+function File:write_async(...) end
+
+---Moves the position, and returns it, from the start; by default it stays.
+---Raises: IO with code "ESPIPE" for what has no positions, "EINVAL" before the start.
+---Source: Lua's file:seek.
+---@param whence? "set"|"cur"|"end"
+---@param offset? integer
+---@param token? coflow.CancellationToken
+---@return integer
+function File:seek(whence, offset, token) end
+
+---`seek` as a task.
+---@return coflow.Task
+function File:seek_async(whence, offset, token) end
+
+---Returns when what was written is on the device.
+---@param token? coflow.CancellationToken
+function File:sync(token) end
+
+---`sync` as a task.
+---@return coflow.Task
+function File:sync_async(token) end
+
+---What is known of the file.
+---@param token? coflow.CancellationToken
+---@return coflow.Stat
+function File:stat(token) end
+
+---`stat` as a task.
+---@return coflow.Task
+function File:stat_async(token) end
+
+---Cuts the file, or fills it up with zeros. The position stays.
+---@param size integer bytes
+---@param token? coflow.CancellationToken
+function File:truncate(size, token) end
+
+---`truncate` as a task.
+---@return coflow.Task
+function File:truncate_async(size, token) end
+
+---Closes the file after all that was begun before. Closing twice is harmless. `<close>` does the same; it waits
+---where that is possible, and leaves the error alone that it meets.
+---Cancellation: is not heard, so that no descriptor is left open.
+function File:close() end
+
+---`close` as a task.
+---@return coflow.Task
+function File:close_async() end
+
+---Another name of `close`.
+function File:dispose() end
+
+---`dispose` as a task.
+---@return coflow.Task
+function File:dispose_async() end
+
+---Changes that were told since, up to 4096 that nobody has asked for; `kind` "overflow" stands for what came after.
+---It keeps the event loop alive only while somebody waits for a change.
+---@class coflow.Watcher
+local Watcher = {}
+
+---@class coflow.Change
+---@field kind "rename"|"change"|"overflow" "rename": an entry came, went, or has another name
+---@field name? string of the entry
+
+---The next change; nil once it is closed. Each change is told to one waiter, first come, first served.
+---Cancellation: no change is lost.
+---@param token? coflow.CancellationToken
+---@return coflow.Change?
+function Watcher:next(token) end
+
+---`next` as a task.
+---@return coflow.Task
+function Watcher:next_async(token) end
+
+---Ends it, and the waits for it. Never suspends; closing twice is harmless. `<close>` does the same.
+function Watcher:close() end
+
+---Another name of `close`.
+function Watcher:dispose() end
+
+---Names and addresses, by the resolver of the system, in threads of the pool.
+---Cancellation: ends the wait at once; the answer is dropped.
+---Raises: IO, with `code` ("EAI_NONAME"), `syscall` and `host`.
+---@class coflow.dns
+flow.dns = {}
+
+---The addresses of a host, in the resolver's order, each once.
+---@param host string a name or a numeric address
+---@param options? { family?: "ipv4"|"ipv6"|"any"|4|6 }
+---@param token? coflow.CancellationToken
+---@return string[]
+function flow.dns.resolve(host, options, token) end
+
+---`resolve` as a task.
+---@return coflow.Task
+function flow.dns.resolve_async(host, options, token) end
+
+---The name of the host with that numeric address.
+---@param address string
+---@param token? coflow.CancellationToken
+---@return string
+function flow.dns.reverse(address, token) end
+
+---`reverse` as a task.
+---@return coflow.Task
+function flow.dns.reverse_async(address, token) end
+
 -- The loop ----------------------------------------------------------------------------------------
 
 ---The event loop itself, for those who drive it by hand.
