@@ -316,6 +316,27 @@ describe("canceled after it has ended", function()
     end, { runs = helper.many(60, 5) })
     fs.remove(dir, { recursive = true })
   end)
+
+  it("nothing is lost when the cancellation comes in between", in_task(function(dir)
+    local _ <close>, reader = pipe(dir)
+    local writer <close> = assert(io.open(dir .. "/fifo", "w"))
+    local spinning <close> = support.spinning()
+    local canceled, rounds = 0, helper.many(600, 20)
+    for n = 1, rounds do
+      local task = flow.spawn(reader.read, reader)
+      flow.yield()
+      writer:write(n):flush()
+      spinning.wait(n)
+      task:cancel()
+      local ok, data = task:try_await()
+      if not ok then
+        canceled = canceled + 1
+        data = flow.with_timeout(10, reader.read, reader)
+      end
+      assert.equal(tostring(n), data)
+    end
+    assert.is_true(canceled > 0 and (canceled < rounds or rounds < 600))
+  end))
 end)
 
 describe("garbage", function()
@@ -370,6 +391,18 @@ describe("garbage", function()
     assert.is_nil(weak.token)
     assert.is_nil(weak.file)
     assert.is_true(task.is_completed_successfully)
+  end))
+end)
+
+describe("an operation that outlives its scope", function()
+  it("is held all the same", in_task(function(dir)
+    local _ <close>, reader, writer = pipe(dir)
+    local weak = setmetatable({}, { __mode = "v" })
+    flow.with_timeout(1000, function() weak.task = reader:read_async() end)
+    helper.collect()
+    assert.is_not_nil(weak.task)
+    writer:write("x")
+    assert.equal("x", weak.task:await())
   end))
 end)
 

@@ -39,6 +39,21 @@ function support.in_task(fn)
   end
 end
 
+---Keeps the loop busy until it is closed: libuv is asked after 256 turns, and what has come then lands after those who
+---are ready. `wait(n)` of the value waits about that long, for one of many n until just then.
+function support.spinning()
+  local spinning = { on = true }
+  for _ = 1, 3 do
+    flow.spawn(function()
+      while spinning.on do flow.yield() end
+    end)
+  end
+  function spinning.wait(n)
+    for _ = 1, 40 + n % 60 do flow.yield() end
+  end
+  return setmetatable(spinning, { __close = function() spinning.on = false end })
+end
+
 ---The path of a new pipe in `dir`.
 function support.fifo(dir)
   local path = dir .. "/fifo"
