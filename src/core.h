@@ -472,7 +472,7 @@ struct runtime {
 
   struct link catchers;  /* the open ones (signal.c) */
   struct caught *caught; /* a list of the handles of signals */
-  struct link flights; /* the operations that libuv has in hands (io.c) */
+  struct link flights;   /* the operations that libuv has in hands (io.c) */
   uv_loop_t loop;
   uv_timer_t timer;
   uv_signal_t signals[2];
