@@ -87,11 +87,13 @@ enum tag {
   TAG_ORIGIN = 0xC0F12200,
   TAG_CATCHER = 0xC0F12300, /* of signals; a struct task as well, but not for scripts */
   TAG_FILE = 0xC0F12400,
-  TAG_WATCHER = 0xC0F12500
+  TAG_WATCHER = 0xC0F12500,
+  TAG_STREAM = 0xC0F12600,
+  TAG_LISTENER = 0xC0F12700
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_WATCHER)
+#define TAG_LAST TAG_CLASS(TAG_LISTENER)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -111,6 +113,7 @@ enum task_kind {
   KIND_GATE,    /* no task: a lock that is to let readers in (sync.c) */
   KIND_CATCHER, /* no task: of signals (signal.c) */
   KIND_IO,      /* libuv has it in hands: its struct begins with struct io */
+  KIND_HANDLE,  /* no task: of a struct handle, which lands when libuv has news of it */
   KIND_COUNT
 };
 
@@ -299,8 +302,9 @@ enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 /* What waiters can wait for begins so, and holds them: one in a user value, others in a slot table. */
 struct holder {
   uint32_t tag;
-  int free_slot : 31;
+  int free_slot : 30;
   bool one : 1;     /* HOLDER_ONE is taken */
+  bool handle : 1;  /* it begins a struct handle, which is told who comes and goes */
   uint32_t waiting; /* how many it holds */
 };
 enum { HOLDER_ONE = 1, HOLDER_WAITERS };
@@ -473,6 +477,8 @@ struct runtime {
   struct link catchers;  /* the open ones (signal.c) */
   struct caught *caught; /* a list of the handles of signals */
   struct link flights;   /* the operations that libuv has in hands (io.c) */
+  struct link handles;   /* from their init to their close callback (handle.c) */
+  struct slab *slab;     /* where streams read to (uvstream.c) */
   uv_loop_t loop;
   uv_timer_t timer;
   uv_signal_t signals[2];
@@ -1062,6 +1068,100 @@ void io_open(lua_State *L);
 void fs_open(lua_State *L);
 void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */
 void dns_open(lua_State *L);
+
+/* ---- handle.c: streams and listeners: what of libuv's lives long; the contract is there ---- */
+
+struct handle;
+struct request;
+struct handle_class {
+  const char *name; /* "stream" */
+  bool (*changed)(
+      struct handle *h); /* a waiter came or went, or it has landed. Is it in use? No Lua. */
+  void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
+  void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
+  uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
+};
+struct handle {
+  struct holder holder;
+  const struct handle_class *class;
+  struct runtime *rt;
+  struct link link; /* in rt->handles */
+  struct task task; /* by which it lands; its slot is that of the handle */
+  uv_handle_t *uv;  /* NULL: there is none yet, or no more */
+  bool held;        /* by the anchors */
+  bool pinned;      /* it is to be, though nobody uses it yet */
+  bool closing;     /* uv_close has been called */
+  bool disposed;    /* the script has closed it */
+};
+enum look {
+  LOOK_VALUE, /* the value is on top, and is taken by `take` */
+  LOOK_ERROR, /* the error is on top */
+  LOOK_AGAIN, /* something has changed meanwhile: ask again; nothing is on top */
+  LOOK_WAIT   /* it is not there: nothing is on top */
+};
+/* What is asked for. Nothing of it is taken before it is known who gets it. */
+struct verb {
+  const char *name;
+  enum look (*look)(lua_State *L, int i, struct handle *h, struct request *r); /* [-0, +0/1, e] */
+  void (*take)(lua_State *L, int i, struct handle *h,
+               struct request *r); /* or NULL: [-0, +0, -] what `look` has shown */
+  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
+  /* [-0, +0, -] who asked is about to wait; false: look again */
+  struct link *(*queue)(struct handle *h);
+  void (*interrupted)(lua_State *L,
+                      struct handle *h); /* or NULL: [-0, +0, m] adds to the error on top */
+};
+struct request {
+  const struct verb *verb;
+  int data; /* index of a value that it is about, or 0 */
+  int what;
+  size_t size, seen, found, skip;
+};
+void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
+                 int uservalues);                      /* [-0, +1, m] not libuv's yet */
+void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No Lua. */
+void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
+void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
+void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
+void handle_news(struct handle *h);                    /* it will land. No Lua. */
+void handle_land(lua_State *L, int i);
+int handle_ask(lua_State *L, struct handle *h, struct request *r, int k,
+               lua_CFunction f); /* x(…) with the arguments 1 … k, the last one the token */
+int handle_wait(
+    lua_State *L, struct fiber *me, const struct verb *verb,
+    struct link *q); /* suspends the running fiber, with the handle and nil on its stack */
+int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
+void handle_answer(
+    lua_State *L, int i, struct handle *h,
+    struct request *r); /* [-0, +0, m] those who wait for it, as far as it is there */
+void handle_refuse(lua_State *L, int i, struct link *q); /* [-1, +0, m] all in q, with that error */
+int handle_gc(lua_State *L);
+void handle_close_all(struct runtime *rt); /* the state is closing */
+void handle_push_code(lua_State *L, const char *code, const char *syscall, const char *format,
+                      ...);                                      /* [-0, +1, m] an IO error */
+void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
+
+/* ---- uvstream.c, listener.c, tcp.c ---- */
+
+struct stream;
+enum stream_kind { STREAM_TCP, STREAM_PIPE };
+struct stream *stream_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] not libuv's yet */
+int stream_init(struct stream *s);                              /* a status of libuv. No Lua. */
+int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
+uv_stream_t *stream_uv(struct stream *s);
+void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
+void stream_open(lua_State *L);
+void stream_free(struct runtime *rt); /* the state is closed */
+struct listener;
+struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] */
+int listener_adopt(
+    struct listener *l, int fd,
+    const char *path); /* a status of libuv; it owns fd, and the path if any. No Lua. */
+void listener_open(lua_State *L);
+bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
+bool address_push(lua_State *L,
+                  const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
+void tcp_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 

@@ -71,6 +71,7 @@ static void land(lua_State *L, struct task *t) {
     case KIND_DELAY: delay_land(L, i); break;
     case KIND_WAIT: wait_op_land(L, i); break;
     case KIND_IO: io_land(L, i); break;
+    case KIND_HANDLE: handle_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
     case KIND_CATCHER: signal_land(L, i); break;
@@ -281,6 +282,7 @@ static void close_any(uv_handle_t *handle, void *timer) {
 
 void loop_init(struct runtime *rt) {
   link_init(&rt->flights);
+  link_init(&rt->handles);
   rt->closed = false;
 }
 
@@ -290,6 +292,7 @@ static bool close_uv(struct runtime *rt) {
   uv_handle_t *timer = (uv_handle_t *)&rt->timer;
   double end = (double)uv_hrtime() / 1e9 + CLOSE_SECONDS;
   io_abort_all(rt);
+  handle_close_all(rt);
   uv_walk(&rt->loop, close_any, timer);
   uv_unref(timer); /* it bounds each wait, and is no reason for one */
   while (uv_loop_alive(&rt->loop) && (double)uv_hrtime() / 1e9 < end) {
@@ -546,8 +549,10 @@ void loop_close(lua_State *L, struct runtime *rt) {
     io_release_all(rt);
     if (!clean)
       keep_memory(L, alloc, ud);
-    else
+    else {
       signal_free(L, rt);
+      stream_free(rt);
+    }
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   testing_forget(L, rt);

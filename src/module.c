@@ -369,6 +369,7 @@ static int open_all(lua_State *L) {
   io_open(L);
   fs_open(L);
   dns_open(L);
+  tcp_open(L);
   schedule_open(L);
   channel_open(L);
   select_open(L);

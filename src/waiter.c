@@ -44,6 +44,7 @@
 ** stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
 ** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
 ** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
+** A handle must know of all that come and go, since it is held while somebody waits (handle_changed).
 ** A shared lock must know of waiters that give up, since others may be let in then: it is told (sync_left).
 **
 ** Invariants: n->pos != 0 exactly while n is in a queue; then the holder holds its task there.
@@ -84,7 +85,8 @@ static void append(lua_State *L, int i, struct link *q, struct nap *n) {
     lua_pop(L, 1);
   }
   link_append(q, &n->link);
-  ((struct holder *)lua_touserdata(L, i))->waiting++;
+  h->waiting++;
+  if (h->handle) handle_changed(L, i);
 }
 
 /* [-0, +1, -] the waiter whose node is n */
@@ -115,6 +117,7 @@ static void drop(lua_State *L, int i, struct nap *n) {
   }
   n->pos = 0;
   h->waiting--;
+  if (h->handle) handle_changed(L, i);
 }
 
 /* [-0, +0, -] a waiter of the holder at i has left without having got anything */

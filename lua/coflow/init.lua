@@ -106,4 +106,5 @@ return late(flow, {
   parallel = "parallel",
   fs = "fs",
   dns = "dns",
+  net = "net",
 })

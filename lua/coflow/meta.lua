@@ -1381,6 +1381,187 @@ function flow.dns.reverse(address, token) end
 ---@return coflow.Task
 function flow.dns.reverse_async(address, token) end
 
+-- Streams and listeners (coflow.net) ----------------------------------------------------------------
+--
+-- flow.net, or require "coflow.net": connect, listen, listen_pipe and what iterates, copies and serves are there.
+
+---@class coflow.net
+flow.net = {}
+
+---Connects to a pipe: a socket with a path in the file system.
+---Cancellation: closes the socket.
+---Raises: IO, with the path.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return coflow.Stream
+function flow.net.connect_pipe(path, token) end
+
+---@param path string
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function flow.net.connect_pipe_async(path, token) end
+
+---A connection: TCP or a pipe. One task reads and one writes at a time; a second one is refused with
+---InvalidOperation, the first unharmed. Whatever waits on it is under the ambient token, and ends at once when that
+---is canceled. One that is forgotten is closed when it is collected.
+---@class coflow.Stream
+---@field local_address string? "127.0.0.1:80", "[::1]:80", or the path of a pipe; nil once it is closed
+---@field peer_address string? the same, of the other end
+---@field is_closed boolean
+local Stream = {}
+
+---What has come, as soon as there is something; nil at the end.
+---Cancellation: no byte is lost, the next read gets it. This holds for all that reads.
+---Raises: IO with the code of the system (ECONNRESET …), after what came before; with code ECANCELED if another task
+---closes the stream meanwhile; ObjectDisposed once it is closed; InvalidOperation while another task reads.
+---@param max? integer bytes
+---@param token? coflow.CancellationToken
+---@return string? data
+function Stream:read(max, token) end
+
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:read_async(max, token) end
+
+---Just so many bytes; nil at a clean end.
+---Raises: IO with code EOF if the stream ends in the middle; what has come is still there for another read.
+---@param n integer
+---@param token? coflow.CancellationToken
+---@return string? data
+function Stream:read_exactly(n, token) end
+
+---@param n integer
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:read_exactly_async(n, token) end
+
+---The next line, without its end: \n or \r\n. What follows the last end is a line; then nil.
+---Raises: IO with code EMSGSIZE for a line of more than `max` bytes, which stays where it is.
+---@param max? integer bytes, 1 MiB by default; math.huge: no limit
+---@param token? coflow.CancellationToken
+---@return string? line
+function Stream:read_line(max, token) end
+
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:read_line_async(max, token) end
+
+---All up to the delimiter, without it; nil at a clean end.
+---Raises: IO with code EOF if the stream ends without it, EMSGSIZE past `max` bytes; nothing is lost.
+---@param delimiter string not empty
+---@param max? integer bytes, 1 MiB by default; math.huge: no limit
+---@param token? coflow.CancellationToken
+---@return string? data
+function Stream:read_until(delimiter, max, token) end
+
+---@param delimiter string
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:read_until_async(delimiter, max, token) end
+
+---All up to the end of the stream; "" when there is nothing.
+---Raises: IO with code EMSGSIZE past `max` bytes; nothing is lost.
+---@param max? integer bytes, 64 MiB by default; math.huge: no limit
+---@param token? coflow.CancellationToken
+---@return string data
+function Stream:read_all(max, token) end
+
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:read_all_async(max, token) end
+
+---Writes the strings, in one go, and a token if that is the last argument. Returns when the system has taken them,
+---or no more than 64 KiB wait for it; else it suspends until only 16 KiB do.
+---Cancellation: nothing is sent if libuv has not begun with it. If it has, the stream is broken and closed: `written`
+---in the error (of the direct style under the ambient token), and in the IO errors with code ECANCELED that all
+---later use raises, tells how many bytes of it the system took.
+---Raises: IO (EPIPE, ECONNRESET …); InvalidOperation while another task's write is suspended, and after `shutdown`.
+---@param ... string|number|coflow.CancellationToken
+---@return true
+function Stream:write(...) end
+
+---@param ... string|number|coflow.CancellationToken
+---@return coflow.Task
+function Stream:write_async(...) end
+
+---Suspends until the system has taken all that was written.
+---Raises: the IO error that writing has met.
+---@param token? coflow.CancellationToken
+---@return true
+function Stream:flush(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:flush_async(token) end
+
+---Ends this direction once all that was written is sent: the peer reads up to the end, and may go on writing.
+---Cancellation: ends the wait only.
+---Raises: InvalidOperation while a write is suspended.
+---@param token? coflow.CancellationToken
+---@return true
+function Stream:shutdown(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:shutdown_async(token) end
+
+---Closes the stream for everybody at once, and suspends until all that was written is sent. Other tasks that read or
+---write get an IO error with code ECANCELED; if a write was half sent, nothing more is. A second time is harmless.
+---As a `<close>` variable it is closed so, or disposed while an error unwinds.
+---Cancellation: what has not been sent is dropped.
+---@param token? coflow.CancellationToken
+---@return true
+function Stream:close(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:close_async(token) end
+
+---Closes it at once; what the system has not taken is dropped. Never suspends.
+function Stream:dispose() end
+
+---The same, and a TCP peer gets ECONNRESET instead of an end.
+function Stream:abort() end
+
+---Whether small writes go out at once (the default here) or wait for earlier ones to be acknowledged.
+---Raises: InvalidOperation for a pipe.
+---@param on? boolean true by default
+function Stream:nodelay(on) end
+
+---Has the system ask a silent peer from time to time whether it is there.
+---@param seconds number|false 1 to 32767 seconds of silence
+function Stream:keepalive(seconds) end
+
+---Waits for connections. Those that nobody accepts wait in the system's queue, also when descriptors run out. It
+---does not keep the loop alive unless somebody accepts.
+---@class coflow.Listener
+---@field port integer? nil for a pipe, and once it is closed
+---@field local_address string?
+---@field is_closed boolean
+local Listener = {}
+
+---The next connection. Several tasks may wait: first in, first out.
+---Cancellation: no connection is lost.
+---Raises: IO with code EMFILE or ENFILE when there are no descriptors left: ask again later. IO with code ECANCELED if
+---another task closes the listener meanwhile; ObjectDisposed once it is closed.
+---@param token? coflow.CancellationToken
+---@return coflow.Stream
+function Listener:accept(token) end
+
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Listener:accept_async(token) end
+
+---Stops listening; connections that were accepted go on. A second time is harmless.
+function Listener:close() end
+
+---The same.
+function Listener:dispose() end
+
 -- The loop ----------------------------------------------------------------------------------------
 
 ---The event loop itself, for those who drive it by hand.

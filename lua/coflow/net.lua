@@ -1,0 +1,325 @@
+-- coflow.net: TCP and pipes. Streams and listeners are in C (handle.c, uvstream.c, listener.c, tcp.c); here is
+-- what is best said in Lua: names of hosts, iterating, copying, serving.
+--
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+local net = core.open_net()
+
+local connect_address, listen_address, listen_pipe = net.connect_address, net.listen_address, net.listen_pipe
+local is_address, report_failure = net.is_address, net.report_failure
+local Stream, Listener = core.methods "coflow.Stream", core.methods "coflow.Listener"
+
+local BACKLOG = 1024
+local PAUSE = 0.1 -- seconds, before a listener that has no descriptors left asks again
+
+local function check_token(n, token)
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(n, "token must be a CancellationToken")
+  end
+end
+
+local function is_integer(value, least, most)
+  return type(value) == "number" and value == math.floor(value) and value >= least and value <= most
+end
+
+local function check_place(host, port, least)
+  if type(host) ~= "string" or host == "" then core.argument_error(1, "name or address of a host expected") end
+  if not is_integer(port, least, 65535) then core.argument_error(2, "number of a port expected") end
+end
+
+-- Connecting and listening -------------------------------------------------------------------------
+
+-- The numeric addresses of a host.
+local function addresses_of(host, family, token)
+  if is_address(host) then return { host } end
+  return require("coflow.dns").resolve(host, { family = family }, token)
+end
+
+local families = { ipv4 = true, ipv6 = true, any = true }
+local connect_options = { family = true }
+
+local function check_connect(host, port, options, token)
+  check_place(host, port, 1)
+  options = core.check_options(3, options, connect_options)
+  if options.family ~= nil and not families[options.family] then
+    core.argument_error(3, "family must be \"ipv4\", \"ipv6\" or \"any\"")
+  end
+  check_token(4, token)
+  return options.family
+end
+
+local function connect(host, port, family, token)
+  local first
+  for _, address in ipairs(addresses_of(host, family, token)) do
+    local ok, stream = core.pcall(connect_address, address, port, token)
+    if ok then return stream end
+    if not core.errors.is(stream, "IO") then error(stream, 0) end
+    first = first or stream
+  end
+  error(first, 0)
+end
+
+---Connects to a TCP server. The addresses of a host are tried in the order of the resolver.
+---The stream sends small writes at once (`stream:nodelay(false)` for Nagle's algorithm).
+---Cancellation: closes the socket.
+---Raises: IO: that of the first address, when none answers.
+---@param host string a name or a numeric address
+---@param port integer
+---@param options? { family?: "ipv4"|"ipv6"|"any" }
+---@param token? coflow.CancellationToken
+---@return coflow.Stream
+function net.connect(host, port, options, token)
+  return connect(host, port, check_connect(host, port, options, token), token)
+end
+
+local connect_async = core.async(connect)
+
+---@param host string
+---@param port integer
+---@param options? table
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function net.connect_async(host, port, options, token)
+  return connect_async(host, port, check_connect(host, port, options, token), token)
+end
+
+local listen_options = { backlog = true, reuse_port = true }
+
+local function check_backlog(options)
+  local backlog = options.backlog
+  if backlog ~= nil and not is_integer(backlog, 1, 65535) then
+    core.argument_error(3, "backlog must be a number of connections")
+  end
+  return backlog or BACKLOG
+end
+
+local function check_listen(host, port, options)
+  check_place(host, port, 0)
+  options = core.check_options(3, options, listen_options)
+  return check_backlog(options), options.reuse_port
+end
+
+local function listen(host, port, backlog, reuse_port)
+  return listen_address(addresses_of(host)[1], port, backlog, reuse_port)
+end
+
+---Listens for TCP connections at the first address of the host; port 0: one that is free (`listener.port`). With a
+---numeric address it never suspends.
+---@param host string
+---@param port integer
+---@param options? { backlog?: integer, reuse_port?: boolean } backlog: connections that the system keeps (1024)
+---@return coflow.Listener
+function net.listen(host, port, options)
+  return listen(host, port, check_listen(host, port, options))
+end
+
+local listen_async = core.async(listen)
+
+---@param host string
+---@param port integer
+---@param options? table
+---@return coflow.Task
+function net.listen_async(host, port, options)
+  return listen_async(host, port, check_listen(host, port, options))
+end
+
+---Listens at a path of the file system, which is removed when the listener is closed.
+---Raises: IO with code EADDRINUSE if something is there.
+---@param path string
+---@param options? { backlog?: integer }
+---@return coflow.Listener
+function net.listen_pipe(path, options)
+  if type(path) ~= "string" or path == "" or path:find("\0", 1, true) then
+    core.argument_error(1, "a path expected")
+  end
+  options = core.check_options(2, options, { backlog = true })
+  return listen_pipe(path, check_backlog(options))
+end
+
+net.connect_address, net.connect_address_async, net.listen_address = nil, nil, nil
+net.is_address, net.report_failure = nil, nil
+
+-- Streams ------------------------------------------------------------------------------------------
+
+---Iterates over the lines, without their ends: `for line in stream:lines() do`. What follows the last end is a line.
+---Leaving the loop early loses nothing.
+---Cancellation: raises at the next line; no byte is lost.
+---Raises: IO with code EMSGSIZE at a line of more than `max` bytes (1 MiB by default).
+---@param max? integer
+---@param token? coflow.CancellationToken
+---@return fun(): string?
+function Stream:lines(max, token)
+  core.check_class(1, self, "coflow.Stream")
+  if max ~= nil and max ~= math.huge and not is_integer(max, 1, math.maxinteger) then
+    core.argument_error(2, "max must be a number of bytes")
+  end
+  check_token(3, token)
+  local read_line = self.read_line
+  return function() return read_line(self, max, token) end
+end
+
+local function copy(from, to, token)
+  local count = 0
+  while true do
+    local chunk = from:read(nil, token)
+    if chunk == nil then return count end
+    to:write(chunk, token)
+    count = count + #chunk
+  end
+end
+
+local function check_copy(self, to, token)
+  core.check_class(1, self, "coflow.Stream")
+  if (type(to) ~= "table" and type(to) ~= "userdata") or not core.is_callable(to.write) then
+    core.argument_error(2, "something to write to expected")
+  end
+  check_token(3, token)
+end
+
+---Writes all that comes, up to the end, to `other`, no faster than it takes it; leaves both open.
+---Cancellation: what was read is written or lost; all else is still to be read.
+---@param other coflow.Stream or anything else with `write`
+---@param token? coflow.CancellationToken
+---@return integer bytes
+function Stream:copy_to(other, token)
+  check_copy(self, other, token)
+  return copy(self, other, token)
+end
+
+local copy_async = core.async(copy)
+
+---@param other coflow.Stream
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Stream:copy_to_async(other, token)
+  check_copy(self, other, token)
+  return copy_async(self, other, token)
+end
+
+-- Listeners ----------------------------------------------------------------------------------------
+
+local function is_closed_error(listener, err)
+  return listener.is_closed and (core.errors.is(err, "ObjectDisposed")
+    or core.errors.is(err, "IO") and err.code == "ECANCELED")
+end
+
+---Iterates over the connections: `for stream in listener:iterate() do`; ends when the listener is closed.
+---Cancellation: raises; no connection is lost.
+---@param token? coflow.CancellationToken
+---@return fun(): coflow.Stream?
+function Listener:iterate(token)
+  core.check_class(1, self, "coflow.Listener")
+  check_token(2, token)
+  return function()
+    local ok, stream = core.pcall(self.accept, self, token)
+    if ok then return stream end
+    if not is_closed_error(self, stream) then error(stream, 0) end
+  end
+end
+
+-- listener -> what its `serve` knows: group, running, stopping, and free: a completion source, while it waits for
+-- a connection to end
+local serving = setmetatable({}, { __mode = "k" })
+
+local leaving = {
+  __close = function(guard)
+    local state = guard.state
+    state.running = state.running - 1
+    if state.free then state.free:try_set_result() end
+  end,
+}
+
+local function talk(fn, stream)
+  local s <close> = stream -- after an error what was not sent is dropped, else it is
+  fn(s)
+end
+
+local function connection(state, fn, stream)
+  local _ <close> = setmetatable({ state = state }, leaving)
+  local ok, err = core.pcall(talk, fn, stream)
+  if not ok then state.on_error(err, stream) end
+end
+
+-- The system is short of something that comes back when connections end.
+local shortages = { EMFILE = true, ENFILE = true, ENOBUFS = true, ENOMEM = true }
+
+local function accept_all(listener, state, group, fn, max)
+  local short = false
+  while not state.stopping do
+    if state.running >= max then
+      state.free = core.TaskCompletionSource()
+      core.await(state.free.task)
+      state.free = nil
+    else
+      local ok, stream = core.pcall(listener.accept, listener)
+      if ok then
+        short = false
+        state.running = state.running + 1
+        group:spawn(connection, state, fn, stream)
+      elseif core.errors.is(stream, "IO") and shortages[stream.code] then
+        if not short then state.on_error(stream) end -- once, until it is over
+        short = true
+        core.sleep(PAUSE)
+      elseif is_closed_error(listener, stream) then
+        return
+      else
+        error(stream, 0)
+      end
+    end
+  end
+end
+
+local serve_options = { max_connections = true, grace = true, on_error = true }
+
+---Calls `fn(stream)` in a task of its own for each connection, and closes the stream when it returns. Returns when
+---`listener:stop()` or `close` has been called and the last connection has ended. An error in a connection ends
+---that one only: it is told to `on_error(err, stream)`, by default to the handler of `on_unobserved_exception`. So
+---is a want of descriptors (`IO` with code EMFILE, without a stream); then connections wait until some are free.
+---Cancellation: cancels the connections, and raises when they have ended. The listener stays open.
+---@param fn fun(stream: coflow.Stream)
+---@param options? { max_connections?: integer, grace?: number, on_error?: fun(err: any, stream?: coflow.Stream) }
+---max_connections: at the same time; the others wait. grace: seconds for the connections to end after `stop`, before
+---they are canceled; none: at once.
+function Listener:serve(fn, options)
+  core.check_class(1, self, "coflow.Listener")
+  core.check_function(2, fn)
+  options = core.check_options(3, options, serve_options)
+  local max, grace, on_error = options.max_connections, options.grace, options.on_error
+  if max ~= nil and max ~= math.huge and not is_integer(max, 1, math.maxinteger) then
+    core.argument_error(3, "max_connections must be a positive integer")
+  elseif grace ~= nil and not (type(grace) == "number" and grace >= 0) then
+    core.argument_error(3, "grace must be a number of seconds")
+  elseif on_error ~= nil and not core.is_callable(on_error) then
+    core.argument_error(3, "on_error must be a function")
+  elseif serving[self] then
+    error(core.errors.InvalidOperation("serve: this listener is served already"), 0)
+  end
+  local state = {
+    running = 0,
+    on_error = on_error or function(err) report_failure(err, core.current_task()) end,
+  }
+  serving[self] = state
+  local _ <close> = setmetatable({}, { __close = function() serving[self] = nil end })
+  require("coflow.group").task_group(function(group)
+    state.group = group
+    accept_all(self, state, group, fn, max or math.huge)
+  end, { policy = "supervise", grace = grace })
+end
+
+Listener.serve_async = core.async(Listener.serve)
+
+---Closes the listener; connections that `serve` has begun may end within its `grace`. Returns at once: `serve` returns
+---when they have ended.
+function Listener:stop()
+  core.check_class(1, self, "coflow.Listener")
+  local state = serving[self]
+  if state then state.stopping = true end
+  self:close()
+  if not state then return end
+  if state.free then state.free:try_set_result() end
+  if state.group then state.group:stop() end
+end
+
+return net

@@ -1,0 +1,943 @@
+-- spec/net_spec.lua - TCP and pipes on the real clock, loopback and free ports only. The deadline ends a broken run.
+-- SPDX-License-Identifier: MIT
+
+local flow = require "coflow"
+local helper = require "spec.helper"
+
+local net = flow.net
+local many = helper.many
+
+local LIMIT = 50 -- seconds
+
+-- How many descriptors this process has open.
+local function descriptors()
+  local n = 0
+  for _ in flow.fs.scandir("/proc/self/fd") do n = n + 1 end
+  return n
+end
+
+local opened = setmetatable({}, { __mode = "k" }) -- by pair, to be closed
+
+-- A test body: it runs as a task under a deadline, and leaves no descriptor open.
+local function connected(fn)
+  return function()
+    collectgarbage()
+    flow.run(function() -- libuv opens its own descriptors
+      local listener <close> = net.listen("127.0.0.1", 0)
+      net.connect("127.0.0.1", listener.port):close()
+    end)
+    local before = flow.run(descriptors)
+    flow.run(function() flow.with_timeout(LIMIT, fn) end)
+    for stream in pairs(opened) do stream:dispose() end
+    collectgarbage()
+    collectgarbage()
+    assert.equal(before, flow.run(descriptors), "descriptors left open")
+  end
+end
+
+-- Both ends of a connection.
+local function pair()
+  local listener <close> = net.listen("127.0.0.1", 0)
+  local accepted = listener:accept_async()
+  local client = net.connect("127.0.0.1", listener.port)
+  local server = flow.await(accepted)
+  opened[client], opened[server] = true, true
+  return client, server
+end
+
+-- Lets all that is ready run, and what libuv has come in, until `condition()` holds.
+local function until_true(condition)
+  while not condition() do flow.sleep(0.001) end
+end
+
+-- Writes until the system takes no more, the peer not reading; returns how many bytes. Some are in the queue.
+local function fill(stream)
+  local n = 0
+  while true do
+    stream:write(("x"):rep(50000))
+    n = n + 50000
+    local flushed = stream:flush_async()
+    for _ = 1, 20 do
+      if not flushed.is_completed then flow.sleep(0.002) end
+    end
+    if flushed:cancel() then return n end
+  end
+end
+
+describe("net.connect and listen", function()
+  it("connect two ends, which know their addresses", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    assert.is_true(listener.port > 0)
+    assert.equal("127.0.0.1:" .. listener.port, listener.local_address)
+    local accepted = listener:accept_async()
+    local client <close> = net.connect("127.0.0.1", listener.port)
+    local server <close> = flow.await(accepted)
+    assert.equal(listener.local_address, client.peer_address)
+    assert.equal(client.local_address, server.peer_address)
+    client:write("to ", "server")
+    assert.equal("to server", server:read_exactly(9))
+    server:write("back")
+    assert.equal("back", client:read())
+  end))
+
+  it("find a host by its name", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local client <close> = net.connect("localhost", listener.port, { family = "ipv4" })
+    local server <close> = listener:accept()
+    client:write("x")
+    assert.equal("x", server:read())
+    helper.raises("IO", net.connect, "no-such-host.invalid", 1)
+  end))
+
+  it("work over IPv6 where there is some", connected(function()
+    local ok, listener = pcall(net.listen, "::1", 0)
+    if not ok then return end
+    local _ <close> = net.connect("::1", listener.port)
+    local server <close> = listener:accept()
+    assert.matches("^%[::1%]:%d+$", server.peer_address)
+    listener:close()
+  end))
+
+  it("work over pipes, whose file goes with the listener", connected(function()
+    local path = os.tmpname()
+    os.remove(path)
+    local listener = net.listen_pipe(path)
+    assert.equal(path, listener.local_address)
+    assert.is_nil(listener.port)
+    local client <close> = net.connect_pipe(path)
+    local server <close> = flow.await(listener:accept_async())
+    assert.equal(path, client.peer_address)
+    client:write("through")
+    client:shutdown()
+    assert.equal("through", server:read_all())
+    helper.raises("InvalidOperation", client.nodelay, client)
+    listener:close()
+    assert.is_nil(io.open(path))
+    local err = helper.raises("IO", net.connect_pipe, path)
+    assert.equal("ENOENT", err.code)
+    assert.equal("connect", err.syscall)
+    assert.equal(path, err.path)
+    assert.equal("ENAMETOOLONG", helper.raises("IO", net.connect_pipe, ("x"):rep(200)).code)
+    assert.equal("ENAMETOOLONG", helper.raises("IO", net.listen_pipe, ("x"):rep(200)).code)
+  end))
+
+  it("raise IO when refused, and when the port is taken", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local port = listener.port
+    assert.equal("EADDRINUSE", helper.raises("IO", net.listen, "127.0.0.1", port).code)
+    listener:close()
+    local err = helper.raises("IO", net.connect, "127.0.0.1", port)
+    assert.equal("ECONNREFUSED", err.code)
+    assert.equal("connect", err.syscall)
+    local task = net.connect_async("127.0.0.1", port)
+    assert.equal("ECONNREFUSED", helper.raises("IO", flow.await, task).code)
+  end))
+
+  it("refuse wrong arguments", connected(function()
+    for _, case in ipairs {
+      { net.connect, nil, 1 }, { net.connect, "", 1 }, { net.connect, "h", 0 }, { net.connect, "h", 65536 },
+      { net.connect, "h", 1.5 }, { net.connect, "h", 1, { timeout = 1 } }, { net.connect, "h", 1, { family = 4 } },
+      { net.connect, "h", 1, nil, "token" }, { net.listen, "h", -1 }, { net.listen, "127.0.0.1", 0, { backlog = 0 } },
+      { net.listen_pipe, "" }, { net.listen_pipe, "a\0b" }, { net.connect_pipe, "a\0b" }, { net.connect_pipe, 1 },
+    } do
+      assert.matches("bad argument #%d to", helper.raised(table.unpack(case, 1, 5)))
+    end
+  end))
+
+  it("work outside every task", function()
+    local listener = net.listen("127.0.0.1", 0)
+    local client = net.connect("127.0.0.1", listener.port)
+    local server = listener:accept()
+    client:write("from outside")
+    assert.equal("from", server:read(4))
+    assert.equal(" outside", server:read())
+    server:close()
+    assert.is_nil(client:read())
+    client:close()
+    listener:close()
+  end)
+
+  it("close the socket when canceled", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local source = flow.CancellationTokenSource()
+    local task = net.connect_async("127.0.0.1", listener.port, nil, source.token)
+    source:cancel()
+    helper.raises("OperationCanceled", flow.await, task)
+    helper.raises("OperationCanceled", net.connect, "127.0.0.1", listener.port, nil, source.token)
+    local second = net.connect_async("127.0.0.1", listener.port)
+    flow.sleep(0.001)
+    second:cancel() -- perhaps too late; then somebody has to close it
+    local ok, stream = flow.try_await(second)
+    if ok then stream:close() end
+  end))
+end)
+
+describe("reading", function()
+  it("brings what is there, then nil at the end, again and again", connected(function()
+    local client, server = pair()
+    client:write("abcdef")
+    assert.equal("abc", server:read(3))
+    assert.equal("def", server:read(100))
+    client:shutdown()
+    assert.is_nil(server:read())
+    assert.is_nil(server:read())
+    assert.is_nil(server:read_exactly(2))
+    assert.is_nil(server:read_line())
+    assert.is_nil(server:read_until("x"))
+    assert.equal("", server:read_exactly(0))
+    assert.equal("", server:read_all())
+  end))
+
+  it("tells a partial answer from a clean end, and keeps it", connected(function()
+    local client, server = pair()
+    client:write("partial")
+    client:shutdown()
+    assert.equal("EOF", helper.raises("IO", server.read_exactly, server, 8).code)
+    assert.equal("EOF", helper.raises("IO", server.read_until, server, "x").code)
+    assert.equal("part", server:read_exactly(4))
+    assert.equal("ial", server:read_line())
+    assert.is_nil(server:read_line())
+  end))
+
+  it("knows lines by \\n and \\r\\n", connected(function()
+    local client, server = pair()
+    client:write("one\r\ntwo\n\n\r\nfi\rve\nlast")
+    client:shutdown()
+    local lines = {}
+    for line in server:lines() do lines[#lines + 1] = line end
+    assert.same({ "one", "two", "", "", "fi\rve", "last" }, lines)
+  end))
+
+  it("stops at a delimiter of any length", connected(function()
+    local client, server = pair()
+    client:write("a--b-")
+    local task = server:read_until_async("--")
+    assert.equal("a", flow.await(task))
+    local second = server:read_until_async("---")
+    flow.sleep(0.005)
+    client:write("--c---")
+    assert.equal("b", flow.await(second))
+    assert.equal("c", server:read_until("---"))
+  end))
+
+  it("refuses more than max, and loses nothing", connected(function()
+    local client, server = pair()
+    client:write("12345\n123456\n")
+    assert.equal("12345", server:read_line(5))
+    local err = helper.raises("IO", server.read_line, server, 5)
+    assert.equal("EMSGSIZE", err.code)
+    assert.matches("option max", err.message)
+    assert.equal("123456", server:read_line(6))
+    client:write(("x"):rep(100))
+    assert.equal("EMSGSIZE", helper.raises("IO", server.read_line, server, 5).code)
+    client:shutdown()
+    assert.equal("EMSGSIZE", helper.raises("IO", server.read_all, server, 99).code)
+    assert.equal(100, #server:read_all(100))
+  end))
+
+  it("is bounded by default", connected(function()
+    local client, server = pair()
+    local writer = flow.spawn(function()
+      client:write(("x"):rep(2 << 20))
+      client:shutdown()
+    end)
+    assert.equal("EMSGSIZE", helper.raises("IO", server.read_line, server).code)
+    assert.equal("EMSGSIZE", helper.raises("IO", server.read_until, server, "\n").code)
+    assert.equal(2 << 20, #server:read_line(math.huge))
+    flow.await(writer)
+  end))
+
+  it("takes one reader at a time, and leaves the first one unharmed", connected(function()
+    local client, server = pair()
+    local first = server:read_async()
+    helper.is_error("InvalidOperation", helper.raises("InvalidOperation", server.read, server), "read")
+    helper.raises("InvalidOperation", flow.await, server:read_line_async())
+    client:write("for the first")
+    assert.equal("for the first", flow.await(first))
+  end))
+
+  it("that is canceled loses no byte", connected(function()
+    local client, server = pair()
+    local source = flow.CancellationTokenSource()
+    local tasks = {
+      flow.spawn(server.read_exactly, server, 6, source.token),
+      flow.spawn(function()
+        client:write("abc")
+        flow.sleep(0.005)
+        source:cancel()
+      end),
+    }
+    local err = helper.raises("OperationCanceled", flow.await, tasks[1])
+    assert.equal(source.token, err.token)
+    flow.await(tasks[2])
+    local ok = pcall(flow.with_timeout, 0.002, server.read_exactly, server, 4)
+    assert.is_false(ok)
+    client:write("def")
+    assert.equal("abcdef", server:read_exactly(6))
+    helper.raises("OperationCanceled", server.read, server, 1, source.token)
+    client:write("g")
+    assert.equal("g", server:read(1, flow.CancellationToken.none))
+  end))
+
+  it("that is canceled between the bytes and its turn leaves them to the next one", connected(function()
+    local client, server = pair()
+    local first = server:read_async()
+    client:write("bytes")
+    until_true(function() first:cancel() return first.is_completed end)
+    local ok, got = flow.try_await(first)
+    assert.equal("bytes", ok and got or server:read())
+  end))
+
+  it("raises the error of the connection after what came before it", connected(function()
+    local client, server = pair()
+    client:write("before")
+    assert.equal("be", server:read_exactly(2))
+    client:abort()
+    flow.sleep(0.005)
+    assert.equal("fore", server:read_exactly(4))
+    assert.equal("ECONNRESET", helper.raises("IO", server.read, server).code)
+    assert.equal("ECONNRESET", helper.raises("IO", server.read_all, server).code)
+  end))
+
+  it("cuts random bytes anywhere, with cancellations in between", connected(function()
+    local client, server = pair()
+    local random = math.random
+    math.randomseed(42)
+    local parts = {}
+    for i = 1, many(2000, 60) do
+      local piece = tostring(i):rep(random(0, 30), random() < 0.5 and "\n" or "\r\n")
+      parts[i] = piece .. (i % 3 == 0 and "\n" or "")
+    end
+    local text = table.concat(parts)
+    local writer = flow.spawn(function()
+      local at = 1
+      while at <= #text do
+        local n = random(1, random() < 0.1 and 5000 or 40)
+        client:write(text:sub(at, at + n - 1))
+        at = at + n
+        if random() < 0.3 then flow.yield() end
+        if random() < 0.02 then flow.sleep(0.0005) end
+      end
+      client:shutdown()
+    end)
+    local got, ended = {}, false
+    local function note(value, suffix)
+      if value then got[#got + 1] = value .. (suffix or "") else ended = true end
+    end
+    while not ended do
+      local kind = random(1, 5)
+      local task
+      if kind == 1 then
+        task = server:read_async(random(1, 100))
+      elseif kind == 2 then
+        task = server:read_exactly_async(random(1, 3))
+      else
+        task = server:read_until_async(kind == 3 and "\n" or "1\n", 1 << 16)
+      end
+      if random() < 0.3 then
+        if random() < 0.5 then flow.yield() end
+        task:cancel()
+      end
+      local ok, value = flow.try_await(task)
+      if ok then
+        note(value, kind == 3 and "\n" or kind > 3 and "1\n" or "")
+        if value == nil then ended = true end
+      elseif flow.errors.is(value, "IO") then
+        assert.equal("EOF", value.code)
+        note(server:read_all())
+        ended = true
+      else
+        helper.is_error("OperationCanceled", value)
+      end
+    end
+    flow.await(writer)
+    assert.is_true(table.concat(got) == text)
+  end))
+end)
+
+describe("writing", function()
+  it("takes several values at once, in order", connected(function()
+    local client, server = pair()
+    local expected = {}
+    for i = 1, 100 do expected[i] = tostring(i) end
+    assert.is_true(client:write(table.unpack(expected)))
+    client:write()
+    client:write("", 7, "")
+    client:flush()
+    assert.equal(table.concat(expected) .. "7", server:read_exactly(#table.concat(expected) + 1))
+    assert.matches("bad argument #2", helper.raised(client.write, client, {}))
+    assert.matches("bad argument #3", helper.raised(client.write, client, "a", {}, "b"))
+  end))
+
+  it("suspends while the peer is slow, and goes on in order", connected(function()
+    local client, server = pair()
+    local total, log = 0, {}
+    local writer = flow.spawn(function()
+      for i = 1, 200 do
+        local chunk = tostring(i % 10):rep(i % 2 == 0 and 100000 or 17)
+        client:write(chunk)
+        total = total + #chunk
+      end
+      log.done = true
+      client:shutdown()
+    end)
+    flow.sleep(0.05)
+    assert.is_nil(log.done)
+    local text = server:read_all()
+    flow.await(writer)
+    assert.equal(total, #text)
+    local at = 1
+    for i = 1, 200 do
+      local n = i % 2 == 0 and 100000 or 17
+      assert.is_true(text:sub(at, at + n - 1) == tostring(i % 10):rep(n))
+      at = at + n
+    end
+  end))
+
+  it("takes one suspended writer at a time", connected(function()
+    local client, server = pair()
+    local big = ("x"):rep(20 << 20)
+    local first = client:write_async(big)
+    flow.sleep(0.002)
+    assert.is_false(first.is_completed)
+    helper.raises("InvalidOperation", client.write, client, "second")
+    helper.raises("InvalidOperation", client.shutdown, client)
+    assert.is_true(#server:read_exactly(#big) == #big)
+    assert.is_true(flow.await(first))
+  end))
+
+  it("that is canceled before libuv has begun it sends nothing", connected(function()
+    local client, server = pair()
+    local n = fill(client)
+    local task = client:write_async(("never"):rep(50000), "small")
+    flow.yield()
+    assert.is_false(task.is_completed)
+    assert.is_true(task:cancel())
+    helper.raises("OperationCanceled", flow.await, task)
+    local err = helper.raises("OperationCanceled", function()
+      flow.with_cancellation(flow.CancellationToken.canceled, client.write, client, "never either")
+    end)
+    assert.is_nil(err.written)
+    local direct = flow.spawn(client.write, client, ("never"):rep(50000))
+    flow.yield()
+    direct:cancel()
+    assert.equal(0, helper.raises("OperationCanceled", flow.await, direct).written)
+    client:write("end")
+    local ending = client:shutdown_async()
+    local got = server:read_all()
+    assert.equal(n + 3, #got)
+    assert.equal("xend", got:sub(-4))
+    flow.await(ending)
+  end))
+
+  it("that is canceled half sent breaks the stream, and says how much was sent", connected(function()
+    local client, server = pair()
+    local size = 30 << 20
+    local ok, err = pcall(flow.with_timeout, 0.02, client.write, client, ("x"):rep(size))
+    assert.is_false(ok)
+    helper.is_error("Timeout", err)
+    assert.is_true(client.is_closed)
+    local broken = helper.raises("IO", client.write, client, "more")
+    assert.equal("ECANCELED", broken.code)
+    assert.is_true(broken.written > 0 and broken.written < size)
+    assert.equal("ECANCELED", helper.raises("IO", client.read, client).code)
+    assert.equal(broken.written, #server:read_all())
+  end))
+
+  it("has .written in the error of the canceled write too", connected(function()
+    local client, server = pair()
+    local task = flow.spawn(client.write, client, ("x"):rep(30 << 20))
+    flow.sleep(0.02)
+    task:cancel()
+    local seen = helper.raises("OperationCanceled", flow.await, task)
+    assert.equal(#server:read_all(), seen.written)
+  end))
+
+  it("to a connection that is gone raises IO", connected(function()
+    local client, server = pair()
+    server:abort()
+    flow.sleep(0.005)
+    local err
+    for _ = 1, 100 do
+      local ok, e = pcall(client.write, client, ("x"):rep(1000))
+      if not ok then err = e break end
+      flow.sleep(0.001)
+    end
+    helper.is_error("IO", err)
+    assert.is_true(err.code == "EPIPE" or err.code == "ECONNRESET")
+    helper.raises("IO", client.flush, client)
+  end))
+
+  it("after a shutdown is refused; the other direction goes on", connected(function()
+    local client, server = pair()
+    client:write(("x"):rep(3 << 20):sub(1, 60000))
+    client:shutdown()
+    client:shutdown()
+    helper.is_error("InvalidOperation", helper.raises("InvalidOperation", client.write, client, "x"), "shut down")
+    assert.equal(60000, #server:read_all())
+    server:write("answer")
+    server:close()
+    assert.equal("answer", client:read_all())
+  end))
+end)
+
+describe("writing, with random sizes and cancellations,", function()
+  it("sends what was accepted, in order, and of a write that broke the stream a beginning", connected(function()
+    local random = math.random
+    math.randomseed(7)
+    for round = 1, many(12, 3) do
+      local client, server = pair()
+      local accepted, last = {}, ""
+      local reader = flow.spawn(function()
+        local got = {}
+        while true do
+          local data = server:read(random(1, 200000))
+          if not data then return table.concat(got) end
+          got[#got + 1] = data
+          if random() < 0.2 then flow.sleep(0.0005) end
+        end
+      end)
+      for i = 1, 60 do
+        local chunk = tostring(i % 10):rep(random() < 0.5 and random(1, 5000) or random(1, 400000))
+        local task = flow.spawn(client.write, client, chunk:sub(1, #chunk // 2), chunk:sub(#chunk // 2 + 1))
+        flow.yield()
+        if round % 3 ~= 0 and random() < 0.1 then task:cancel() end
+        local ok, err = flow.try_await(task)
+        if ok then
+          accepted[#accepted + 1] = chunk
+        else
+          helper.is_error("OperationCanceled", err)
+          if client.is_closed then
+            last = chunk:sub(1, err.written)
+            break
+          end
+          -- all of it or nothing
+          if err.written == #chunk then accepted[#accepted + 1] = chunk end
+          assert.is_true(err.written == 0 or err.written == #chunk)
+        end
+      end
+      local whole = not client.is_closed
+      if whole then client:close() end
+      local got, sent = flow.await(reader), table.concat(accepted) .. last
+      assert.is_true(got == sent:sub(1, #got))
+      if whole or last ~= "" then assert.equal(#sent, #got) end
+    end
+  end))
+end)
+
+describe("finalizers", function()
+  it("may read what somebody else is about to be given: every byte has one taker", connected(function()
+    local client, server = pair()
+    local n, seen, count = many(3000, 300), {}, 0
+    local function note(record)
+      if not record then return end
+      local i = string.unpack(">I2", record)
+      assert.is_nil(seen[i])
+      seen[i] = true
+      count = count + 1
+    end
+    local over = false
+    local function litter()
+      setmetatable({}, { __gc = function()
+        if over then return end
+        local ok, record = pcall(server.read_exactly, server, 2) -- refused where it would have to wait
+        if ok then note(record) end
+        litter()
+      end })
+    end
+    for _ = 1, 20 do litter() end
+    local writer = flow.spawn(function()
+      for i = 1, n do
+        client:write(string.pack(">I2", i))
+        if i % 50 == 0 then flow.sleep(0.0002) end
+      end
+      client:shutdown()
+    end)
+    while true do
+      local ok, record = pcall(server.read_exactly, server, 2)
+      if ok and record == nil then break end
+      if ok then note(record) else flow.yield() end
+      if count % 7 == 0 then collectgarbage("step") end
+    end
+    over = true
+    flow.await(writer)
+    assert.equal(n, count)
+  end))
+end)
+
+describe("under virtual time", function()
+  it("sockets hold the clock back", helper.in_task(function(clock)
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local accepting = listener:accept_async()
+    local client <close> = net.connect("127.0.0.1", listener.port)
+    local server <close> = flow.await(accepting)
+    local reading = server:read_async()
+    client:write("first")
+    flow.sleep(3600)
+    assert.equal("first", reading.result)
+    helper.raises("Timeout", flow.with_timeout, 3600, server.read, server)
+    assert.equal(7200, clock:now())
+  end))
+end)
+
+describe("closing", function()
+  it("ends the operations of other tasks with IO errors", connected(function()
+    local client, server = pair()
+    local reader, writer = server:read_async(), server:write_async(("x"):rep(30 << 20))
+    local flush = flow.spawn(server.flush, server)
+    flow.sleep(0.005)
+    server:close()
+    assert.equal("ECANCELED", helper.raises("IO", flow.await, reader).code)
+    assert.equal("ECANCELED", helper.raises("IO", flow.await, writer).code)
+    assert.equal("ECANCELED", helper.raises("IO", flow.await, flush).code)
+    for _, method in ipairs { "read", "read_line", "read_all", "write", "flush", "shutdown", "nodelay" } do
+      helper.raises("ObjectDisposed", server[method], server)
+    end
+    server:close()
+    server:dispose()
+    server:abort()
+    assert.is_nil(server.peer_address)
+    assert.is_true(server.is_closed)
+    assert.matches("closed", tostring(server))
+    client:dispose()
+  end))
+
+  it("waits until all that was written is sent", connected(function()
+    local client, server = pair()
+    local n = fill(client)
+    local closing = client:close_async()
+    helper.raises("ObjectDisposed", client.write, client, "x")
+    flow.sleep(0.005)
+    assert.is_false(closing.is_completed)
+    assert.equal(n, #server:read_all())
+    flow.await(closing)
+  end))
+
+  it("that is canceled drops what was not sent", connected(function()
+    local client, server = pair()
+    local n = fill(client)
+    helper.raises("Timeout", flow.with_timeout, 0.005, client.close, client)
+    assert.is_true(#server:read_all() < n)
+    helper.raises("ObjectDisposed", client.read, client)
+  end))
+
+  it("by <close> flushes, but not while an error unwinds", connected(function()
+    local client, server = pair()
+    do
+      local c <close> = client
+      c:write("kept")
+    end
+    assert.equal("kept", server:read_all())
+    local client2, server2 = pair()
+    pcall(function()
+      local c <close> = client2
+      c:write("kept as well: the system had it")
+      error("unwinds")
+    end)
+    assert.is_true(client2.is_closed)
+    assert.equal("kept as well: the system had it", server2:read_all())
+  end))
+
+  it("happens to what is forgotten", connected(function()
+    local client, server = pair()
+    local weak = setmetatable({ server }, { __mode = "v" })
+    server = nil -- luacheck: ignore
+    helper.collect()
+    assert.is_nil(weak[1])
+    assert.is_nil(client:read())
+  end))
+
+  it("does not happen to what somebody waits for", connected(function()
+    local client, server = pair()
+    local task = flow.spawn(function(s) return s:read() end, server)
+    flow.yield()
+    server = nil -- luacheck: ignore
+    helper.collect()
+    client:write("still there")
+    assert.equal("still there", flow.await(task))
+    helper.collect()
+    assert.is_nil(client:read())
+  end))
+end)
+
+describe("a listener", function()
+  it("gives connections to those who accept, first in first out", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local log, note = helper.recorder()
+    local tasks = {}
+    for i = 1, 3 do
+      tasks[i] = flow.spawn(function()
+        local s <close> = listener:accept()
+        note(i, s:read(1))
+      end)
+    end
+    flow.yield()
+    for i = 1, 3 do
+      local c <close> = net.connect("127.0.0.1", listener.port)
+      c:write(tostring(i))
+      flow.await(tasks[i])
+    end
+    assert.same({ "1 1", "2 2", "3 3" }, log)
+  end))
+
+  it("loses no connection when an accept is canceled", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    for _ = 1, many(20, 4) do
+      local accepting = listener:accept_async()
+      local client <close> = net.connect("127.0.0.1", listener.port)
+      accepting:cancel()
+      local ok, server = flow.try_await(accepting)
+      local s <close> = ok and server or listener:accept()
+      client:write("x")
+      assert.equal("x", s:read())
+    end
+    helper.raises("Timeout", flow.with_timeout, 0.002, listener.accept, listener)
+  end))
+
+  it("ends the accepts of others when it is closed", connected(function()
+    local listener = net.listen("127.0.0.1", 0)
+    local tasks = { listener:accept_async(), listener:accept_async() }
+    local loop = flow.spawn(function()
+      local n = 0
+      for _ in listener:iterate() do n = n + 1 end
+      return n
+    end)
+    flow.yield()
+    listener:close()
+    listener:close()
+    for _, task in ipairs(tasks) do
+      assert.equal("ECANCELED", helper.raises("IO", flow.await, task).code)
+    end
+    assert.equal(0, flow.await(loop))
+    helper.raises("ObjectDisposed", listener.accept, listener)
+    assert.is_nil(listener.port)
+  end))
+
+  it("alone does not keep the loop alive", function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local err = helper.raises("InvalidOperation", flow.run, function()
+      flow.await(flow.TaskCompletionSource().task)
+    end)
+    assert.matches("deadlock", err.message)
+    assert.is_false(listener.is_closed)
+  end)
+end)
+
+describe("listener:serve", function()
+  it("runs a task per connection, contained and reported, in contexts of their own", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local loc = flow.AsyncLocal { default = "empty" }
+    local errors = {}
+    local server = listener:serve_async(function(s)
+      local before = loc.value
+      local line = s:read_line()
+      loc.value = line
+      if line == "fail" then error("as told", 0) end
+      s:write(before, " ", loc.value, "\n")
+    end, { grace = 5, on_error = function(err, s) errors[#errors + 1] = { err, s.is_closed } end })
+    for _, word in ipairs { "one", "fail", "two" } do
+      local c <close> = net.connect("127.0.0.1", listener.port)
+      c:write(word, "\n")
+      assert.equal(word ~= "fail" and "empty " .. word or nil, c:read_line())
+    end
+    until_true(function() return #errors == 1 end)
+    assert.same({ { "as told", true } }, errors)
+    listener:stop()
+    flow.await(server)
+    helper.raises("ObjectDisposed", listener.accept, listener)
+  end))
+
+  it("tells errors to the handler of unobserved exceptions by default", connected(function()
+    local seen
+    flow.on_unobserved_exception(function(err) seen = err end)
+    local _ <close> = helper.closing(function() flow.on_unobserved_exception(nil) end)
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local server = listener:serve_async(function() error("by default", 0) end)
+    local c <close> = net.connect("127.0.0.1", listener.port)
+    assert.is_nil(c:read())
+    assert.equal("by default", seen)
+    listener:stop()
+    flow.await(server)
+  end))
+
+  it("serves max_connections at a time", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local now, most = 0, 0
+    local server = listener:serve_async(function(s)
+      now = now + 1
+      most = math.max(most, now)
+      s:read()
+      now = now - 1
+    end, { max_connections = 2, grace = 5 })
+    local clients = {}
+    for i = 1, 5 do clients[i] = net.connect("127.0.0.1", listener.port) end
+    until_true(function() return now == 2 end)
+    flow.sleep(0.005)
+    for i = 1, 5 do
+      clients[i]:close()
+      flow.sleep(0.002)
+    end
+    until_true(function() return now == 0 end)
+    assert.equal(2, most)
+    listener:stop()
+    flow.await(server)
+  end))
+
+  it("drains within its grace, then cancels", connected(function()
+    local log, note = helper.recorder()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local server = listener:serve_async(function(s)
+      local ok, got = pcall(s.read, s)
+      note(ok, ok and got or got.name)
+      if ok then s:write("bye") end
+    end, { grace = 0.1 })
+    local port = listener.port
+    local quick <close> = net.connect("127.0.0.1", port)
+    local slow <close> = net.connect("127.0.0.1", port)
+    flow.sleep(0.01)
+    listener:stop()
+    helper.raises("IO", net.connect, "127.0.0.1", port)
+    quick:write("in time")
+    assert.equal("bye", quick:read_all())
+    assert.is_nil(slow:read())
+    flow.await(server)
+    assert.same({ "true in time", "false OperationCanceled" }, log)
+  end))
+
+  it("is canceled from outside with its connections", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local log, note = helper.recorder()
+    local server = flow.spawn(listener.serve, listener, function(s)
+      local _ <close> = helper.closing(function() note("closed") end)
+      s:read()
+    end)
+    local c <close> = net.connect("127.0.0.1", listener.port)
+    flow.sleep(0.005)
+    server:cancel()
+    helper.raises("OperationCanceled", flow.await, server)
+    assert.same({ "closed" }, log)
+    assert.is_nil(c:read())
+    assert.is_false(listener.is_closed)
+    helper.raises("InvalidOperation", function()
+      local again = listener:serve_async(function() end)
+      local _ <close> = helper.closing(function() listener:stop() flow.try_await(again) end)
+      listener:serve(function() end)
+    end)
+  end))
+end)
+
+describe("stream:copy_to", function()
+  it("copies up to the end, and leaves both open", connected(function()
+    local a, b = pair()
+    local c, d = pair()
+    local text = ("0123456789"):rep(50000)
+    local copying = b:copy_to_async(c)
+    local writing = flow.spawn(function()
+      a:write(text)
+      a:shutdown()
+    end)
+    assert.is_true(d:read_exactly(#text) == text)
+    assert.equal(#text, flow.await(copying))
+    flow.await(writing)
+    c:write("open")
+    assert.equal("open", d:read())
+    b:write("open")
+    assert.equal("open", a:read())
+  end))
+end)
+
+describe("memory", function()
+  it("of a connection stays bounded whatever the peer sends", connected(function()
+    local client, server = pair()
+    client:write("x")
+    assert.equal("x", server:read(1)) -- from now on it reads
+    local source = flow.CancellationTokenSource()
+    local writer = flow.spawn(function()
+      while true do client:write(("y"):rep(1 << 16), source.token) end
+    end)
+    until_true(function()
+      local task = client:flush_async()
+      flow.sleep(0.02)
+      return task:cancel() -- stuck: the peer's buffers are full
+    end)
+    collectgarbage()
+    assert.is_true(collectgarbage("count") < 20000)
+    source:cancel()
+    flow.try_await(writer)
+    client:dispose()
+    local n = 0
+    while true do
+      local s = server:read()
+      if s == nil then break end
+      assert.is_true(#s <= 5 * 65536)
+      n = n + #s
+    end
+    assert.is_true(n > 0)
+  end))
+end)
+
+describe("a state that closes", function()
+  it("with everything open leaves nothing", function()
+    local result = helper.child [[
+      local flow = require "coflow"
+      local net = flow.net
+      local keep = {}
+      flow.run(function()
+        local listener = net.listen("127.0.0.1", 0)
+        for i = 1, 5 do
+          local accepting = listener:accept_async()
+          local c = net.connect("127.0.0.1", listener.port)
+          local s = flow.await(accepting)
+          keep[#keep + 1] = { c, s, flow.spawn(function() c:read_exactly(1e6) end), s:write_async(("x"):rep(20 << 20)) }
+        end
+        keep.accepting = listener:accept_async()
+        keep.connecting = net.connect_async("127.0.0.1", listener.port)
+        keep.listener = listener
+        keep.line = keep[1][2]:read_line_async()
+        keep[1][1]:write("no end of line")
+        flow.sleep(0.01)
+      end)
+      io.write("done")
+    ]]
+    assert.equal("done", result.out)
+    assert.equal("", result.err)
+    assert.equal(0, result.code)
+  end)
+
+  it("with descriptors exhausted a listener survives, and says so", function()
+    local result = helper.child [[
+      local flow = require "coflow"
+      local net = flow.net
+      local codes = {}
+      flow.run(function()
+        local listener = net.listen("127.0.0.1", 0)
+        local port = listener.port
+        local server = listener:serve_async(function(s) s:write(s:read()) end,
+          { grace = 5, on_error = function(err) codes[#codes + 1] = err.code end })
+        local files = {}
+        local client = net.connect("127.0.0.1", port)
+        -- The connection above may be accepted; what follows are ours until there are none.
+        client:write("first")
+        assert(client:read() == "first")
+        while true do
+          local f = io.open("/dev/null")
+          if not f then break end
+          files[#files + 1] = f
+        end
+        files[#files]:close()
+        files[#files] = nil
+        local second = net.connect("127.0.0.1", port) -- takes the last one
+        while #codes == 0 do flow.sleep(0.001) end
+        for _, f in ipairs(files) do f:close() end
+        second:write("second")
+        assert(second:read() == "second")
+        listener:stop()
+        flow.await(server)
+      end)
+      io.write(table.concat(codes, " "))
+    ]]
+    assert.equal("", result.err)
+    assert.equal("EMFILE", result.out)
+    assert.equal(0, result.code)
+  end)
+end)
