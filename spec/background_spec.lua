@@ -2,6 +2,7 @@ local flow = require "coflow"
 local helper = require "spec.helper"
 
 local in_task, recorder, raises, raised = helper.in_task, helper.recorder, helper.raises, helper.raised
+local in_order = helper.in_order
 
 -- A job that notes its start and its end, and takes `seconds` in between.
 local function jobs(note)
@@ -24,7 +25,7 @@ describe("BackgroundQueue", function()
     assert.same({ "start a", "end a", "start b", "end b", "start c", "end c" }, log)
   end))
 
-  it("runs as many at a time as it has workers, suspended ones counted", in_task(function(clock)
+  it("runs as many at a time as it has workers, suspended ones counted", in_order(function(clock)
     local log, note = recorder()
     local queue <close> = flow.BackgroundQueue { workers = 2 }
     local job = jobs(note)
@@ -56,7 +57,7 @@ describe("BackgroundQueue", function()
     assert.truthy(failing.name:find(helper.here(-7), 1, true))
   end))
 
-  it("waits for room while `capacity` jobs are queued, and returns in the order of arrival", in_task(function(clock)
+  it("waits for room while `capacity` jobs are queued, and returns in the order of arrival", in_order(function(clock)
     local log, note = recorder()
     local queue <close> = flow.BackgroundQueue { capacity = 1 }
     local function hand_in(name)
@@ -70,7 +71,7 @@ describe("BackgroundQueue", function()
     assert.equal(40, clock:now())
   end))
 
-  it("lets nobody overtake those who wait", in_task(function()
+  it("lets nobody overtake those who wait", in_order(function()
     local log, note = recorder()
     local queue <close> = flow.BackgroundQueue { capacity = 1 }
     queue:enqueue(flow.sleep, 1)
@@ -119,7 +120,7 @@ describe("BackgroundQueue", function()
     assert.equal("later", user.value)
   end))
 
-  it("lets neither the token nor the deadline of the enqueuer reach a job", in_task(function(clock)
+  it("lets neither the token nor the deadline of the enqueuer reach a job", in_order(function(clock)
     local queue <close> = flow.BackgroundQueue()
     local log, note = recorder()
     local request = flow.spawn(function()
@@ -427,7 +428,7 @@ describe("BackgroundQueue", function()
       assert.is_true(after.is_canceled)
     end))
 
-    it("cancels in order, whatever callbacks raise, and reports that", in_task(function()
+    it("cancels in order, whatever callbacks raise, and reports that", in_order(function()
       local log, note = recorder()
       flow.on_unobserved_exception(function(err) note("reported", err) end)
       local queue = flow.BackgroundQueue { workers = 3 }

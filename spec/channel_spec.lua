@@ -6,6 +6,7 @@ local support = require "spec.support.flow_support"
 
 local Channel, select = flow.Channel, flow.channel.select
 local in_task, recorder, raises, raised = support.in_task, helper.recorder, support.raises, helper.raised
+local in_order = helper.in_order
 local bad_argument, collect = support.bad_argument, helper.collect
 
 -- Starts fn at once; what it returns or raises is noted under that name.
@@ -125,7 +126,7 @@ describe("an unbounded channel", function()
     assert.is_true(memory() - before < 20)
   end))
 
-  it("hands an item to the reader that waits longest, on a later turn", in_task(function() -- CH-6, CH-24, CH-30
+  it("hands an item to the reader that waits longest, on a later turn", in_order(function() -- CH-6, CH-24, CH-30
     local log, note = recorder()
     local ch = Channel.unbounded()
     for i = 1, 3 do start(note, "reader " .. i, function() return ch:read() end) end
@@ -159,7 +160,7 @@ describe("an unbounded channel", function()
 end)
 
 describe("a bounded channel", function()
-  it("lets a writer wait for room, and moves the oldest one in", in_task(function() -- CH-2, CH-23
+  it("lets a writer wait for room, and moves the oldest one in", in_order(function() -- CH-2, CH-23
     local log, note = recorder()
     local ch = Channel.bounded(2)
     assert.is_true(ch:try_write(1))
@@ -236,7 +237,7 @@ describe("a bounded channel", function()
 end)
 
 describe("a rendezvous", function()
-  it("takes an item only from hand to hand", in_task(function() -- CH-1, CH-40, CH-41
+  it("takes an item only from hand to hand", in_order(function() -- CH-1, CH-40, CH-41
     local log, note = recorder()
     local ch = Channel.bounded(0)
     assert.is_false(ch:try_write(1))
@@ -257,7 +258,7 @@ describe("a rendezvous", function()
     assert.equal("reader x", log[3])
   end))
 
-  it("tells those who asked when somebody waits on the other side", in_task(function() -- CH-42
+  it("tells those who asked when somebody waits on the other side", in_order(function() -- CH-42
     local log, note = recorder()
     local ch = Channel.bounded(0)
     for i = 1, 2 do start(note, "writable " .. i, function() return ch:wait_to_write() end) end
@@ -464,7 +465,7 @@ describe("completion", function()
     assert.is_true(task.is_canceled)
   end))
 
-  it("ends all waits, and delivers no blocked item", in_task(function() -- CH-14, CH-17
+  it("ends all waits, and delivers no blocked item", in_order(function() -- CH-14, CH-17
     local err = "broken"
     for _, with in ipairs { false, err } do
       local log, note = recorder()
@@ -604,7 +605,7 @@ describe("read_batch", function()
 end)
 
 describe("waiting to read or write", function()
-  it("is a hint: all who ask are told, and one gets the item", in_task(function() -- CH-24, CH-25
+  it("is a hint: all who ask are told, and one gets the item", in_order(function() -- CH-24, CH-25
     local log, note = recorder()
     local ch = Channel.unbounded()
     for i = 1, 2 do
@@ -618,7 +619,7 @@ describe("waiting to read or write", function()
     assert.same({ "reader 1 x", "reader 2 nil" }, log)
   end))
 
-  it("is not told while a reader waits for the item itself", in_task(function()
+  it("is not told while a reader waits for the item itself", in_order(function()
     local log, note = recorder()
     local ch = Channel.unbounded()
     start(note, "hint", function() return ch:wait_to_read() end)
@@ -719,7 +720,7 @@ describe("cancellation", function()
     assert.is_nil(ch:try_read())
   end))
 
-  it("of a waiting reader consumes nothing, and the next one gets the item", in_task(function() -- CH-22
+  it("of a waiting reader consumes nothing, and the next one gets the item", in_order(function() -- CH-22
     local log, note = recorder()
     local ch, source = Channel.unbounded(), flow.CancellationTokenSource()
     start(note, "token", function() return ch:read(source.token) end)
@@ -741,7 +742,7 @@ describe("cancellation", function()
     assert.equal("y", ch:try_read())
   end))
 
-  it("does not reach a reader that was handed its item", in_task(function()
+  it("does not reach a reader that was handed its item", in_order(function()
     local log, note = recorder()
     local ch, source = Channel.unbounded(), flow.CancellationTokenSource()
     local task = start(note, "direct", function()
@@ -1097,7 +1098,7 @@ describe("what waits for a channel", function()
     collect()
   end)
 
-  it("is told apart from what somebody else resumes", in_task(function()
+  it("is told apart from what somebody else resumes", in_order(function()
     local log, note = recorder()
     local ch, thread = Channel.unbounded(), nil
     start(note, "reader", function()
@@ -1126,7 +1127,7 @@ end)
 describe("a generator", function()
   local wrap = flow.coroutine.wrap
 
-  it("may wait for a channel: its task does", in_task(function()
+  it("may wait for a channel: its task does", in_order(function()
     local ch, full = Channel.unbounded(), Channel.bounded(0)
     local squares = wrap(function()
       for item in ch:iterate() do
@@ -1214,7 +1215,7 @@ describe("an _async operation", function()
     assert.equal(1, flow.await(read))
   end))
 
-  it("never runs its awaiter on the writer's stack", in_task(function()
+  it("never runs its awaiter on the writer's stack", in_order(function()
     local log, note = recorder()
     local ch = Channel.unbounded()
     start(note, "awaiter", function() return flow.await(ch:read_async()) end)

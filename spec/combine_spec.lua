@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 
 local Task = flow.Task
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
+local in_order = helper.in_order
 local inner = helper.inner
 
 -- A task that ends after so many seconds, with the values.
@@ -588,7 +589,7 @@ describe("a direct wait for several", function()
     end
   end))
 
-  it("wakes the waiters of a task in the order they came, whatever they wait with", in_task(function()
+  it("wakes the waiters of a task in the order they came, whatever they wait with", in_order(function()
     local log, note = recorder()
     local sources, tasks = gates(20)
     for round = 1, 4 do
@@ -713,7 +714,7 @@ describe("a direct wait for several", function()
     end
   end))
 
-  it("is interrupted once, also when an input completes before it goes on", in_task(function()
+  it("is interrupted once, also when an input completes before it goes on", in_order(function()
     for _, n in ipairs { 2, 30 } do
       local sources, tasks = gates(n)
       local waiter = flow.spawn(function()
@@ -733,7 +734,7 @@ describe("a direct wait for several", function()
 
   local closed = {}
 
-  it("survives that somebody closes its coroutine", in_task(function()
+  it("survives that somebody closes its coroutine", in_order(function()
     for _, n in ipairs { 2, 30 } do
       for _, wait in ipairs { flow.await_any, flow.await_all } do
         local sources, tasks = gates(n)
@@ -767,7 +768,7 @@ describe("a direct wait for several", function()
     end
   end))
 
-  it("tells what it waits for", in_task(function()
+  it("tells what it waits for", in_order(function()
     local sources, tasks = gates(2)
     local waiter = flow.spawn(function() flow.await_any(tasks) end)
     waiter.name = "waiter"

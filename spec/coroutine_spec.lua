@@ -606,7 +606,7 @@ describe("a generator in which the task is suspended", function()
     return c, task, gate, inner
   end
 
-  it("is running, as far as others can tell", in_task(function()
+  it("is running, as far as others can tell", helper.in_order(function()
     local c, task, gate = held()
     assert.equal("normal", co.status(c))
     assert.same({ false, "cannot resume non-suspended coroutine" }, { co.resume(c, 1, 2) })
@@ -617,7 +617,7 @@ describe("a generator in which the task is suspended", function()
     assert.same({ true, "end" }, { co.resume(c) })
   end))
 
-  it("is refused to a wrapped call by another task", in_task(function()
+  it("is refused to a wrapped call by another task", helper.in_order(function()
     local g = counter(2)
     local first = flow.spawn(g)
     flow.yield()
@@ -627,7 +627,7 @@ describe("a generator in which the task is suspended", function()
     assert.equal(2, g())
   end))
 
-  it("withstands Lua's own resume and close by strangers", in_task(function()
+  it("withstands Lua's own resume and close by strangers", helper.in_order(function()
     for depth = 0, 2 do
       local c, task, gate, inner = held(depth)
       assert.same({ true }, { coroutine.resume(c, "intruder") })
@@ -661,7 +661,7 @@ describe("a generator in which the task is suspended", function()
     end
   end))
 
-  it("withstands strangers that resume it when it is to go on, before its turn", in_task(function()
+  it("withstands strangers that resume it when it is to go on, before its turn", helper.in_order(function()
     local gate
     for _, operation in ipairs { function() gate.task:await() end, function() gate.task:try_await() end,
       function() flow.await_all(gate.task, flow.Task.completed_task) end,
@@ -1607,7 +1607,7 @@ describe("a task that is abandoned in generators", function()
     assert.same({ "inner", "outer", "task" }, log)
   end))
 
-  it("goes on if what it awaits there is alive", in_task(function()
+  it("goes on if what it awaits there is alive", helper.in_order(function()
     local gate = flow.TaskCompletionSource()
     local got
     flow.spawn(function() got = co.wrap(function() return gate.task:await() end)() end)
@@ -1692,7 +1692,7 @@ describe("the async traceback", function()
     return text
   end
 
-  it("of a waiting task goes through its generators, innermost first", in_task(function()
+  it("of a waiting task goes through its generators, innermost first", helper.in_order(function()
     local gate, lines = flow.TaskCompletionSource(), {}
     local task = flow.spawn(function()
       lines[3] = here(7)

@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 local support = require "spec.support.flow_support"
 
 local in_task, recorder, closing = support.in_task, helper.recorder, helper.closing
+local in_order = helper.in_order
 local raises, bad_argument, raised, inner = helper.raises, support.bad_argument, helper.raised, helper.inner
 local with_reports, collect, many = support.with_reports, helper.collect, helper.many
 
@@ -51,7 +52,7 @@ describe("task_group", function()
     end))
   end))
 
-  it("never suspends in spawn, and starts children in order", in_task(function()
+  it("never suspends in spawn, and starts children in order", in_order(function()
     local log, note = recorder()
     flow.task_group(function(group)
       for i = 1, 3 do group:spawn(note, i) end
@@ -101,7 +102,7 @@ describe("task_group", function()
     assert.equal("later", other:await())
   end))
 
-  it("takes children from other tasks, up to its end", in_task(function(clock)
+  it("takes children from other tasks, up to its end", in_order(function(clock)
     local group
     local host = flow.spawn(flow.task_group, function(g)
       group = g
@@ -217,7 +218,7 @@ describe("the first failure", function()
     end
   end))
 
-  it("cancels at once, on the failing child's stack", in_task(function()
+  it("cancels at once, on the failing child's stack", in_order(function()
     local log, note = recorder()
     pcall(flow.task_group, function(group)
       group:spawn(function()
@@ -366,7 +367,7 @@ describe("a canceled child", function()
     assert.equal(3, value)
   end))
 
-  it("cancels its group before the body goes on", in_task(function()
+  it("cancels its group before the body goes on", in_order(function()
     local log, note = recorder()
     flow.task_group(function(group)
       group:spawn(function()
@@ -566,7 +567,7 @@ describe("an outer cancellation", function()
 end)
 
 describe("the limit", function()
-  it("queues children over it, in order", in_task(function(clock)
+  it("queues children over it, in order", in_order(function(clock)
     local log, note = recorder()
     local running, most = 0, 0
     flow.task_group(function(group)
@@ -625,7 +626,7 @@ describe("the limit", function()
     end
   end))
 
-  it("discards children that are spawned over it in a canceled group", in_task(function()
+  it("discards children that are spawned over it in a canceled group", in_order(function()
     flow.task_group(function(group)
       local first = group:spawn(slow_end, 1)
       group:spawn(print, "never")
@@ -717,7 +718,7 @@ describe("supervise", function()
     assert.equal("a", raised(flow.task_group, function(group) group:spawn(fail, "a") end, options))
   end))
 
-  it("returns the body's values when all failures were observed", in_task(function()
+  it("returns the body's values when all failures were observed", in_order(function()
     assert.equal("fine", flow.task_group(function(group)
       local a, b = group:spawn(fail, "a"), group:spawn(fail, "b")
       flow.try_await(a)
@@ -810,7 +811,7 @@ describe("first_success", function()
     assert.equal(5, clock:now())
   end))
 
-  it("takes the first by time when two end at the same time", in_task(function()
+  it("takes the first by time when two end at the same time", in_order(function()
     for _ = 1, 3 do
       assert.equal("a", flow.task_group(function(group)
         group:spawn(after, 1, "a")
@@ -843,7 +844,7 @@ describe("stop", function()
     assert.equal(1, clock:now())
   end))
 
-  it("with a grace wakes wait_stopping, and cancels only after it", in_task(function(clock)
+  it("with a grace wakes wait_stopping, and cancels only after it", in_order(function(clock)
     local log, note = recorder()
     local value = flow.task_group(function(group)
       for i = 1, 2 do
@@ -1119,6 +1120,26 @@ describe("the memory of groups", function()
           if i % 5 == 0 then group:cancel() end
         end, { limit = i % 2 == 0 and 1 or nil, grace = 1 })
         pcall(flow.race, { function() flow.sleep(1) end, flow.yield })
+      end
+      collect()
+      return collectgarbage("count")
+    end
+    round()
+    local before = round()
+    assert.is_true(round() - before < 20)
+  end))
+
+  -- The group held its failed children, these their tokens, these the scopes, and these the group.
+  it("is given back when children that have asked for their token fail", in_task(function()
+    local function child()
+      flow.cancellation_token()
+      error("x", 0)
+    end
+    local function round()
+      for i = 1, many(200, 20) do
+        pcall(flow.task_group, function(group)
+          for _ = 1, 3 do group:spawn(child) end
+        end, { policy = i % 2 == 0 and "supervise" or "fail_fast" })
       end
       collect()
       return collectgarbage("count")

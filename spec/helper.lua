@@ -119,7 +119,8 @@ end
 -- The deadline only ever ends a broken run, where the system can give one.
 local limit = os.execute("command -v timeout >/dev/null 2>&1") and "timeout -k 5 60 " or ""
 
----Runs a Lua script in a process of its own, with this one's environment.
+---Runs a Lua script in a process of its own, with this one's environment, but for COFLOW_SEED:
+---what such a script prints is one order of many.
 ---@param script string
 ---@return table result `out`, `err`, `code` (a signal counts as 128 + its number), `file` (the script's path)
 function helper.child(script)
@@ -129,7 +130,7 @@ function helper.child(script)
   local file = assert(io.open(result.file, "wb"))
   file:write(script)
   file:close()
-  local command = ("%s%s %s >%s 2>%s </dev/null"):format(
+  local command = ("COFLOW_SEED= %s%s %s >%s 2>%s </dev/null"):format(
     limit, os.getenv("LUA") or "lua5.4", result.file, out, err)
   local _, how, code = os.execute(command)
   result.code = how == "signal" and 128 + code or code

@@ -2,6 +2,7 @@ local flow = require "coflow"
 local helper = require "spec.helper"
 
 local in_task, recorder, raises, raised = helper.in_task, helper.recorder, helper.raises, helper.raised
+local in_order = helper.in_order
 
 -- A service that notes what is done with it and when; `what.start` and `what.stop` are seconds or functions.
 local function service(note, name, what)
@@ -106,7 +107,7 @@ describe("Host", function()
     assert.equal(5, flow.loop.now())
   end))
 
-  it("keeps what a start does to the context from everybody else", in_task(function()
+  it("keeps what a start does to the context from everybody else", in_order(function()
     local loc = flow.AsyncLocal()
     local seen = {}
     loc.value = "caller"
@@ -145,7 +146,7 @@ describe("Host", function()
   end))
 
   describe("with a shutdown timeout", function()
-    it("cancels the token of a stop that takes longer, and goes on to the next", in_task(function()
+    it("cancels the token of a stop that takes longer, and goes on to the next", in_order(function()
       local log, note = recorder()
       local host = start_host({ shutdown_timeout = 5 }, service(note, "a", { stop = 4 }),
         service(note, "listens", { stop = function(_, token)
@@ -171,7 +172,7 @@ describe("Host", function()
       gate:set_result()
     end))
 
-    it("raises what a late stop raises when it is canceled", in_task(function()
+    it("raises what a late stop raises when it is canceled", in_order(function()
       local host = start_host({ shutdown_timeout = 1 }, { stop = function()
         pcall(flow.sleep, 100)
         error("not saved", 0)
@@ -286,7 +287,7 @@ describe("Host", function()
 end)
 
 describe("BackgroundService", function()
-  it("never delays the start, and is stopped by its token", in_task(function()
+  it("never delays the start, and is stopped by its token", in_order(function()
     local log, note = recorder()
     local host = start_host(nil, service(note, "a"), flow.BackgroundService(function(token)
       note("runs")
@@ -300,7 +301,7 @@ describe("BackgroundService", function()
     assert.same({ "start a 0.0", "start b 0.0", "started", "runs", "stop b 0.0", "stops", "stop a 0.0" }, log)
   end))
 
-  it("may be a table, with or without a start and a stop of its own", in_task(function()
+  it("may be a table, with or without a start and a stop of its own", in_order(function()
     local log, note = recorder()
     local function worker(name)
       return { name = name, execute = function(self, token)
@@ -342,7 +343,7 @@ describe("BackgroundService", function()
     assert.equal(3, flow.loop.now())
   end))
 
-  it("may ignore its cancellation: stop does not raise, but the host reports it", in_task(function()
+  it("may ignore its cancellation: stop does not raise, but the host reports it", in_order(function()
     local gate = flow.TaskCompletionSource()
     local background = flow.BackgroundService(function() flow.shield(flow.await, gate.task) end)
     local host = start_host({ shutdown_timeout = 2 }, background)
@@ -356,7 +357,7 @@ describe("BackgroundService", function()
     assert.is_true(background.execute_task.is_completed)
   end))
 
-  it("raises what callbacks of its token raise, when it has ended", in_task(function()
+  it("raises what callbacks of its token raise, when it has ended", in_order(function()
     local log, note = recorder()
     local host = start_host(nil, service(note, "a"), flow.BackgroundService(function(token)
       token:register(error, "first")

@@ -5,6 +5,7 @@ local flow = require "coflow"
 local helper = require "spec.helper"
 
 local in_task, raises, raised = helper.in_task, helper.raises, helper.raised
+local in_order = helper.in_order
 local Token = flow.CancellationToken
 
 local function counting(fn)
@@ -76,7 +77,7 @@ describe("an AsyncLazy", function()
     assert.equal(1, calls())
   end))
 
-  it("cancels the factory when the last caller has left, and keeps nothing of that", in_task(function()
+  it("cancels the factory when the last caller has left, and keeps nothing of that", in_order(function()
     local log, note = helper.recorder()
     local factory = counting(function(call)
       local _ <close> = helper.closing(function(err) note("end", call, err and err.name) end)
@@ -221,7 +222,7 @@ describe("an AsyncCache", function()
     assert.equal("value 3", (cache:get_or_add("k", factory)))
   end))
 
-  it("ends only the wait of a caller that is canceled, and the factory with the last one", in_task(function()
+  it("ends only the wait of a caller that is canceled, and the factory with the last one", in_order(function()
     local ended = 0
     local factory = counting(function(call)
       local _ <close> = helper.closing(function(err) ended = ended + (err and 1 or 0) end)

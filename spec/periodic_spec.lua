@@ -362,7 +362,7 @@ describe("Timer", function()
     end))
   end)
 
-  it("changed when it is due but has not started: only the new time counts", in_task(function(clock)
+  it("changed when it is due but has not started: only the new time counts", in_order(function(clock)
     local events, record = recorder()
     local start, timer = clock:now(), nil
     local _ <close> = Timer(function()
@@ -567,7 +567,7 @@ describe("PeriodicTimer", function()
     assert.is_false(timer:wait_for_next_tick_async().result)
   end))
 
-  it("has one waiter at a time; the first one is not harmed", in_task(function(clock)
+  it("has one waiter at a time; the first one is not harmed", in_order(function(clock)
     local events, record = recorder()
     local start, timer = clock:now(), PeriodicTimer(1)
     local waiter = flow.spawn(function()
@@ -672,7 +672,7 @@ describe("PeriodicTimer", function()
     end))
 
     it("at the instant of the tick: a scope whose deadline was set first wins; a token that is canceled by a "
-      .. "timer of that instant does not", in_task(function(clock)
+      .. "timer of that instant does not", in_order(function(clock)
       local start, timer = clock:now(), PeriodicTimer(1)
       raises("Timeout", flow.with_timeout, 1, timer.wait_for_next_tick, timer)
       assert.is_true(timer:wait_for_next_tick()) -- that tick is still there
@@ -698,7 +698,7 @@ describe("PeriodicTimer", function()
       assert.is_false(flow.loop.is_alive())
     end))
 
-    it("voids a pending tick, and one that has woken its waiter already", in_task(function()
+    it("voids a pending tick, and one that has woken its waiter already", in_order(function()
       local timer = PeriodicTimer(1)
       flow.sleep(5)
       timer:dispose()
@@ -923,7 +923,7 @@ describe("PeriodicTimer", function()
     assert.is_true(timer:wait_for_next_tick())
   end))
 
-  it("whose waiter's coroutine was closed by somebody takes another one", in_task(function()
+  it("whose waiter's coroutine was closed by somebody takes another one", in_order(function()
     local timer = PeriodicTimer(1)
     local thread
     local victim = flow.spawn(function()

@@ -353,7 +353,7 @@ describe("timeout", function()
     assert.equal(1, now())
   end))
 
-  it("is a failure for the strategies around it", in_task(function()
+  it("is a failure for the strategies around it", helper.in_order(function()
     local calls = 0
     local strategy = resilience.pipeline { resilience.retry { delay = 1 }, resilience.timeout { seconds = 2 } }
     assert.equal(3, strategy:execute(function()
@@ -502,7 +502,7 @@ describe("circuit_breaker", function()
     assert.equal("half_open", breaker.state)
   end))
 
-  it("is not kept half open by a call that was abandoned", in_task(function()
+  it("is not kept half open by a call that was abandoned", helper.in_order(function()
     local breaker = resilience.circuit_breaker { minimum_throughput = 1 }
     run(breaker, "-")
     flow.sleep(5)
@@ -651,7 +651,7 @@ local function random_calls(random, n, spread, patience)
 end
 
 describe("bulkhead", function()
-  it("lets so many run, so many wait, and refuses the rest", in_task(function()
+  it("lets so many run, so many wait, and refuses the rest", helper.in_order(function()
     local log, note = recorder()
     local bulkhead = resilience.bulkhead { max_concurrency = 2, max_queue = 2 }
     local tasks = {}
@@ -738,7 +738,7 @@ describe("bulkhead", function()
     assert.is_true(called)
   end))
 
-  it("gets its places back from tasks that were abandoned", in_task(function()
+  it("gets its places back from tasks that were abandoned", helper.in_order(function()
     local bulkhead = resilience.bulkhead { max_concurrency = 1, max_queue = 1 }
     support.with_reports(function(reports)
       flow.spawn(function()
@@ -885,7 +885,7 @@ describe("rate_limiter", function()
     end
   end))
 
-  it("passes on what is due to somebody who is canceled at that moment", in_task(function()
+  it("passes on what is due to somebody who is canceled at that moment", helper.in_order(function()
     for order = 1, 2 do
       local log, note = recorder()
       local limiter = resilience.rate_limiter { permits = 1, per = 1, queue_limit = 3 }
@@ -1011,7 +1011,7 @@ describe("the line of bulkhead and rate_limiter", function()
 end)
 
 describe("hedging", function()
-  it("starts further attempts while there is no answer, and takes the first", in_task(function()
+  it("starts further attempts while there is no answer, and takes the first", helper.in_order(function()
     local log, note = recorder()
     local strategy = resilience.hedging { delay = 1, max_hedged_attempts = 2 }
     local calls = 0
@@ -1064,7 +1064,7 @@ describe("hedging", function()
     assert.same({ 0, 2, 3, 3, 5 }, starts)
   end))
 
-  it("takes the first of two answers that come at the same time", in_task(function()
+  it("takes the first of two answers that come at the same time", helper.in_order(function()
     local calls = 0
     assert.equal(1, resilience.hedging { delay = 1 }:execute(function()
       calls = calls + 1
@@ -1176,7 +1176,7 @@ describe("hedging", function()
     assert.equal(4, now())
   end))
 
-  it("cancels all attempts when it is canceled, and waits for them", in_task(function()
+  it("cancels all attempts when it is canceled, and waits for them", helper.in_order(function()
     local log, note = recorder()
     local strategy = resilience.hedging { delay = 1, max_hedged_attempts = 5 }
     local calls = 0

@@ -5,6 +5,7 @@ local helper = require "spec.helper"
 local support = require "spec.support.flow_support"
 
 local in_task, recorder, closing = support.in_task, helper.recorder, helper.closing
+local in_order = helper.in_order
 local raises, bad_argument, raised = helper.raises, support.bad_argument, helper.raised
 local with_reports, collect, many = support.with_reports, helper.collect, helper.many
 local is_canceled = function(err) return helper.is_error("OperationCanceled", err) end
@@ -245,7 +246,7 @@ describe("the deadline", function()
 end)
 
 describe("the ambient token", function()
-  it("is the task's own: the same each time, canceled by task:cancel", in_task(function()
+  it("is the task's own: the same each time, canceled by task:cancel", in_order(function()
     local task = flow.spawn(function()
       local token = flow.cancellation_token()
       assert.equal(token, flow.cancellation_token())
@@ -303,7 +304,7 @@ describe("the ambient token", function()
     assert.is_false(source.is_cancellation_requested)
   end))
 
-  it("runs callbacks newest first, in the context of their registration", in_task(function()
+  it("runs callbacks newest first, in the context of their registration", in_order(function()
     local log, note = recorder()
     local where = flow.AsyncLocal()
     local task = flow.spawn(function()
@@ -324,7 +325,7 @@ describe("the ambient token", function()
     assert.is_false(flow.try_await(task))
   end))
 
-  it("gives the errors of callbacks to who cancels, as one Aggregate; all run", in_task(function()
+  it("gives the errors of callbacks to who cancels, as one Aggregate; all run", in_order(function()
     local log, note = recorder()
     local task = flow.spawn(function()
       flow.cancellation_token():register(error, "a", 0)
@@ -352,7 +353,7 @@ describe("the ambient token", function()
     end)
   end))
 
-  it("has callbacks that start tasks, cancel other scopes, close things, raise and unregister", in_task(function()
+  it("has callbacks that start tasks, cancel other scopes, close things, raise and unregister", in_order(function()
     local log, note = recorder()
     local second = flow.spawn(function()
       local _ <close> = closing(function() note("second closed") end)
@@ -405,7 +406,7 @@ describe("the ambient token", function()
     assert.equal(2, clock:now())
   end))
 
-  it("registers at once, and takes linked sources along", in_task(function()
+  it("registers at once, and takes linked sources along", in_order(function()
     local source
     local task = flow.spawn(function()
       source = flow.CancellationTokenSource.linked(flow.cancellation_token())
@@ -619,7 +620,7 @@ describe("task:cancel", function()
     assert.is_nil(task.exception)
   end))
 
-  it("lets a task that has not started start, and meet it at its first suspension", in_task(function()
+  it("lets a task that has not started start, and meet it at its first suspension", in_order(function()
     local log, note = recorder()
     local function body(name)
       note(name, "started")
@@ -687,7 +688,7 @@ describe("task:cancel", function()
     assert.equal(1, source.task:await())
   end))
 
-  it("loses no value that came first", in_task(function()
+  it("loses no value that came first", in_order(function()
     local source = flow.TaskCompletionSource()
     local got
     local task = flow.spawn(function()
@@ -1329,6 +1330,29 @@ describe("the memory of scopes", function()
           flow.sleep(i % 2 == 0 and 3 or 0.5)
           child:cancel()
         end)
+      end
+      collect()
+      return collectgarbage("count")
+    end
+    round()
+    local before = round()
+    assert.is_true(round() - before < 10)
+  end))
+
+  -- They stayed for ever: canceled, the scope held the token for whose collection it waited.
+  it("is given back where one that has ended is canceled from above while its token lives", in_task(function()
+    local source <close> = flow.CancellationTokenSource()
+    local function round()
+      for _ = 1, many(200, 20) do
+        pcall(flow.task_group, function(group)
+          flow.with_cancellation(source.token, flow.cancellation_token)
+          group:cancel()
+        end)
+        local task = flow.spawn(function()
+          flow.with_timeout(9, function() return flow.cancellation_token() end)
+          flow.current_task():cancel()
+        end)
+        flow.try_await(task)
       end
       collect()
       return collectgarbage("count")

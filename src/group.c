@@ -307,13 +307,20 @@ static int l_ended(lua_State *L) {
   return 1;
 }
 
-/* group_state(group) -> policy, failures or nil, winner or nil, canceled by its own code, had children */
+/* [-0, +1, -] takes it out: a scope may stay for tokens below it, of tasks that it must not keep */
+static void take(lua_State *L, int list) {
+  lua_getiuservalue(L, 1, list);
+  lua_pushnil(L);
+  lua_setiuservalue(L, 1, list);
+}
+
+/* take_group_state(group) -> policy, failures or nil, winner or nil, canceled by its own code, had children */
 static int l_state(lua_State *L) {
   static const char *const policies[] = {"fail_fast", "supervise", "first_success"};
   const struct group *g = check_group(L);
   lua_pushstring(L, policies[g->policy]);
-  lua_getiuservalue(L, 1, GROUP_FAILED);
-  lua_getiuservalue(L, 1, GROUP_WINNER);
+  take(L, GROUP_FAILED);
+  take(L, GROUP_WINNER);
   lua_pushboolean(L, g->canceled);
   lua_pushboolean(L, g->had_children);
   return 5;
@@ -353,7 +360,7 @@ static int l_on_close(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {{"open_group", l_open},         {"join_group", l_join},
-                                     {"group_ended", l_ended},       {"group_state", l_state},
+                                     {"group_ended", l_ended},       {"take_group_state", l_state},
                                      {"on_group_close", l_on_close}, {NULL, NULL}};
 
 static const luaL_Reg methods[] = {{"spawn", l_spawn},

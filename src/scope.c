@@ -381,13 +381,15 @@ int scope_throw(lua_State *L, struct scope *s) {
   return lua_error(L);
 }
 
-/* [-0, +0, -] s alone; its token gets on the list at run */
+/* [-0, +0, -] s alone; its token gets on the list at run. One that has ended, and stays only until its token
+** is collected, must not hold that: nobody would come to free the two. */
 static void mark_one(lua_State *L, struct scope *s, struct scope *origin, int reason, int cause,
                      int run) {
+  bool used = s->owner != NULL || s->refs > 0 || s->members.next != &s->members;
   set_canceled(s, origin);
   if (push_known_token(L, s)) {
     token_mark(L, lua_gettop(L), reason, cause, run);
-    keep_token(L, s);
+    if (used) keep_token(L, s);
   }
   lua_pop(L, 1);
 }

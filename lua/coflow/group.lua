@@ -41,7 +41,7 @@ end
 
 -- Raises what the ended group ends with, or returns its winner, if it has one.
 local function conclude(group, ok, body_error, body_root)
-  local policy, failed, winner, canceled, had_children = core.group_state(group)
+  local policy, failed, winner, canceled, had_children = core.take_group_state(group)
   local failures = own_failures(failed, policy, body_error, body_root)
   if winner then return winner end
   local n = failures.n
