@@ -713,6 +713,25 @@ describe("a listener", function()
     assert.is_nil(listener.port)
   end))
 
+  it("is iterated over until it is closed", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local client = flow.spawn(function()
+      for i = 1, 3 do
+        local c <close> = net.connect("127.0.0.1", listener.port)
+        c:write(tostring(i))
+        assert.is_nil(c:read())
+      end
+      listener:close()
+    end)
+    local got = {}
+    for s in listener:iterate() do
+      got[#got + 1] = s:read()
+      s:close()
+    end
+    flow.await(client)
+    assert.same({ "1", "2", "3" }, got)
+  end))
+
   it("alone does not keep the loop alive", function()
     local listener <close> = net.listen("127.0.0.1", 0)
     local err = helper.raises("InvalidOperation", flow.run, function()

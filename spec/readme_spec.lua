@@ -192,7 +192,7 @@ describe("coflow.meta", function()
       end
     end
     assert(flow.call and flow.when_each and flow.with_timeout and flow.main and flow.task_group) -- loads them
-    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns)
+    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns and flow.net)
     for key, value in pairs(flow) do
       if type(value) == "function" and not key:find("^%u") then
         want(key)
@@ -204,7 +204,8 @@ describe("coflow.meta", function()
     end
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
       "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "ChannelReader",
-      "ChannelWriter", "Timer", "PeriodicTimer", "File", "Watcher" } do
+      "ChannelWriter", "Timer", "PeriodicTimer", "File", "Watcher",
+      "Stream", "Listener" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name) end
     end
     table.sort(missing)
@@ -220,6 +221,8 @@ describe("coflow.meta", function()
     local channel = flow.Channel.unbounded()
     local file <close> = flow.fs.open("/dev/null")
     local watcher <close> = flow.fs.watch("/")
+    local listener <close> = flow.net.listen("127.0.0.1", 0)
+    local stream <close> = flow.net.connect("127.0.0.1", listener.port)
     local objects = {
       Task = flow.Task.from_exception("an exception to be read"),
       TaskCompletionSource = flow.TaskCompletionSource(),
@@ -245,6 +248,8 @@ describe("coflow.meta", function()
       Barrier = flow.Barrier(1),
       File = file,
       Watcher = watcher,
+      Stream = stream,
+      Listener = listener,
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)

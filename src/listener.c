@@ -111,7 +111,7 @@ static int accept_one(const struct listener *l) {
     fd = accept(l->fd, NULL, NULL);
     if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
 #endif
-  } while (fd < 0 && (errno == EINTR || errno == ECONNABORTED));
+  } while (fd < 0 && (errno == EINTR || errno == ECONNABORTED || errno == EPROTO));
   return fd >= 0 ? fd : uv_translate_sys_error(errno);
 }
 

@@ -722,12 +722,7 @@ static void enqueue(lua_State *L, struct stream *s, int i, size_t from) {
     p->room -= (uint32_t)length;
     p->length += length;
   } else {
-    if (lua_getiuservalue(L, 1, STREAM_STRINGS) == LUA_TNIL) {
-      lua_pop(L, 1);
-      lua_createtable(L, 4, 0);
-      lua_pushvalue(L, -1);
-      lua_setiuservalue(L, 1, STREAM_STRINGS);
-    }
+    lua_getiuservalue(L, 1, STREAM_STRINGS);
     lua_pushvalue(L, i);
     int slot = slots_add(L, -2, &s->free_slot);
     struct piece *p = malloc(sizeof *p);
@@ -753,10 +748,22 @@ static void forget_strings(lua_State *L, struct stream *s, int i) {
     slots_free(L, -1, &s->free_slot, p->slot);
   }
   lua_pop(L, 1);
-  if (s->first != NULL) return;
-  s->free_slot = 0;
-  lua_pushnil(L);
-  lua_setiuservalue(L, i, STREAM_STRINGS);
+}
+
+/* [-0, +0, m] there is a table for long strings. Made before anything is sent: a finalizer that runs meanwhile
+** may write, too, and must not do so in the middle. */
+static void make_room(lua_State *L) {
+  if (lua_getiuservalue(L, 1, STREAM_STRINGS) == LUA_TNIL) {
+    lua_createtable(L, 2, 0);
+    if (lua_getiuservalue(L, 1, STREAM_STRINGS) == LUA_TNIL) { /* else by a finalizer */
+      lua_pop(L, 1);
+      lua_setiuservalue(L, 1, STREAM_STRINGS);
+      lua_pop(L, 1);
+      return;
+    }
+    lua_pop(L, 2);
+  }
+  lua_pop(L, 1);
 }
 
 static bool push_write_hindrance(lua_State *L, struct stream *s, const struct request *r,
@@ -869,6 +876,7 @@ static int write_any(lua_State *L, lua_CFunction f) {
     r.size += length;
   }
   r.what = n;
+  if (r.size > SHORT) make_room(L);
   if (f == NULL) return handle_ask_async(L, &s->handle, &r, n + 1);
   if (lua_isnil(L, n + 1) && !s->handle.disposed && !s->broken && !s->shut &&
       s->write_status == 0 && s->queued + r.size <= HIGH && !waiter_any(&s->writers)) {
@@ -978,7 +986,6 @@ static void dispose(lua_State *L, struct stream *s) {
 
 /* it is closed, and there is nothing to wait for */
 static int closed_now(lua_State *L, struct stream *s, bool async) {
-  s->lingers = false;
   handle_changed(L, 1);
   if (async) {
     struct task *t = task_new(L, KIND_PROMISE, sizeof *t, 2, false);
@@ -1007,7 +1014,10 @@ static int close_any(lua_State *L, lua_CFunction f) {
   }
   s->lingers = true;
   dispose(L, s); /* which may break it */
-  if (s->queued == 0 || s->broken) return closed_now(L, s, f == NULL);
+  if (s->queued == 0 || s->broken || s->handle.closing) {
+    s->lingers = false;
+    return closed_now(L, s, f == NULL);
+  }
   if (f != NULL) return handle_ask(L, &s->handle, &r, 2, f);
   handle_ask_async(L, &s->handle, &r, 2);
   s->lingers = false; /* the operation waits, or is canceled */

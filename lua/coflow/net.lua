@@ -242,9 +242,6 @@ local function connection(state, fn, stream)
   if not ok then state.on_error(err, stream) end
 end
 
--- The system is short of something that comes back when connections end.
-local shortages = { EMFILE = true, ENFILE = true, ENOBUFS = true, ENOMEM = true }
-
 local function accept_all(listener, state, group, fn, max)
   local short = false
   while not state.stopping do
@@ -258,12 +255,12 @@ local function accept_all(listener, state, group, fn, max)
         short = false
         state.running = state.running + 1
         group:spawn(connection, state, fn, stream)
-      elseif core.errors.is(stream, "IO") and shortages[stream.code] then
+      elseif is_closed_error(listener, stream) then
+        return
+      elseif core.errors.is(stream, "IO") then -- the system is short of something: EMFILE, ENFILE, ENOBUFS …
         if not short then state.on_error(stream) end -- once, until it is over
         short = true
         core.sleep(PAUSE)
-      elseif is_closed_error(listener, stream) then
-        return
       else
         error(stream, 0)
       end
