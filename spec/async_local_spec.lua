@@ -851,7 +851,7 @@ describe("the context's copies", function()
         local empty = capture()
         local locals, model, snapshots = {}, {}, {}
         for i = 1, count do locals[i] = flow.AsyncLocal() end
-        local steps = 6 * count + 60
+        local steps = support.many(6 * count + 60, 60 + count // 10)
         for step = 1, steps do
           local i = random(count)
           local value = random(3) > 1 and random(4) or nil
@@ -938,7 +938,7 @@ describe("the context's copies", function()
     return values
   end
 
-  for _, count in ipairs { 1, 2, 8, 16, 17, 40, 200 } do
+  for _, count in ipairs(support.many(200, 17) == 200 and { 1, 2, 8, 16, 17, 40, 200 } or { 2, 17 }) do
     it("never change once somebody has them, whoever it is, with " .. count .. " locals",
       in_task(function()
         local locals, private = {}, flow.AsyncLocal { flow = "none" }
