@@ -111,7 +111,7 @@ describe("README.md", function()
 end)
 
 describe("examples", function()
-  for _, name in ipairs { "hello.lua", "cancel.lua", "locals.lua", "frame_loop.lua", "generator.lua",
+  for _, name in ipairs { "hello.lua", "cancel.lua", "locals.lua", "frame_loop.lua", "generator.lua", "middleware.lua",
     "timeout.lua", "group.lua", "host.lua" } do
     it("print what they say they print: " .. name, function()
       local code = read("examples/" .. name)
