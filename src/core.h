@@ -480,6 +480,7 @@ struct runtime {
   struct link handles;   /* from their init to their close callback (handle.c) */
   struct slab *slab;     /* where streams read to (uvstream.c) */
   uv_loop_t loop;
+  int loop_error; /* why it could not be opened */
   uv_timer_t timer;
   uv_signal_t signals[2];
   bool loop_open, timer_armed, signals_open;
@@ -1165,7 +1166,8 @@ void tcp_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 
-uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed */
+uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
+uv_loop_t *loop_check_uv(lua_State *L); /* [-0, +0, e] … or raises */
 double loop_now(struct runtime *rt);
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */

@@ -55,6 +55,7 @@ void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, s
                  int uservalues) {
   struct runtime *rt = runtime(L);
   if (rt->closed) error_throw(L, ERROR_OPERATION, "a %s while the state is closing", class->name);
+  loop_check_uv(L);
   struct handle *h = (struct handle *)holder_new(L, tag, size, uservalues);
   h->holder.handle = true;
   h->class = class;
@@ -63,7 +64,6 @@ void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, s
   lua_pushlightuserdata(L, &h->task);
   h->task.slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
   h->rt = rt; /* from now on it has a finalizer */
-  loop_uv(rt);
   return h;
 }
 

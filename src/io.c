@@ -67,6 +67,7 @@ struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t si
   struct token *token = token_opt(L, k);
   bool deaf = token_none(L, k);
   if (rt->closed) error_throw(L, ERROR_OPERATION, "%s while the state is closing", class->name);
+  loop_check_uv(L);
   k = lua_absindex(L, k);
   struct scope *s = operation_scope(L, k);
   struct io *op = (struct io *)task_new(L, KIND_IO, size, uservalues, false);
@@ -80,7 +81,6 @@ struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t si
     task_settle_canceled(L, rt, i);
     return NULL;
   }
-  loop_uv(rt);
   if (token != NULL) {
     lua_pushvalue(L, k);
     lua_setiuservalue(L, i, OP_TOKEN);

@@ -154,7 +154,8 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
 /* libuv's loop is made when something is first waited for: a program that never does starts sooner */
 uv_loop_t *loop_uv(struct runtime *rt) {
   if (!rt->loop_open) {
-    uv_loop_init(&rt->loop);
+    rt->loop_error = uv_loop_init(&rt->loop);
+    if (rt->loop_error < 0) return NULL;
     uv_timer_init(&rt->loop, &rt->timer);
     rt->loop_open = true;
   }
@@ -189,14 +190,19 @@ static bool is_alive(struct runtime *rt) {
 }
 
 static void arm(struct runtime *rt, double seconds) {
+  if (loop_uv(rt) == NULL) return;
   uint64_t ms = seconds <= 0 ? 0 : seconds > 1e9 ? (uint64_t)1e12 : (uint64_t)ceil(seconds * 1e3);
-  uv_update_time(loop_uv(rt));
+  uv_update_time(&rt->loop);
   uv_timer_start(&rt->timer, on_timer, ms, 0);
   rt->timer_armed = true;
 }
 
 static void run_uv(struct runtime *rt, uv_run_mode mode) {
-  uv_run(loop_uv(rt), mode);
+  if (loop_uv(rt) == NULL) { /* no descriptor for it: deadlines need none */
+    if (mode != UV_RUN_NOWAIT) uv_sleep(1);
+    return;
+  }
+  uv_run(&rt->loop, mode);
   if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
 }
 
@@ -595,8 +601,16 @@ static int l_loop_is_alive(lua_State *L) {
   return 1;
 }
 
+uv_loop_t *loop_check_uv(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (loop_uv(rt) != NULL) return &rt->loop;
+  io_push_error(L, rt->loop_error, "event loop", NULL);
+  lua_error(L);
+  return NULL;
+}
+
 static int l_loop_backend_fd(lua_State *L) {
-  lua_pushinteger(L, uv_backend_fd(loop_uv(runtime(L))));
+  lua_pushinteger(L, uv_backend_fd(loop_check_uv(L)));
   return 1;
 }
 
@@ -620,7 +634,7 @@ static int l_watch_signals(lua_State *L) {
   bool on = lua_toboolean(L, 1);
   for (int i = 0; i < 2; i++) {
     if (!rt->signals_open) {
-      uv_signal_init(loop_uv(rt), &rt->signals[i]);
+      uv_signal_init(loop_check_uv(L), &rt->signals[i]);
       uv_unref((uv_handle_t *)&rt->signals[i]);
     }
     if (on)

@@ -130,12 +130,13 @@ void signal_free(lua_State *L, struct runtime *rt) {
 /* [-0, +0, m] there is a handle for that signal */
 static void need(lua_State *L, struct runtime *rt, int number) {
   if (find(rt, number) != NULL) return;
+  uv_loop_t *loop = loop_check_uv(L);
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
   if (s == NULL) luaL_error(L, "not enough memory");
   *s = (struct caught){.next = rt->caught, .number = number};
-  uv_signal_init(loop_uv(rt),
+  uv_signal_init(loop,
                  &s->uv); /* which fails only if the loop cannot have signals at all: see use */
   uv_unref((uv_handle_t *)&s->uv);
   rt->caught = s;

@@ -221,10 +221,11 @@ static int l_watch(lua_State *L) {
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, -2, WATCHER_PATH);
   if (rt->closed) return error_throw(L, ERROR_OPERATION, "watch while the state is closing");
+  uv_loop_t *loop = loop_check_uv(L);
   struct watch *w = calloc(1, sizeof *w);
   if (w == NULL) return luaL_error(L, "not enough memory");
   link_init(&w->waiting);
-  uv_fs_event_init(loop_uv(rt), &w->handle);
+  uv_fs_event_init(loop, &w->handle);
   uv_unref((uv_handle_t *)&w->handle);
   int status = uv_fs_event_start(&w->handle, on_change, path, 0);
   if (status < 0) {
