@@ -116,8 +116,9 @@ describe("an AsyncLazy", function()
     assert.equal(1, flow.with_timeout(10, lazy.get, lazy))
     assert.is_nil(seen)
     assert.is_nil(deadline)
-    local weak = setmetatable({ {} }, { __mode = "v" })
-    loc.value = weak[1]
+    local weak = setmetatable({}, { __mode = "v" })
+    loc.value = {}
+    weak[1] = loc.value
     lazy = flow.AsyncLazy(function() return 1 end)
     lazy:get()
     loc.value = nil
@@ -241,9 +242,13 @@ describe("an AsyncCache", function()
 
   it("keeps neither the context nor the token of whoever made an entry", in_task(function()
     local loc, cache = flow.AsyncLocal(), flow.AsyncCache()
-    local weak = setmetatable({ {}, flow.CancellationTokenSource() }, { __mode = "v" })
-    loc.value = weak[1]
-    cache:get_or_add("k", function() flow.yield() return loc.value == nil end, weak[2].token)
+    local weak = setmetatable({}, { __mode = "v" })
+    do
+      local value, source = {}, flow.CancellationTokenSource()
+      weak[1], weak[2] = value, source
+      loc.value = value
+      cache:get_or_add("k", function() flow.yield() return loc.value == nil end, source.token)
+    end
     loc.value = nil
     collectgarbage()
     collectgarbage()
