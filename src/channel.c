@@ -17,7 +17,7 @@
 ** Source:     System.Threading.Channels. There end of data is an exception too; here read returns nil.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 

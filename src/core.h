@@ -152,11 +152,6 @@ enum task_flags {
 ** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) the fault record. */
 enum task_uservalue { TASK_RESULT = 1, TASK_WAITERS, TASK_CONTEXT };
 enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to */
-enum {
-  IO_PATH = OP_INPUT,
-  IO_FIRST
-}; /* of those on libuv: what errors call .path, or nil; then their own */
-
 struct wait {
   struct wait *next, *prev; /* circular; prev of the first is the last */
   struct task *on;          /* what is waited for, or NULL: not waiting */
@@ -298,32 +293,6 @@ enum {
   GROUP_QUEUE
 };
 enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
-
-/* What waiters can wait for begins so, and holds them: one in a user value, others in a slot table. */
-struct holder {
-  uint32_t tag;
-  int free_slot : 30;
-  bool one : 1;     /* HOLDER_ONE is taken */
-  bool handle : 1;  /* it begins a struct handle, which is told who comes and goes */
-  uint32_t waiting; /* how many it holds */
-};
-enum { HOLDER_ONE = 1, HOLDER_WAITERS };
-
-/* An operation that waits in queues has one clause for each (and of a select, for each task). */
-struct clause {
-  union {
-    struct nap nap;
-    struct wait wait; /* `task`: for a task */
-  } u;
-  uint32_t index; /* in the operation */
-  uint8_t what;   /* for the holder to tell apart what it is asked for */
-  bool task;
-};
-struct queued {
-  struct timed timed;
-  uint32_t count;
-  struct clause clauses[];
-}; /* OP_INPUT: the holder, OP_KEYS: a value of its; of a select: lists of these, one for each clause */
 
 static inline bool fiber_naps(const struct fiber *f) { /* or has not suspended */
   return f->u.wait.on == NULL;
@@ -950,220 +919,6 @@ void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
 void periodic_open(lua_State *L);
 
-/* ---- waiter.c: queues of waiters under channels, semaphores, events; the contract is there ---- */
-
-enum waiter_end { WAITER_GRANTED, WAITER_EXPIRED, WAITER_STRAY };
-
-void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
-static inline void holder_drop(struct link *q) { /* in the finalizer of the holder */
-  while (q->next != q) link_drop(q->next);
-}
-static inline bool waiter_any(const struct link *q) { return q->next != q; }
-static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
-  return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
-}
-int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
-                lua_KFunction k);                                 /* suspends the running fiber */
-enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
-struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
-                                double seconds); /* [-0, +1, m] */
-void waiter_start(
-    lua_State *L, int i, struct link *q, int k,
-    struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
-int waiter_await(lua_State *L, struct fiber *me, struct task *op,
-                 bool deaf); /* [-1, …, e] in direct style: the operation on top */
-void waiter_enqueue(lua_State *L, int i, int holder, struct link *q,
-                    struct clause *c); /* [-0, +0, m] one clause of it */
-struct nap *waiter_take(lua_State *L, int holder,
-                        struct link *q); /* [-0, +1, -] the first of q; NULL: [-0, +0] */
-void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
-void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k,
-                   bool failed); /* [-1, +0, m] the operation at i, by its clause k */
-void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
-void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
-/* quiet: the holder need not hear of it: it knows, or is being collected with its waiters */
-void waiter_leave(lua_State *L, struct fiber *f,
-                  bool quiet); /* [-0, +0, -] it naps no more, but for its deadline */
-void waiter_withdraw(lua_State *L, int i,
-                     bool quiet); /* [-0, +0, -] the operation at i leaves all queues */
-void waiter_land(lua_State *L, int i);
-bool waiter_push_name(lua_State *L,
-                      struct fiber *f); /* [-0, +1, m] what it waits for; false: [-0, +0] */
-static inline bool waiter_is_queued(const struct task *t) {
-  return task_is(t, KIND_QUEUED) || task_is(t, KIND_SELECT);
-}
-
-/* ---- channel.c, select.c ---- */
-
-/* What is asked for. ASK_NEXT: by iterate, which raises the error as it is; ASK_BATCH: by read_batch_async, which
-** brings a list. */
-enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE };
-
-bool channel_check(lua_State *L, int i,
-                   enum ask what); /* [-0, +0, -] a half at i becomes its channel; false: no such */
-bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what,
-                  int v);
-/* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
-void channel_enqueue(lua_State *L, int i, int ch,
-                     struct clause *clause); /* [-0, +0, m] … else it waits */
-void channel_announce(
-    lua_State *L, struct runtime *rt, int ch,
-    enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
-void channel_open(lua_State *L);
-void select_open(lua_State *L);
-
-/* ---- sync.c ---- */
-
-void sync_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
-void sync_land(lua_State *L, int i);
-void sync_open(lua_State *L);
-
-/* ---- io.c: operations that libuv has in hands ---- */
-
-struct io;
-struct io_class {
-  const char *name;    /* of the task: "fs.open" */
-  const char *syscall; /* of its errors, unless op->syscall tells another one */
-  int (*land)(lua_State *L,
-              struct io *op);   /* [-0, +n, e] it is at index 1, op->status >= 0: its results */
-  void (*abort)(struct io *op); /* asks libuv to stop; io_end(op) if it has stopped at once */
-  void (*release)(
-      struct io *op); /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
-  void (*fail)(lua_State *L, struct io *op); /* or NULL: [-0, +1, m] the error for op->status < 0 */
-};
-struct io {
-  struct pending pending;
-  const struct io_class *class;
-  struct runtime *rt;
-  const char *syscall; /* that failed; NULL: that of the class */
-  struct link flight;  /* in rt->flights while libuv has it in hands */
-  ssize_t status;      /* a number >= 0 or an error of libuv, from the callback */
-  bool deaf;           /* given `none` */
-  bool quiet;          /* whoever awaits it in direct style is not told how it ended */
-  bool aborted, released;
-};
-static inline bool io_in_flight(const struct io *op) { return op->flight.next != NULL; }
-struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t size,
-                    int uservalues); /* [-0, +1, e] given the token at k; NULL: canceled before */
-int io_started(lua_State *L, struct io *op,
-               int status); /* [-0, +0, m] op is on top; what libuv said; returns 1 */
-void io_done(struct io *op, ssize_t status); /* called by libuv: its callback has come. No Lua. */
-void io_end(struct io *op); /* libuv knows it no more, and will not call. No Lua. */
-void io_land(lua_State *L, int i);
-int io_await(lua_State *L,
-             struct fiber *me); /* returns for the direct style, with the operation on top */
-int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that x_async is */
-void io_functions(
-    lua_State *L,
-    const luaL_Reg *functions); /* [-0, +0, m] into the table on top: as x_async and x */
-void io_methods(lua_State *L, uint32_t tag,
-                const luaL_Reg *functions); /* [-0, +0, m] … of a class */
-void io_push_error(lua_State *L, int status, const char *syscall,
-                   const char *path);    /* [-0, +1, m] the IO error; both may be NULL */
-void io_abort_all(struct runtime *rt);   /* the state is closing */
-void io_release_all(struct runtime *rt); /* what has not landed by then */
-void io_open(lua_State *L);
-
-/* ---- fs.c, watch.c, dns.c ---- */
-
-void fs_open(lua_State *L);
-void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */
-void dns_open(lua_State *L);
-
-/* ---- handle.c: streams and listeners: what of libuv's lives long; the contract is there ---- */
-
-struct handle;
-struct request;
-struct handle_class {
-  const char *name; /* "stream" */
-  bool (*changed)(
-      struct handle *h); /* a waiter came or went, or it has landed. Is it in use? No Lua. */
-  void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
-  void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
-  uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
-};
-struct handle {
-  struct holder holder;
-  const struct handle_class *class;
-  struct runtime *rt;
-  struct link link; /* in rt->handles */
-  struct task task; /* by which it lands; its slot is that of the handle */
-  uv_handle_t *uv;  /* NULL: there is none yet, or no more */
-  bool held;        /* by the anchors */
-  bool pinned;      /* it is to be, though nobody uses it yet */
-  bool closing;     /* uv_close has been called */
-  bool disposed;    /* the script has closed it */
-};
-enum look {
-  LOOK_VALUE, /* the value is on top, and is taken by `take` */
-  LOOK_ERROR, /* the error is on top */
-  LOOK_AGAIN, /* something has changed meanwhile: ask again; nothing is on top */
-  LOOK_WAIT   /* it is not there: nothing is on top */
-};
-/* What is asked for. Nothing of it is taken before it is known who gets it. */
-struct verb {
-  const char *name;
-  enum look (*look)(lua_State *L, int i, struct handle *h, struct request *r); /* [-0, +0/1, e] */
-  void (*take)(lua_State *L, int i, struct handle *h,
-               struct request *r); /* or NULL: [-0, +0, -] what `look` has shown */
-  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
-  /* [-0, +0, -] who asked is about to wait; false: look again */
-  struct link *(*queue)(struct handle *h);
-  void (*interrupted)(lua_State *L,
-                      struct handle *h); /* or NULL: [-0, +0, m] adds to the error on top */
-};
-struct request {
-  const struct verb *verb;
-  int data; /* index of a value that it is about, or 0 */
-  int what;
-  size_t size, seen, found, skip;
-};
-void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
-                 int uservalues);                      /* [-0, +1, m] not libuv's yet */
-void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No Lua. */
-void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
-void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
-void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
-void handle_news(struct handle *h);                    /* it will land. No Lua. */
-void handle_land(lua_State *L, int i);
-int handle_ask(lua_State *L, struct handle *h, struct request *r, int k,
-               lua_CFunction f); /* x(…) with the arguments 1 … k, the last one the token */
-int handle_wait(
-    lua_State *L, struct fiber *me, const struct verb *verb,
-    struct link *q); /* suspends the running fiber, with the handle and nil on its stack */
-int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
-void handle_answer(
-    lua_State *L, int i, struct handle *h,
-    struct request *r); /* [-0, +0, m] those who wait for it, as far as it is there */
-void handle_refuse(lua_State *L, int i, struct link *q); /* [-1, +0, m] all in q, with that error */
-int handle_gc(lua_State *L);
-void handle_close_all(struct runtime *rt); /* the state is closing */
-void handle_push_code(lua_State *L, const char *code, const char *syscall, const char *format,
-                      ...);                                      /* [-0, +1, m] an IO error */
-void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
-
-/* ---- uvstream.c, listener.c, tcp.c ---- */
-
-struct stream;
-enum stream_kind { STREAM_TCP, STREAM_PIPE };
-struct stream *stream_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] not libuv's yet */
-int stream_init(struct stream *s);                              /* a status of libuv. No Lua. */
-int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
-uv_stream_t *stream_uv(struct stream *s);
-void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
-void stream_open(lua_State *L);
-void stream_free(struct runtime *rt); /* the state is closed */
-struct listener;
-struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] */
-int listener_adopt(
-    struct listener *l, int fd,
-    const char *path); /* a status of libuv; it owns fd, and the path if any. No Lua. */
-void listener_open(lua_State *L);
-bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
-bool address_push(lua_State *L,
-                  const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
-void tcp_open(lua_State *L);
-
 /* ---- loop.c: the ready list, the pump, time ---- */
 
 uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
@@ -1197,12 +952,6 @@ int loop_run(
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
 void loop_open(lua_State *L);
-
-/* ---- signal.c ---- */
-
-void signal_land(lua_State *L, int i);
-void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
-void signal_open(lua_State *L);
 
 /* ---- testing.c: what a test changes ---- */
 

@@ -6,7 +6,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <netdb.h>
 #include <string.h>

@@ -27,7 +27,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 #include <string.h>

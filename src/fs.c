@@ -21,7 +21,7 @@
 **             opened it (release), by the file's own close job, or by the finalizer, for whom no job is left.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <dirent.h>
 #include <errno.h>

@@ -23,7 +23,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <math.h>
 #include <signal.h>

@@ -22,7 +22,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <string.h>
 

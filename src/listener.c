@@ -12,7 +12,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <arpa/inet.h>
 #include <errno.h>

@@ -22,7 +22,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <dlfcn.h>
 #include <math.h>

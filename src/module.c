@@ -11,7 +11,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <math.h>
 #include <string.h>

@@ -8,7 +8,7 @@
 ** Source: Go's select; the order among what is ready is that of the list, where Go draws lots.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 #include <string.h>

@@ -18,7 +18,7 @@
 **             order[0 .. count-1] are the numbers in `noted`, each once.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <signal.h>
 

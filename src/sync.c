@@ -32,7 +32,7 @@
 **             order of readers and writers are AsyncEx's.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 

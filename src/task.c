@@ -15,7 +15,7 @@
 **
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <string.h>
 

@@ -23,7 +23,7 @@
 ** Source:    splitmix64 (Steele, Lea, Flood 2014); autojump clock and leak checks: trio.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <string.h>
 

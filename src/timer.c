@@ -10,7 +10,7 @@
 ** Source:    .NET Task.Delay and Task.WaitAsync.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 

@@ -30,7 +30,7 @@
 **             writing: exactly while a write is suspended, the last bytes of the queue being its own.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <errno.h>
 #include <math.h>

@@ -11,7 +11,7 @@
 ** Invariants: promised <= count; somebody waits only if promised == count, and the watcher is open.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "io.h"
 
 #include <stdlib.h>
 #include <string.h>

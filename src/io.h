@@ -1,0 +1,173 @@
+/*
+** io.h - what libuv does for a task: operations in flight, and handles that live on between them.
+**
+** io.c tells what holds for every operation, handle.c what holds for every handle.
+**
+** SPDX-License-Identifier: MIT
+*/
+#ifndef coflow_io_h
+#define coflow_io_h
+
+#include "waiter.h"
+
+#pragma GCC visibility push(hidden)
+
+/* ---- io.c: operations that libuv has in hands ---- */
+
+enum {
+  IO_PATH = OP_INPUT,
+  IO_FIRST
+}; /* of those on libuv: what errors call .path, or nil; then their own */
+
+struct io;
+struct io_class {
+  const char *name;    /* of the task: "fs.open" */
+  const char *syscall; /* of its errors, unless op->syscall tells another one */
+  int (*land)(lua_State *L,
+              struct io *op);   /* [-0, +n, e] it is at index 1, op->status >= 0: its results */
+  void (*abort)(struct io *op); /* asks libuv to stop; io_end(op) if it has stopped at once */
+  void (*release)(
+      struct io *op); /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
+  void (*fail)(lua_State *L, struct io *op); /* or NULL: [-0, +1, m] the error for op->status < 0 */
+};
+struct io {
+  struct pending pending;
+  const struct io_class *class;
+  struct runtime *rt;
+  const char *syscall; /* that failed; NULL: that of the class */
+  struct link flight;  /* in rt->flights while libuv has it in hands */
+  ssize_t status;      /* a number >= 0 or an error of libuv, from the callback */
+  bool deaf;           /* given `none` */
+  bool quiet;          /* whoever awaits it in direct style is not told how it ended */
+  bool aborted, released;
+};
+static inline bool io_in_flight(const struct io *op) { return op->flight.next != NULL; }
+struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t size,
+                    int uservalues); /* [-0, +1, e] given the token at k; NULL: canceled before */
+int io_started(lua_State *L, struct io *op,
+               int status); /* [-0, +0, m] op is on top; what libuv said; returns 1 */
+void io_done(struct io *op, ssize_t status); /* called by libuv: its callback has come. No Lua. */
+void io_end(struct io *op); /* libuv knows it no more, and will not call. No Lua. */
+void io_land(lua_State *L, int i);
+int io_await(lua_State *L,
+             struct fiber *me); /* returns for the direct style, with the operation on top */
+int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that x_async is */
+void io_functions(
+    lua_State *L,
+    const luaL_Reg *functions); /* [-0, +0, m] into the table on top: as x_async and x */
+void io_methods(lua_State *L, uint32_t tag,
+                const luaL_Reg *functions); /* [-0, +0, m] … of a class */
+void io_push_error(lua_State *L, int status, const char *syscall,
+                   const char *path);    /* [-0, +1, m] the IO error; both may be NULL */
+void io_abort_all(struct runtime *rt);   /* the state is closing */
+void io_release_all(struct runtime *rt); /* what has not landed by then */
+void io_open(lua_State *L);
+
+/* ---- fs.c, watch.c, dns.c ---- */
+
+void fs_open(lua_State *L);
+void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */
+void dns_open(lua_State *L);
+
+/* ---- handle.c: streams and listeners: what of libuv's lives long; the contract is there ---- */
+
+struct handle;
+struct request;
+struct handle_class {
+  const char *name; /* "stream" */
+  bool (*changed)(
+      struct handle *h); /* a waiter came or went, or it has landed. Is it in use? No Lua. */
+  void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
+  void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
+  uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
+};
+struct handle {
+  struct holder holder;
+  const struct handle_class *class;
+  struct runtime *rt;
+  struct link link; /* in rt->handles */
+  struct task task; /* by which it lands; its slot is that of the handle */
+  uv_handle_t *uv;  /* NULL: there is none yet, or no more */
+  bool held;        /* by the anchors */
+  bool pinned;      /* it is to be, though nobody uses it yet */
+  bool closing;     /* uv_close has been called */
+  bool disposed;    /* the script has closed it */
+};
+enum look {
+  LOOK_VALUE, /* the value is on top, and is taken by `take` */
+  LOOK_ERROR, /* the error is on top */
+  LOOK_AGAIN, /* something has changed meanwhile: ask again; nothing is on top */
+  LOOK_WAIT   /* it is not there: nothing is on top */
+};
+/* What is asked for. Nothing of it is taken before it is known who gets it. */
+struct verb {
+  const char *name;
+  enum look (*look)(lua_State *L, int i, struct handle *h, struct request *r); /* [-0, +0/1, e] */
+  void (*take)(lua_State *L, int i, struct handle *h,
+               struct request *r); /* or NULL: [-0, +0, -] what `look` has shown */
+  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
+  /* [-0, +0, -] who asked is about to wait; false: look again */
+  struct link *(*queue)(struct handle *h);
+  void (*interrupted)(lua_State *L,
+                      struct handle *h); /* or NULL: [-0, +0, m] adds to the error on top */
+};
+struct request {
+  const struct verb *verb;
+  int data; /* index of a value that it is about, or 0 */
+  int what;
+  size_t size, seen, found, skip;
+};
+void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
+                 int uservalues);                      /* [-0, +1, m] not libuv's yet */
+void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No Lua. */
+void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
+void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
+void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
+void handle_news(struct handle *h);                    /* it will land. No Lua. */
+void handle_land(lua_State *L, int i);
+int handle_ask(lua_State *L, struct handle *h, struct request *r, int k,
+               lua_CFunction f); /* x(…) with the arguments 1 … k, the last one the token */
+int handle_wait(
+    lua_State *L, struct fiber *me, const struct verb *verb,
+    struct link *q); /* suspends the running fiber, with the handle and nil on its stack */
+int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
+void handle_answer(
+    lua_State *L, int i, struct handle *h,
+    struct request *r); /* [-0, +0, m] those who wait for it, as far as it is there */
+void handle_refuse(lua_State *L, int i, struct link *q); /* [-1, +0, m] all in q, with that error */
+int handle_gc(lua_State *L);
+void handle_close_all(struct runtime *rt); /* the state is closing */
+void handle_push_code(lua_State *L, const char *code, const char *syscall, const char *format,
+                      ...);                                      /* [-0, +1, m] an IO error */
+void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
+
+/* ---- uvstream.c, listener.c, tcp.c ---- */
+
+struct stream;
+enum stream_kind { STREAM_TCP, STREAM_PIPE };
+struct stream *stream_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] not libuv's yet */
+int stream_init(struct stream *s);                              /* a status of libuv. No Lua. */
+int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
+uv_stream_t *stream_uv(struct stream *s);
+void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
+void stream_open(lua_State *L);
+void stream_free(struct runtime *rt); /* the state is closed */
+struct listener;
+struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] */
+int listener_adopt(
+    struct listener *l, int fd,
+    const char *path); /* a status of libuv; it owns fd, and the path if any. No Lua. */
+void listener_open(lua_State *L);
+bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
+bool address_push(lua_State *L,
+                  const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
+void tcp_open(lua_State *L);
+
+/* ---- signal.c ---- */
+
+void signal_land(lua_State *L, int i);
+void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
+void signal_open(lua_State *L);
+
+#pragma GCC visibility pop
+#endif

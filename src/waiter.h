@@ -1,0 +1,110 @@
+/*
+** waiter.h - queues of waiters, and what is built on them: channels, select, locks and events.
+**
+** The contract of the queues is told in waiter.c.
+**
+** SPDX-License-Identifier: MIT
+*/
+#ifndef coflow_waiter_h
+#define coflow_waiter_h
+
+#include "core.h"
+
+#pragma GCC visibility push(hidden)
+
+/* What waiters can wait for begins so, and holds them: one in a user value, others in a slot table. */
+struct holder {
+  uint32_t tag;
+  int free_slot : 30;
+  bool one : 1;     /* HOLDER_ONE is taken */
+  bool handle : 1;  /* it begins a struct handle, which is told who comes and goes */
+  uint32_t waiting; /* how many it holds */
+};
+enum { HOLDER_ONE = 1, HOLDER_WAITERS };
+
+/* An operation that waits in queues has one clause for each (and of a select, for each task). */
+struct clause {
+  union {
+    struct nap nap;
+    struct wait wait; /* `task`: for a task */
+  } u;
+  uint32_t index; /* in the operation */
+  uint8_t what;   /* for the holder to tell apart what it is asked for */
+  bool task;
+};
+struct queued {
+  struct timed timed;
+  uint32_t count;
+  struct clause clauses[];
+}; /* OP_INPUT: the holder, OP_KEYS: a value of its; of a select: lists of these, one for each clause */
+
+/* ---- waiter.c ---- */
+
+enum waiter_end { WAITER_GRANTED, WAITER_EXPIRED, WAITER_STRAY };
+
+void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
+static inline void holder_drop(struct link *q) { /* in the finalizer of the holder */
+  while (q->next != q) link_drop(q->next);
+}
+static inline bool waiter_any(const struct link *q) { return q->next != q; }
+static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
+  return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
+}
+int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
+                lua_KFunction k);                                 /* suspends the running fiber */
+enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
+struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
+                                double seconds); /* [-0, +1, m] */
+void waiter_start(
+    lua_State *L, int i, struct link *q, int k,
+    struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
+int waiter_await(lua_State *L, struct fiber *me, struct task *op,
+                 bool deaf); /* [-1, …, e] in direct style: the operation on top */
+void waiter_enqueue(lua_State *L, int i, int holder, struct link *q,
+                    struct clause *c); /* [-0, +0, m] one clause of it */
+struct nap *waiter_take(lua_State *L, int holder,
+                        struct link *q); /* [-0, +1, -] the first of q; NULL: [-0, +0] */
+void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
+void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k,
+                   bool failed); /* [-1, +0, m] the operation at i, by its clause k */
+void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
+void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
+/* quiet: the holder need not hear of it: it knows, or is being collected with its waiters */
+void waiter_leave(lua_State *L, struct fiber *f,
+                  bool quiet); /* [-0, +0, -] it naps no more, but for its deadline */
+void waiter_withdraw(lua_State *L, int i,
+                     bool quiet); /* [-0, +0, -] the operation at i leaves all queues */
+void waiter_land(lua_State *L, int i);
+bool waiter_push_name(lua_State *L,
+                      struct fiber *f); /* [-0, +1, m] what it waits for; false: [-0, +0] */
+static inline bool waiter_is_queued(const struct task *t) {
+  return task_is(t, KIND_QUEUED) || task_is(t, KIND_SELECT);
+}
+
+/* ---- channel.c, select.c ---- */
+
+/* What is asked for. ASK_NEXT: by iterate, which raises the error as it is; ASK_BATCH: by read_batch_async, which
+** brings a list. */
+enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE };
+
+bool channel_check(lua_State *L, int i,
+                   enum ask what); /* [-0, +0, -] a half at i becomes its channel; false: no such */
+bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what,
+                  int v);
+/* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
+void channel_enqueue(lua_State *L, int i, int ch,
+                     struct clause *clause); /* [-0, +0, m] … else it waits */
+void channel_announce(
+    lua_State *L, struct runtime *rt, int ch,
+    enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
+void channel_open(lua_State *L);
+void select_open(lua_State *L);
+
+/* ---- sync.c ---- */
+
+void sync_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
+void sync_land(lua_State *L, int i);
+void sync_open(lua_State *L);
+
+#pragma GCC visibility pop
+#endif
