@@ -12,7 +12,7 @@
 # What follows is found (.ci/find) unless given: make CC=clang LUA_CFLAGS=-I/opt/lua/include
 
 PREFIX  ?= /usr/local
-CFLAGS  ?= -O2 -g -fno-plt
+CFLAGS  ?= -O2 -g -fno-plt -fno-asynchronous-unwind-tables
 BUILD   := build
 
 # Looked up when first used, then remembered: a target that needs no compiler asks for none.
@@ -26,7 +26,10 @@ COMPILE  = $(CC) -std=c11 -D_GNU_SOURCE $(CPPFLAGS) $(CFLAGS) -fPIC -fvisibility
            -Wall -Wextra $(LUA_CFLAGS) $(UV_CFLAGS)
 LINK     = $(CC) -shared -pthread $(CFLAGS) $(LDFLAGS)
 MODULE   = $(BUILD)/coflow/core.so
-OBJECTS  = $(patsubst src/%.c,$(BUILD)/%.o,$(sort $(wildcard src/*.c)))
+# The kernel first: what every script runs lies together, and the pages of the rest are not read.
+KERNEL   = module error task fiber loop context scope cancel timer deadline combine
+OBJECTS  = $(patsubst %,$(BUILD)/%.o,$(KERNEL) $(filter-out $(KERNEL),\
+           $(patsubst src/%.c,%,$(sort $(wildcard src/*.c)))))
 SCRIPTS  = $(shell cd lua && find . -name '*.lua' | sort)
 
 # What makes the built module loadable: our paths, then what LUA_PATH was, then Lua's default.

@@ -192,7 +192,7 @@ describe("coflow.meta", function()
       end
     end
     assert(flow.call and flow.when_each and flow.with_timeout and flow.main and flow.task_group) -- loads them
-    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns and flow.net)
+    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns and flow.net and flow.Timer)
     for key, value in pairs(flow) do
       if type(value) == "function" and not key:find("^%u") then
         want(key)

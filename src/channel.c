@@ -903,7 +903,6 @@ static const luaL_Reg properties[] = {{"count", l_count},
                                       {NULL, NULL}};
 
 void channel_open(lua_State *L) {
-  module_functions(L, functions);
   module_class(L, TAG_READER, "coflow.ChannelReader", reading, reader_properties);
   module_class(L, TAG_WRITER, "coflow.ChannelWriter", writing, NULL);
   module_class(L, TAG_CHANNEL, "coflow.Channel", methods, properties);
@@ -912,4 +911,5 @@ void channel_open(lua_State *L) {
   module_functions(L, reading);
   module_functions(L, writing);
   lua_pop(L, 2);
+  module_functions(L, functions);
 }

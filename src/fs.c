@@ -1392,4 +1392,7 @@ static int l_open_fs(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_fs", l_open_fs}, {NULL, NULL}};
 
-void fs_open(lua_State *L) { module_functions(L, functions); }
+void fs_open(lua_State *L) {
+  io_open(L);
+  module_functions(L, functions);
+}

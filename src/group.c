@@ -372,6 +372,6 @@ static const luaL_Reg properties[] = {
     {"token", l_token}, {"is_stopping", l_is_stopping}, {NULL, NULL}};
 
 void group_open(lua_State *L) {
-  module_functions(L, functions);
   module_class(L, TAG_GROUP, "coflow.TaskGroup", methods, properties);
+  module_functions(L, functions);
 }

@@ -287,6 +287,7 @@ static void close_any(uv_handle_t *handle, void *timer) {
 }
 
 void loop_init(struct runtime *rt) {
+  link_init(&rt->catchers);
   link_init(&rt->flights);
   link_init(&rt->handles);
   rt->closed = false;
@@ -561,8 +562,8 @@ void loop_close(lua_State *L, struct runtime *rt) {
     }
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
-  testing_forget(L, rt);
-  periodic_close(L, rt);
+  if (rt->births) testing_forget(L, rt);
+  if (rt->ready || rt->idle_ticks) periodic_close(L, rt);
   deadline_close(L, rt);
   rt->idle = NULL;
   rt->idle_count = 0;

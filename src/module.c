@@ -268,6 +268,49 @@ static int l_take(lua_State *L) {
   return 1;
 }
 
+/* upvalues: runtime, anchors, " field=module …": the __index of a table made by late */
+static int l_late_index(lua_State *L) {
+  size_t n;
+  const char *key = lua_type(L, 2) == LUA_TSTRING ? lua_tolstring(L, 2, &n) : NULL;
+  const char *p = lua_tostring(L, lua_upvalueindex(3));
+  lua_settop(L, 2);
+  if (key == NULL || n == 0) return 0;
+  while ((p = strstr(p, key)) != NULL && (p[-1] > ' ' || p[n] != '=')) p += n;
+  if (p == NULL) return 0;
+  const char *name = p += n + 1;
+  while ((unsigned char)*p > ' ') p++;
+  lua_pushlstring(L, name, (size_t)(p - name));
+  lua_getglobal(L, "require");
+  lua_pushfstring(L, "coflow.%s", lua_tostring(L, 3));
+  lua_call(L, 1, 1); /* table key name module */
+  lua_pushvalue(L, 2);
+  if (lua_rawget(L, 1) != LUA_TNIL) return 1; /* the module has put it there */
+  lua_pushvalue(L, 2);
+  if (lua_gettable(L, 4) == LUA_TNIL && lua_rawequal(L, 2, 3)) lua_pushvalue(L, 4);
+  lua_pushvalue(L, 2);
+  lua_pushvalue(L, -2);
+  lua_rawset(L, 1);
+  return 1;
+}
+
+/* late(t, "field=module …") -> t: its fields come, when they are first read, from the Lua module coflow.x, which
+** puts them into t or has them; what has the module's own name may be the module itself */
+static int l_late(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_pushfstring(L, " %s", luaL_checkstring(L, 2));
+  lua_replace(L, 2);
+  lua_settop(L, 2);
+  lua_createtable(L, 0, 1);
+  lua_pushvalue(L, UP_RUNTIME);
+  lua_pushvalue(L, UP_ANCHORS);
+  lua_pushvalue(L, 2);
+  lua_pushcclosure(L, l_late_index, 3);
+  lua_setfield(L, 3, "__index");
+  lua_setmetatable(L, 1);
+  lua_settop(L, 1);
+  return 1;
+}
+
 /* argument_error(n, message) */
 static int l_argument_error(lua_State *L) {
   return module_blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
@@ -345,6 +388,7 @@ static int l_runtime_gc(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"take", l_take},
+                                     {"late", l_late},
                                      {"argument_error", l_argument_error},
                                      {"check_function", l_check_function},
                                      {"library", l_library},
@@ -352,6 +396,50 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"check_class", l_check_class},
                                      {"check_options", l_check_options},
                                      {NULL, NULL}};
+
+/* Parts of the module that are opened when one of the names is first asked for: what a script does not use costs
+** it no time to start, and no memory. */
+static const struct {
+  const char *names;
+  void (*open)(lua_State *L); /* [-0, +0, m] into the module on top, functions last */
+} parts[] = {
+    {"Timer PeriodicTimer", periodic_open},
+    {"open_group join_group group_ended take_group_state on_group_close", group_open},
+    {"channel_new channel_version check_batch", channel_open},
+    {"select select_async", select_open},
+    {"sync condition_wait check_condition enter_lock", sync_open},
+    {"coroutine", coroutine_open},
+    {"testing", testing_open},
+    {"catch signals", signal_open},
+    {"open_fs", fs_open},
+    {"open_dns", dns_open},
+    {"open_net", tcp_open},
+    {"configure_await spawn_on detached launch try_execute is_queued release recall is_scheduler "
+     "current_scheduler synchronization_context set_synchronization_context",
+     schedule_open},
+};
+
+static bool has_word(const char *words, const char *word) {
+  size_t n = strlen(word);
+  for (const char *p = words; n > 0 && (p = strstr(p, word)) != NULL; p += n)
+    if ((p == words || p[-1] == ' ') && (p[n] == ' ' || p[n] == '\0')) return true;
+  return false;
+}
+
+/* open_part(module, name): the __index of the module */
+static int open_part(lua_State *L) {
+  const char *name = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
+  lua_settop(L, 2);
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+    if (has_word(parts[i].names, name)) {
+      lua_pushvalue(L, 1);
+      parts[i].open(L);
+      lua_settop(L, 2);
+      lua_rawget(L, 1);
+      return 1;
+    }
+  return 0;
+}
 
 /* upvalues: runtime, anchors */
 static int open_all(lua_State *L) {
@@ -363,22 +451,13 @@ static int open_all(lua_State *L) {
   scope_open_all(L);
   fiber_open(L);
   combine_open(L);
-  group_open(L);
   cancel_open(L);
   timer_open(L);
-  io_open(L);
-  fs_open(L);
-  dns_open(L);
-  tcp_open(L);
-  schedule_open(L);
-  channel_open(L);
-  select_open(L);
-  periodic_open(L);
-  sync_open(L);
   loop_open(L);
-  signal_open(L);
-  coroutine_open(L);
-  testing_open(L);
+  lua_createtable(L, 0, 1);
+  module_push_function(L, open_part);
+  lua_setfield(L, -2, "__index");
+  lua_setmetatable(L, -2);
   return 1;
 }
 

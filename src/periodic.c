@@ -613,9 +613,6 @@ static void push_function(lua_State *L, lua_CFunction f) {
 }
 
 void periodic_open(lua_State *L) {
-  module_functions(L, functions);
-  push_function(L, l_timer_new);
-  lua_setfield(L, -2, "Timer");
   module_class(L, TAG_TIMER, "coflow.Timer", timer_methods, NULL);
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_TIMER));
   push_function(L, l_timer_dispose);
@@ -628,4 +625,7 @@ void periodic_open(lua_State *L) {
   lua_pop(L, 2);
   module_class(L, TAG_PERIODIC, "coflow.PeriodicTimer", methods, properties);
   module_class(L, TAG_ORIGIN, "coflow.Origin", origin_methods, NULL);
+  module_functions(L, functions);
+  push_function(L, l_timer_new);
+  lua_setfield(L, -2, "Timer");
 }

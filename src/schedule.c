@@ -646,12 +646,17 @@ static const luaL_Reg functions[] = {{"spawn_on", l_spawn_on},
 static const luaL_Reg configured_methods[] = {{NULL, NULL}};
 
 void schedule_open(lua_State *L) {
-  module_functions(L, functions);
   module_class(L, TAG_CONFIGURED, "coflow.ConfiguredTask", configured_methods, NULL);
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONFIGURED));
   module_push_function(L, l_configured_await);
   lua_setfield(L, -2, "__await");
-  lua_pop(L, 1);
+  lua_getfield(L, -1, "methods");
+  lua_getfield(L, -3, "await"); /* module class methods await: as they take any awaitable */
+  lua_setfield(L, -2, "await");
+  lua_getfield(L, -3, "try_await");
+  lua_setfield(L, -2, "try_await");
+  lua_pop(L, 2);
   module_push_function(L, hand);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HAND);
+  module_functions(L, functions);
 }

@@ -230,8 +230,6 @@ static const luaL_Reg methods[] = {
 static const luaL_Reg functions[] = {{"catch", l_catch}, {NULL, NULL}};
 
 void signal_open(lua_State *L) {
-  link_init(&runtime(L)->catchers);
-  module_functions(L, functions);
   module_class(L, TAG_CATCHER, "coflow.SignalCatcher", methods, NULL);
   lua_newtable(L);
   for (int i = 0; names[i].name; i++) {
@@ -239,4 +237,5 @@ void signal_open(lua_State *L) {
     lua_setfield(L, -2, names[i].name);
   }
   lua_setfield(L, -2, "signals");
+  module_functions(L, functions);
 }

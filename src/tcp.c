@@ -251,4 +251,7 @@ static int l_open_net(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_net", l_open_net}, {NULL, NULL}};
 
-void tcp_open(lua_State *L) { module_functions(L, functions); }
+void tcp_open(lua_State *L) {
+  io_open(L);
+  module_functions(L, functions);
+}

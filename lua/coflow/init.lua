@@ -2,7 +2,7 @@
 --
 -- The kernel is C (coflow.core); this file gives it its public shape. What is best said in Lua, the functions
 -- that call others (so that they cost no C call level and may suspend) and whole modules, is compiled when
--- it is first used: to compile it all would take half the time that a short script runs.
+-- it is first used: to compile it all would take longer than a short script runs. `late` says what comes from where.
 --
 -- SPDX-License-Identifier: MIT
 
@@ -11,100 +11,44 @@ if _VERSION ~= "Lua 5.4" then
 end
 
 local core = require "coflow.core"
-local take = core.take
+local take, late = core.take, core.late
 
 core.library()
-
----Makes fields that come when they are first read, from a module of ours: it puts them into the class, or
----returns them in a table. A module of the field's own name is, as a value, the field.
----@param into table
----@param modules table<string, string> field -> x of coflow.x
-local function late(into, modules)
-  return setmetatable(into, {
-    __index = function(_, key)
-      local name = modules[key]
-      if not name then return nil end
-      local module = require("coflow." .. name)
-      local value = rawget(into, key)
-      if value == nil then
-        value = module[key]
-        if value == nil and key == name then value = module end
-        rawset(into, key, value)
-      end
-      return value
-    end,
-  })
-end
 
 ---@class coflow
 local flow = take([[errors loop run spawn async await try_await pcall yield sleep delay when_all when_any
   await_all await_any current_task is_awaitable_here on_unobserved_exception cancellation_token deadline
-  AsyncLocal TaskCompletionSource Timer PeriodicTimer]], {})
+  AsyncLocal TaskCompletionSource]], {})
 
 flow.ExecutionContext = late(
   take("capture restore suppress_flow restore_flow is_flow_suppressed", {}),
-  { run = "context", wrap = "context" })
-late(core.methods "coflow.ExecutionContext", { run = "context" })
-late(core.methods "coflow.AsyncLocal", { run = "context" })
+  "run=context wrap=context")
+late(core.methods "coflow.ExecutionContext", "run=context")
+late(core.methods "coflow.AsyncLocal", "run=context")
 
 flow.Task = late(
   take("new yield delay when_all when_any from_result from_exception from_canceled", {
     run = core.spawn,
     completed_task = core.from_result(),
   }),
-  { when_each = "task" })
+  "when_each=task")
 late(
   take("await try_await start run_synchronously wait wait_async cancel", core.methods "coflow.Task"),
-  { continue_with = "task", configure_await = "task" })
-take("await try_await", core.methods "coflow.ConfiguredTask")
+  "continue_with=task configure_await=task")
 
 flow.CancellationToken = take("none canceled", {})
 flow.CancellationTokenSource = setmetatable({ linked = core.linked_source }, {
   __call = core.call_source,
 })
 
-return late(flow, {
-  call = "context",
-  when_each = "task",
-  with_cancellation = "scope",
-  with_timeout = "scope",
-  shield = "scope",
-  main = "main",
-  task_group = "group",
-  race = "group",
-  TaskScheduler = "scheduler",
-  SynchronizationContext = "scheduler",
-  spawn_on = "scheduler",
-  lazy = "lazy",
-  AsyncLazy = "lazy",
-  cache = "cache",
-  AsyncCache = "cache",
-  async_state = "async_state",
-  AsyncState = "async_state",
-  pipeline = "pipeline",
-  coroutine = "coroutine",
-  channel = "channel",
-  Channel = "channel",
-  resilience = "resilience",
-  testing = "testing",
-  sync = "sync",
-  Semaphore = "sync",
-  Lock = "sync",
-  ReaderWriterLock = "sync",
-  ManualResetEvent = "sync",
-  AutoResetEvent = "sync",
-  CountdownEvent = "sync",
-  Condition = "sync",
-  Barrier = "sync",
-  background = "background",
-  BackgroundQueue = "background",
-  hosting = "hosting",
-  Host = "hosting",
-  BackgroundService = "hosting",
-  signal = "signal",
-  stream = "stream",
-  parallel = "parallel",
-  fs = "fs",
-  dns = "dns",
-  net = "net",
-})
+return late(flow, [[
+  call=context when_each=task Timer=core PeriodicTimer=core with_cancellation=scope
+  with_timeout=scope shield=scope main=main task_group=group race=group TaskScheduler=scheduler
+  SynchronizationContext=scheduler spawn_on=scheduler lazy=lazy AsyncLazy=lazy cache=cache
+  AsyncCache=cache async_state=async_state AsyncState=async_state pipeline=pipeline
+  coroutine=coroutine channel=channel Channel=channel resilience=resilience testing=testing
+  sync=sync Semaphore=sync Lock=sync ReaderWriterLock=sync ManualResetEvent=sync
+  AutoResetEvent=sync CountdownEvent=sync Condition=sync Barrier=sync background=background
+  BackgroundQueue=background hosting=hosting Host=hosting BackgroundService=hosting signal=signal
+  stream=stream parallel=parallel fs=fs dns=dns net=net
+]])
