@@ -29,6 +29,8 @@ build = {
         "src/dns.c",
         "src/error.c",
         "src/fiber.c",
+        "src/fiber_abandon.c",
+        "src/fiber_await.c",
         "src/fs.c",
         "src/group.c",
         "src/handle.c",

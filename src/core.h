@@ -578,11 +578,14 @@ void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; cou
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
 void task_open(lua_State *L);
 
-/* ---- fiber.c: tasks with a body: start, run, suspend, await ---- */
+/* ---- fiber.c: tasks with a body: their coroutines, start, run ---- */
 
 struct token;
 bool token_armed(const struct token *k);
 int scope_throw(lua_State *L, struct scope *s);
+
+enum { FIBER_MAX_DEPTH = 16 }; /* how deep fibers run on top of each other on the C stack */
+enum { FIBER_WATCHED = 1 };    /* user value of the watch: its coroutine */
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
                         struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
@@ -593,21 +596,40 @@ bool fiber_reuse(
     lua_State *L,
     int i); /* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
-void fiber_close(lua_State *L, struct runtime *rt,
-                 struct fiber *f); /* [-0, +0, -] an abandoned one */
-void fiber_fail(lua_State *L, struct runtime *rt,
-                struct fiber *f); /* [-1, +0, -] stops it where it stands, with the error on top */
 int fiber_run_hot(lua_State *L, struct fiber *f,
                   lua_KFunction k); /* at once, up to its first suspension; k ends the caller */
-void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
-void fiber_trim(lua_State *L);                     /* [-0, +0, -] drops coroutines long unused */
-struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
+void fiber_wake(lua_State *L, struct runtime *rt, int i,
+                struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_fail(lua_State *L, struct runtime *rt,
+                struct fiber *f); /* [-1, +0, -] stops it where it stands, with the error on top */
+void fiber_discard(lua_State *L, struct runtime *rt,
+                   int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
+void fiber_drop_coroutine(lua_State *L, struct runtime *rt,
+                          struct fiber *f); /* [-0, +0, -] of one that did not end well */
+void fiber_trim(lua_State *L);              /* [-0, +0, -] drops coroutines long unused */
+void fiber_hold(lua_State *L, int i,
+                struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
+void fiber_push(lua_State *L,
+                lua_State *co); /* [-0, +1, -] the one whose coroutine that is, or nil */
+bool fiber_push_awaited(lua_State *L,
+                        struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
+void fiber_push_place(lua_State *L,
+                      struct fiber *f); /* [-0, +1, m] "file:line" where it is suspended */
+void fiber_name(
+    lua_State *L,
+    struct fiber *f); /* [-1, +0, -] f, not started, is named after the function on top */
+void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
+void fiber_open(lua_State *L);
+
+/* ---- fiber_await.c: where a task may suspend, and how it waits ---- */
+
 /* L belongs to the running task: its own coroutine, or the innermost one of ours that it is in */
 static inline bool fiber_on_top(lua_State *L, struct runtime *rt) {
   const struct level *l = rt->level;
   return ((struct fiber *)rt->me)->co == L || (l != NULL && l->co == L && l->task == rt->me);
 }
 bool fiber_can_suspend(lua_State *L, struct runtime *rt);
+struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
 /* who would suspend at this point; NULL outside every task; raises where nobody can */
 static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)rt->me;
@@ -641,24 +663,17 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
                 lua_KFunction k);
 /* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
-void fiber_wake(lua_State *L, struct runtime *rt, int i,
-                struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
-void fiber_name(
-    lua_State *L,
-    struct fiber *f); /* [-1, +0, -] f, not started, is named after the function on top */
-void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
+void fiber_await_open(lua_State *L);
+
+/* ---- fiber_abandon.c: collected while it waits, or its coroutine closed by somebody ---- */
+
 void fiber_abandon(lua_State *L, int i,
                    struct fiber *f); /* [-0, +0, -] the pump will close the parked one at i */
-bool fiber_push_awaited(lua_State *L,
-                        struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
-void fiber_push_place(lua_State *L,
-                      struct fiber *f); /* [-0, +1, m] "file:line" where it is suspended */
-void fiber_discard(lua_State *L, struct runtime *rt,
-                   int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
-void fiber_push(lua_State *L, struct fiber *f); /* [-0, +1, -] one that has a coroutine */
-void fiber_hold(lua_State *L, int i,
-                struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
-void fiber_open(lua_State *L);
+void fiber_close(lua_State *L, struct runtime *rt,
+                 struct fiber *f);                 /* [-0, +0, -] an abandoned one */
+void fiber_push_closed(lua_State *L, int i);       /* [-0, +1, m] the error of one closed so */
+void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
+void fiber_abandon_open(lua_State *L);
 
 /* ---- combine.c ---- */
 

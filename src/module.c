@@ -448,8 +448,10 @@ static int open_all(lua_State *L) {
   error_open(L);
   context_open(L);
   task_open(L);
+  fiber_abandon_open(L);
   scope_open_all(L);
   fiber_open(L);
+  fiber_await_open(L);
   combine_open(L);
   cancel_open(L);
   timer_open(L);

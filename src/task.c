@@ -61,7 +61,7 @@ void task_push(lua_State *L, struct task *t) {
     lua_remove(L, -2);
     return;
   }
-  fiber_push(L, (struct fiber *)t);
+  fiber_push(L, ((struct fiber *)t)->co);
   if (kind == LUA_TTHREAD) { /* next time it is here */
     fiber_hold(L, -1, (struct fiber *)t);
     task_hold(L, -1, t);

@@ -1,0 +1,202 @@
+/*
+** fiber_abandon.c - tasks that end though nothing wakes them: collected while they wait, or their coroutine closed.
+**
+** The *watch* at the bottom of the coroutine of every fiber has a finalizer: when task and coroutine, which live by
+** what the task awaits, die together, the fiber is abandoned, is reported, and its `<close>` variables run on
+** a later turn. Any other finalizer that may run first only makes objects inert, so closing them
+** afterwards is harmless. The watch is to be closed as well: so we know when somebody else, who has got hold
+** of the coroutine, closes it. The task then fails, or, when only that stack knew it, is let go.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "waiter.h"
+
+#include <string.h>
+
+void fiber_push_closed(lua_State *L, int i) {
+  task_push_name(L, i);
+  error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of task '%s'",
+             lua_tostring(L, -1));
+  lua_remove(L, -2);
+}
+
+/* [-0, +1, m] */
+static void push_abandoned(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  i = lua_absindex(L, i);
+  task_push_name(L, i);
+  fiber_push_place(L, f);
+  if (!(f->task.traits & TRAIT_HANDED))
+    error_push(
+        L, ERROR_ABANDONED,
+        "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
+        "awaits",
+        lua_tostring(L, -2), lua_tostring(L, -1));
+  else if (f->task.flags & TASK_STARTED)
+    error_push(L, ERROR_ABANDONED,
+               "task '%s' was collected while it waited at %s, ready to go on: its scheduler or "
+               "synchronization context has dropped it",
+               lua_tostring(L, -2), lua_tostring(L, -1));
+  else
+    error_push(L, ERROR_ABANDONED,
+               "task '%s' was collected before it started: its scheduler has dropped it",
+               lua_tostring(L, -2));
+  lua_replace(L, -3);
+  lua_pop(L, 1);
+}
+
+void fiber_abandon(lua_State *L, int i, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct task *t = &f->task;
+  if (t->state == TASK_WAITING &&
+      fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
+    waiter_leave(L, f, true);
+    deadline_drop(rt, &f->u.nap.deadline);
+  }
+  if (t->traits & TRAIT_HANDED) t->flags &= (uint16_t)~TASK_LINKED; /* it is on no list */
+  t->flags |= TASK_ABANDONED;
+  lua_pushvalue(L, i);
+  lua_rawseti(L, UP_ANCHORS, t->slot);
+  loop_ready(rt, t);
+}
+
+static bool is_closed(lua_State *co) { return lua_status(co) == LUA_OK && lua_gettop(co) == 0; }
+
+void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
+  task_push(L, &f->task);
+  int i = lua_gettop(L);
+  if (f->u.wait.on) {
+    fiber_push_awaited(L, f);
+    wait_remove(L, -1, &f->u.wait);
+    lua_pop(L, 1);
+  }
+  if (is_closed(f->co))
+    fiber_push_closed(L, i);
+  else {
+    f->task.flags |= TASK_OBSERVED;
+    push_abandoned(L, i);
+  }
+  fiber_fail(L, rt, f);
+  lua_settop(L, i - 1);
+}
+
+/* Lua calls finalizers for everything when a state closes. It then runs on the main thread: below no
+** function, below os.exit, or, when a task has called that, while the main thread resumes the task. */
+static bool state_closes(lua_State *L, struct runtime *rt) {
+  lua_Debug ar;
+  if (L != rt->main) return false;
+  if (rt->resuming || !lua_getstack(L, 1, &ar)) return true;
+  lua_getinfo(L, "Sn", &ar);
+  return ar.what[0] == 'C' && ar.name && strcmp(ar.name, "exit") == 0;
+}
+
+static bool is_watch(lua_State *L) {
+  lua_settop(L, 1);
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_WATCH));
+  bool is = lua_getmetatable(L, 1) && lua_rawequal(L, 2, 3);
+  lua_settop(L, 1);
+  return is;
+}
+
+/* [-0, +0, -] a parked fiber whose coroutine is gone waits for nothing any more */
+static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (f->task.state != TASK_WAITING) return;
+  f->task.state = TASK_QUEUED;
+  if (fiber_naps(f)) {
+    waiter_leave(L, f, true);
+    deadline_drop(rt, &f->u.nap.deadline);
+    return;
+  }
+  lua_pushnil(L); /* what it awaits may be gone soon: it was on that stack */
+  wait_remove(L, -1, &f->u.wait);
+  lua_pop(L, 1);
+}
+
+/* The coroutine L is being closed, by somebody else unless rt->resetting. Creates nothing: it may be that nobody
+** holds the task any more. Should somebody do, it fails when it is awaited (fiber_await). */
+static int l_watch_close(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (rt->closed || rt->resetting > 0 || !is_watch(L)) return 0;
+  struct fiber *f = scope_find(rt, L);
+  if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
+  withdraw(L, rt, f);
+  bool known = lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA;
+  struct wait *w = task_waiters(&f->task);
+  if (!known && w != NULL && w->role == WAIT_FIBER) { /* who waits for it has it */
+    lua_settop(L, 1);
+    known = fiber_push_awaited(L, container_of(w, struct fiber, u.wait));
+  }
+  if (known) {
+    fiber_abandon(L, 2, f);
+    return 0;
+  }
+  scope_end_task(L, rt, f);
+  fiber_drop_coroutine(L, rt, f);
+  return 0;
+}
+
+static int l_watch_gc(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (!is_watch(L)) return 0;
+  if (lua_getiuservalue(L, 1, FIBER_WATCHED) != LUA_TTHREAD) return 0;
+  lua_State *co = lua_tothread(L, 2);
+  bool closes = state_closes(L, rt);
+  fiber_push(L, co); /* watch coroutine task */
+  struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
+  if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
+  bool handed = f->task.traits & TRAIT_HANDED; /* a scheduler, or a context, has dropped it */
+  if (!(f->task.flags & TASK_STARTED) &&
+      !handed) { /* cold, or a continuation that will never start: no loss */
+    if (f->u.wait.on) {
+      fiber_push_awaited(L, f);
+      wait_remove(L, -1, &f->u.wait);
+    }
+    scope_end_task(L, rt, f);
+    if (!closes) fiber_drop_coroutine(L, rt, f);
+    return 0;
+  }
+  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
+  if (closes) {
+    lua_pushvalue(L, 3); /* its `<close>` variables may ask for it */
+    lua_rawseti(L, UP_ANCHORS, f->task.slot);
+    fiber_dispose(L, f);
+    return 0;
+  }
+  if (f->task.flags & TASK_LINKED &&
+      !handed) { /* a token woke it in the meantime: watch it again */
+    luaL_getmetafield(L, 1, "__gc");
+    lua_pop(L, 1);
+    lua_getmetatable(L, 1);
+    lua_setmetatable(L, 1);
+    return 0;
+  }
+  fiber_abandon(L, 3, f);
+  if (!(f->task.flags & TASK_OBSERVED)) {
+    push_abandoned(L, 3);
+    error_report(L, -1, 3);
+  }
+  return 0;
+}
+
+void fiber_dispose(lua_State *L, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct task *me = rt->me;
+  rt->me = &f->task;
+  lua_State *co = f->co;
+  f->co = NULL;
+  rt->depth++;
+  coroutine_close_inner(L, rt, co);
+  rt->resetting++;
+  coroutine_reset(co, L);
+  rt->resetting--;
+  rt->depth--;
+  scope_end_task(L, rt, f);
+  rt->me = me;
+}
+
+static const luaL_Reg watch_methods[] = {
+    {"__gc", l_watch_gc}, {"__close", l_watch_close}, {NULL, NULL}};
+
+void fiber_abandon_open(lua_State *L) {
+  module_class(L, TAG_WATCH, "coflow.Watch", watch_methods, NULL);
+}

@@ -1,0 +1,364 @@
+/*
+** fiber_await.c - how a task waits: where it may suspend, await, yield.
+**
+** Whoever suspends asks first who would (fiber_here): the running task, on whose coroutine L is on top, or nobody,
+** outside every task, where the same operation drives the loop instead (fiber_outside). Everywhere else it is
+** refused, with what is in the way, before anything is registered.
+**
+** A fiber that waits for a task has that task at index 1 of the C function that suspended it, and lives by it
+** (core.h, rule 2). Anybody may have got hold of its coroutine and resume it: a continuation that finds itself not on
+** top of the running task yields again.
+**
+** An await of a task that is queued, not started and the only one ready runs it in place: the same
+** order as through the ready list, without two switches. Not while a hot start below waits to go on as
+** soon as its callee suspends (rt->hot).
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "core.h"
+
+#include <string.h>
+
+/* ---- where ---- */
+
+/* [-0, +1, m] the name of the C function on the stack of L that a suspension cannot pass */
+static void push_barrier(lua_State *L, lua_State *at) {
+  static const char *const passable[] = {"pcall",  "xpcall", "error", "assert",
+                                         "dofile", "await",  NULL};
+  lua_Debug ar;
+  for (int level = 1; lua_getstack(at, level, &ar); level++) {
+    lua_getinfo(at, "Sn", &ar);
+    if (ar.what[0] != 'C' || ar.name == NULL) continue;
+    const char *const *p = passable;
+    while (*p && strcmp(*p, ar.name) != 0) p++;
+    if (*p != NULL) continue;
+    lua_pushfstring(L, "inside a function called by '%s'", ar.name);
+    return;
+  }
+  lua_pushliteral(L, "inside a message handler or another callback of C");
+}
+
+bool fiber_can_suspend(lua_State *L, struct runtime *rt) {
+  return rt->me != rt->outside && lua_isyieldable(L) && fiber_on_top(L, rt) &&
+         (((struct fiber *)rt->me)->co == L || rt->level->open);
+}
+
+struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
+  struct fiber *me = (struct fiber *)rt->me;
+  const struct level *l = rt->level;
+  if (fiber_can_suspend(L, rt)) return me;
+  if (rt->me == rt->outside) {
+    if (rt->depth == 0 && !rt->pumping) return NULL;
+    error_throw(L, ERROR_OPERATION,
+                "cannot suspend inside a callback of the library: start a task in it (flow.spawn)");
+  }
+  lua_State *at = L; /* what is in the way lies between here and the task's own coroutine */
+  for (; at != me->co && l != NULL && l->co == at && l->task == rt->me; at = l->from, l = l->up) {
+    if (l->closing)
+      error_throw(
+          L, ERROR_OPERATION,
+          "cannot suspend a task in a __close handler that coroutine.close, or the end of the "
+          "task, runs: close the variables in the coroutine");
+    if (!lua_isyieldable(at)) break;
+  }
+  if (at != me->co && !(l != NULL && l->co == at && l->task == rt->me))
+    error_throw(
+        L, ERROR_OPERATION,
+        "cannot suspend a task inside a coroutine made by coroutine.create or coroutine.wrap: "
+        "make it with coflow.coroutine, or await outside it");
+  push_barrier(L, at);
+  error_throw(L, ERROR_OPERATION,
+              "cannot suspend a task %s, where Lua cannot yield: await before the call, or start a "
+              "task there (flow.spawn)",
+              lua_tostring(L, -1));
+  return NULL;
+}
+
+int fiber_outside(lua_State *L, lua_CFunction f) {
+  module_push_function(L, f);
+  lua_insert(L, 1);
+  return loop_run(L);
+}
+
+/* ---- await ---- */
+
+/* [-0, +0, e] raises if the running task would await itself, directly or round a circle */
+static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
+  struct task *t = on;
+  if (me != on) {
+    if (me->waiters == NULL) return;
+    while (t != me && task_is(t, KIND_FIBER) && !task_done(t) && ((struct fiber *)t)->u.wait.on)
+      t = ((struct fiber *)t)->u.wait.on;
+    if (t != me) return;
+  }
+  task_push(L, me);
+  task_push_name(L, -1); /* me text */
+  t = on;
+  for (int n = 0;; n++) {
+    task_push(L, t);
+    task_push_name(L, -1);
+    lua_pushfstring(L, n == 0 ? "'%s' awaits '%s'" : "%s, which awaits '%s'", lua_tostring(L, -3),
+                    lua_tostring(L, -1));
+    lua_replace(L, -4);
+    lua_pop(L, 2);
+    if (t == me || n == 8) break;
+    t = ((struct fiber *)t)->u.wait.on;
+  }
+  error_throw(L, ERROR_OPERATION, "a task cannot await itself: %s", lua_tostring(L, -1));
+}
+
+static bool can_run_in_place(struct runtime *rt, const struct task *me, const struct task *on) {
+  return rt->ready == on && on->next == NULL && task_is(on, KIND_FIBER) &&
+         !(on->flags & (TASK_STARTED | TASK_ABANDONED)) && rt->hot == 0 &&
+         rt->depth < FIBER_MAX_DEPTH && rt->inlined > 0 &&
+         !((me->traits | on->traits) & TRAIT_SCHEDULED);
+}
+
+/* Returns a value >= 0 when the await is over without a suspension: call k then. */
+static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, struct task *on) {
+  struct wait *w = &me->u.wait;
+  rt->inlined--;
+  loop_unready(rt, on);
+  if (on->keeps) combine_forget(L, 1);
+  w->pos = WAIT_INLINE; /* so that the circle is seen and the waiter is named */
+  w->role = WAIT_FIBER;
+  w->next = w->prev = w; /* it has not started: nobody else waits for it before us … */
+  if (on->waiters) {     /* … or they do */
+    w->next = on->waiters->next;
+    w->prev = on->waiters;
+    on->waiters->next->prev = w;
+    on->waiters->next = w;
+  }
+  on->waiters = w;
+  w->on = on;
+  me->task.state = TASK_WAITING;
+  fiber_run(L, rt, (struct fiber *)on);
+  if (w->on != NULL) { /* it has suspended, and so do we: from here we are held by it */
+    wait_remove(L, 1, w);
+    return false;
+  }
+  if (rt->ready == NULL && !rt->stopping) {
+    me->task.state = TASK_RUNNING;
+    return true;
+  }
+  return false;
+}
+
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
+                lua_KFunction k) {
+  struct task *me = &f->task;
+  bool deaf = me->flags & TASK_DEAF;
+  if (on->slot == 0 && task_is(on, KIND_FIBER)) { /* its coroutine is gone: see l_watch_close */
+    fiber_push_closed(L, 1);
+    task_settle_faulted(L, rt, 1, 0);
+    return k(L, LUA_OK, (lua_KContext)on);
+  }
+  if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);
+  refuse_circle(L, me, on);
+  if (can_run_in_place(rt, me, on)) {
+    if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
+    if (me->flags & TASK_LINKED) /* interrupted by the other one */
+      return fiber_suspend(L, f, (lua_KContext)on, k);
+    if (task_done(on)) { /* others became ready meanwhile, and come first */
+      me->state = TASK_QUEUED;
+      loop_ready(rt, me);
+      return fiber_suspend(L, f, (lua_KContext)on, k);
+    }
+  }
+  task_push(L, me);
+  bool waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
+  lua_settop(L, -2);
+  if (!waits) return k(L, LUA_OK, (lua_KContext)on);
+  me->state = TASK_WAITING;
+  fiber_let_go(L, f, NULL);
+  return fiber_suspend(L, f, (lua_KContext)on, k);
+}
+
+/* ---- Lua face ---- */
+
+/* first(task, timeout, token): true once the task is complete … (timer.c) */
+static int l_first(lua_State *L) {
+  timer_push_wait(L);
+  return 1;
+}
+
+/* continuation(task, fn, token, named, scheduler): fn(task, token) as a task, named after the function
+** `named`, once `task` is complete, or the token is canceled */
+static int l_continuation(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *on = task_check(L, 1);
+  struct token *k = token_opt(L, 3);
+  module_check_callable(L, 2);
+  lua_settop(L, 5);
+  on->flags |= TASK_OBSERVED;
+  lua_pushvalue(L, 2);
+  lua_pushvalue(L, 1);
+  lua_pushvalue(L, 3);
+  if (k == NULL)
+    lua_pushvalue(L, 1);
+  else { /* whichever comes first */
+    module_push_function(L, l_first);
+    lua_pushvalue(L, 1);
+    lua_pushnil(L);
+    lua_pushvalue(L, 3);
+    lua_call(L, 3, 1);
+  } /* … fn task token on */
+  lua_pushvalue(L, -1);
+  lua_insert(L, 6);
+  struct fiber *f = fiber_new(L, rt, 3, scope_flowing(L, rt)); /* … scheduler on new */
+  if (lua_isfunction(L, 4)) {
+    lua_pushvalue(L, 4);
+    fiber_name(L, f);
+  }
+  if (!lua_isnil(L, 5)) schedule_give(L, 7, 5);
+  if (wait_add(L, 6, &f->u.wait, 7, WAIT_FIBER)) {
+    f->task.state = TASK_WAITING;
+    fiber_hold(L, 7, f);
+    fiber_let_go(L, f, NULL);
+  } else {
+    f->task.state = TASK_QUEUED;
+    loop_ready(rt, &f->task);
+  }
+  return 1;
+}
+
+static int l_try_await(lua_State *L);
+
+static int await_k(lua_State *L, int status, lua_KContext ctx) {
+  struct task *on = (struct task *)ctx;
+  if (status != LUA_OK) {
+    fiber_resumed(L, runtime(L));
+    if (!task_done(on) || !fiber_on_top(L, runtime(L)))
+      return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
+  }
+  return task_push_outcome(L, 1, on);
+}
+
+/* __await has returned what to wait for instead; ctx is the operation to go on with */
+static int converted_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status;
+  if (object_test(L, -1, TAG_TASK) == NULL)
+    return error_throw(L, ERROR_ARGUMENT,
+                       "the __await metamethod must return a Task, not a %s value",
+                       luaL_typename(L, -1));
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  return ctx ? l_try_await(L) : fiber_await_value(L);
+}
+
+/* [-0, +0, e] the operation on an awaitable at index 1 that is no task; __await may suspend */
+static int await_other(lua_State *L, bool try) {
+  if (object_test(L, 1, TAG_CONFIGURED))
+    return schedule_await(L, try ? l_try_await : fiber_await_value);
+  if (luaL_getmetafield(L, 1, "__await") != LUA_TNIL) {
+    luaL_argcheck(L, lua_isfunction(L, -1), 1, "its __await metamethod is not a function");
+    lua_pushvalue(L, 1);
+    lua_callk(L, 1, 1, try, converted_k);
+    return converted_k(L, LUA_OK, try);
+  }
+  if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
+    return luaL_argerror(
+        L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
+  return luaL_typeerror(L, 1, "Task or awaitable");
+}
+
+int fiber_await_value(lua_State *L) {
+  struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
+  if (t == NULL) return await_other(L, false);
+  if (task_done(t)) return task_push_outcome(L, 1, t);
+  struct runtime *rt = runtime(L);
+  struct fiber *me = fiber_here(L, rt);
+  if (lua_gettop(L) != 1) lua_settop(L, 1);
+  if (me == NULL) return fiber_outside(L, fiber_await_value);
+  return fiber_await(L, rt, me, t, await_k);
+}
+
+/* task:wait(timeout, token), at the top level only */
+static int l_wait(lua_State *L) {
+  lua_settop(L, 3);
+  timer_push_wait(L);
+  lua_insert(L, 1);
+  lua_settop(L, 1);
+  if (runtime(L)->me != runtime(L)->outside)
+    return error_throw(L, ERROR_OPERATION,
+                       "wait inside a task would block the event loop: use task:await() or "
+                       "task:wait_async(timeout)");
+  return fiber_await_value(L);
+}
+
+static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
+  struct task *t = (struct task *)ctx;
+  if (status != LUA_OK) {
+    fiber_resumed(L, runtime(L));
+    if (!task_done(t) || !fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, try_await_k);
+  }
+  lua_settop(L, 1);
+  lua_pushboolean(L, t->state == TASK_SUCCEEDED);
+  if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1, t);
+  error_remember(L, 1);
+  task_push_error(L, 1);
+  return 2;
+}
+
+static int l_try_await(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
+  if (t == NULL) return await_other(L, true);
+  if (task_done(t)) return try_await_k(L, LUA_OK, (lua_KContext)t);
+  struct fiber *me = fiber_here(L, rt);
+  lua_settop(L, 1);
+  if (me == NULL) return fiber_outside(L, l_try_await);
+  return fiber_await(L, rt, me, t, try_await_k);
+}
+
+/* of a yield in a coroutine of ours, which anybody can resume before its turn */
+static int yield_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)status;
+  return fiber_on_top(L, runtime(L)) ? 0 : lua_yieldk(L, 0, ctx, yield_k);
+}
+
+static int l_yield(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct fiber *me = fiber_here(L, rt);
+  if (me == NULL) return fiber_outside(L, l_yield);
+  if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
+  me->task.state = TASK_QUEUED;
+  loop_ready(rt, &me->task);
+  return fiber_suspend(L, me, 0, L == me->co ? NULL : yield_k); /* returns nothing */
+}
+
+static int pcall_k(lua_State *L, int status, lua_KContext ctx) {
+  (void)ctx;
+  if (status != LUA_OK && status != LUA_YIELD) {
+    const struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
+    if (s->canceled && error_is(L, -1, ERROR_CANCELED)) return lua_error(L);
+    lua_pushboolean(L, 0);
+    lua_insert(L, -2);
+    return 2;
+  }
+  return lua_gettop(L);
+}
+
+static int l_pcall(lua_State *L) {
+  luaL_checkany(L, 1);
+  lua_pushboolean(L, 1);
+  lua_insert(L, 1); /* true fn arguments: what a success returns */
+  return pcall_k(L, lua_pcallk(L, lua_gettop(L) - 2, LUA_MULTRET, 0, 0, pcall_k), 0);
+}
+
+static int l_is_awaitable_here(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_pushboolean(L, fiber_can_suspend(L, rt));
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"continuation", l_continuation},
+                                     {"await", fiber_await_value},
+                                     {"try_await", l_try_await},
+                                     {"wait", l_wait},
+                                     {"yield", l_yield},
+                                     {"pcall", l_pcall},
+                                     {"is_awaitable_here", l_is_awaitable_here},
+                                     {NULL, NULL}};
+
+void fiber_await_open(lua_State *L) { module_functions(L, functions); }
