@@ -112,7 +112,7 @@ end)
 
 describe("examples", function()
   for _, name in ipairs { "hello.lua", "cancel.lua", "locals.lua", "frame_loop.lua", "generator.lua", "middleware.lua",
-    "timeout.lua", "group.lua", "host.lua", "service.lua" } do
+    "timeout.lua", "group.lua", "host.lua", "pipeline.lua", "service.lua" } do
     it("print what they say they print: " .. name, function()
       local code = read("examples/" .. name)
       assert.not_equal("", promised(code))

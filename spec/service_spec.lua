@@ -7,28 +7,13 @@ Nothing here depends on how fast the machine is: on a slow one more requests are
 
 local flow = require "coflow"
 
-local interpreter = os.getenv("LUA") or arg and arg[-1] or "lua5.4"
+local program = require "spec.support.program"
+
 local root = debug.getinfo(1, "S").source:match("^@(.*)spec/[^/]*$") or ""
 local script, data = root .. "examples/service.lua", root .. "examples/data/access.log"
+local quote = program.quote
 
-local function quote(s)
-  return "'" .. s:gsub("'", "'\\''") .. "'"
-end
-
--- The child finds modules where this process does. The deadline only ever ends a broken run.
-local function command(arguments)
-  return ("LUA_PATH_5_4=%s LUA_CPATH_5_4=%s exec timeout --foreground -k 5 60 %s %s %s"):format(
-    quote(package.path), quote(package.cpath), interpreter, quote(script), arguments)
-end
-
--- Runs the example and returns all it printed (both streams) and its exit code.
-local function service(arguments)
-  local pipe = assert(io.popen(command(arguments) .. " 2>&1"))
-  local output = pipe:read("a")
-  local _, how, code = pipe:close()
-  assert.equal("exit", how, output)
-  return output, code
-end
+local function service(arguments) return program.run(script, arguments) end
 
 -- The summary as a table: { requests = "3010 over …", strays = "0", … }.
 local function summary(output)
@@ -103,26 +88,14 @@ describe("examples/service.lua", function()
   end)
 
   describe("with --listen", function()
-    -- Starts it on a free port. A table: `connect()`; `read()`, a line that it prints; `kill(signal)`; `finish()`,
-    -- which waits for its end and returns the rest that it prints, "exit" and its exit code.
+    -- Starts it on a free port: program.start's table, with `connect()`.
     local function listening()
-      local pipe = assert(io.popen("echo $$; " .. command("--listen 0") .. " 2>&1"))
-      local running = { pid = pipe:read("l") }
-      local first = pipe:read("l")
+      local running = program.start(script, "--listen 0")
+      finally(running.finish)
+      local first = running.read()
       local port = math.tointeger(first:match("^listening on port (%d+); try: nc 127.0.0.1 %d+$"))
       assert.truthy(port, first)
       function running.connect() return flow.net.connect("127.0.0.1", port) end
-      function running.read() return pipe:read("l") end
-      function running.kill(signal) assert(os.execute(("kill -%s %s"):format(signal, running.pid))) end
-      finally(function()
-        if not running.finished then running.kill("TERM") end
-      end)
-      function running.finish()
-        running.finished = true
-        local rest = pipe:read("a")
-        local _, how, code = pipe:close()
-        return rest, how, code
-      end
       return running
     end
 
@@ -146,8 +119,7 @@ describe("examples/service.lua", function()
           assert.is_nil(idle:read_line()) -- the connections are closed, and not broken
           assert.is_nil(busy:read_line())
         end)
-        local rest, how, code = running.finish()
-        assert.equal("exit", how)
+        local rest, code = running.finish()
         assert.equal(0, code, rest)
         assert.truthy(rest:find("\nstopped after 4 requests\n$"), rest)
         assert.falsy(rest:find("\27", 1, true), rest)
@@ -164,8 +136,7 @@ describe("examples/service.lua", function()
         assert.truthy(client:read_line():find("^%d+ r0001 GET /slow$"))
         assert.is_nil(client:read_line())
       end)
-      local rest, how, code = running.finish()
-      assert.equal("exit", how)
+      local rest, code = running.finish()
       assert.equal(0, code, rest)
       assert.truthy(rest:find("\n  r0001  answered with %d+\nstopped after 1 requests\n$"), rest)
     end)
