@@ -1,6 +1,6 @@
 --[[
-The example that works on files, pipeline.lua, run on trees made for the purpose. (That it prints what it says it
-prints is checked by readme_spec.lua, the main example by service_spec.lua.)
+The examples that work on files, pipeline.lua and crawler.lua, run on trees made for the purpose. (That they print what
+they say they print is checked by readme_spec.lua, the main example by service_spec.lua.)
 ]]
 
 local program = require "spec.support.program"
@@ -93,5 +93,83 @@ describe("examples/pipeline.lua", function()
     local output, code = run("pipeline.lua", "--progres")
     assert.truthy(output:find("^pipeline: unknown option %-%-progres\nusage: "), output)
     assert.equal(2, code)
+  end)
+end)
+
+describe("examples/crawler.lua", function()
+  local function crawler(arguments, directory) return run("crawler.lua", arguments, directory) end
+
+  -- What it prints of links, and what of attempts.
+  local function parts(output) return output:match("^(.*)(tried again: .*)$") end
+
+  local site = {
+    ["index.html"] = '<a href="a/">A</a> <a href=\'b.md?x=1#y\'>B</a> <a href="#here">here</a> <img src="b%20c.png">',
+    ["a/index.html"] = '<a href="../index.html">up</a> <a href="/a/../../b.md">B</a> <a href="c.html">C</a>',
+    ["b.md"] = '[A](a/index.html "title") `[no](no.html)`\n```\n[no](no.html)\n```\n[out](https://example.org/x.html)',
+    ["b c.png"] = "[no](no.html)",
+    ["island.html"] = '<a href="sea.html">nobody comes here</a>',
+  }
+
+  it("follows links from page to page, each page once, and finds none dead where none is", function()
+    local whole = { ["a/c.html"] = "<a href=./c.html>none</a>" }
+    for path, text in pairs(site) do whole[path] = text end
+    local directory = tree(whole)
+    local output, code = crawler(quote(directory .. "/index.html"), directory)
+    assert.equal("links: 8 to 5 places, 0 of them dead\n", (parts(output)))
+    assert.equal(0, code)
+    assert.equal(output, crawler(quote(directory .. "/"), directory))
+  end)
+
+  it("tells of each dead link where it is, and the exit code is 1", function()
+    local directory = tree(site)
+    local output, code = crawler(quote(directory .. "/index.html"), directory)
+    assert.equal("dead: a/c.html, from a/index.html: open 'DIR/a/c.html': no such file or directory (ENOENT)\n"
+      .. "links: 8 to 5 places, 1 of them dead\n", (parts(output)))
+    assert.equal(1, code)
+  end)
+
+  it("tries again what failed, and finds the same over a bad line as over a good one", function()
+    local directory = tree(site)
+    local good, quiet = parts(crawler(quote(directory .. "/index.html"), directory))
+    assert.truthy(quiet:find("^tried again: 0 times"), quiet)
+    local retries = {}
+    for seed = 1, 3 do
+      local arguments = ("--flaky 0.3 --seed %d %s"):format(seed, quote(directory .. "/index.html"))
+      local bad, noisy = parts(crawler(arguments))
+      assert.equal(good, (bad:gsub(directory:gsub("%p", "%%%0"), "DIR")))
+      retries[seed] = noisy:match("^tried again: (%d+) times")
+      assert.equal(retries[seed], crawler(arguments):match("tried again: (%d+) times"), "a seed is a run")
+    end
+    assert.is_true(retries[1] + retries[2] + retries[3] > 0)
+  end)
+
+  it("gives up in the end", function()
+    local output, code = crawler("--flaky 1 " .. quote(root .. "examples/data/site/index.html"))
+    assert.equal("dead: index.html, from the start: read 'index.html': the line is bad (EIO)\n"
+      .. "links: 1 to 1 places, 1 of them dead\ntried again: 4 times; at the same time: at most 1\n", output)
+    assert.equal(1, code)
+  end)
+
+  it("reads so many at the same time as it is told", function()
+    local links = {}
+    for i = 1, 12 do links[i] = ('<a href="index.html?%d">x</a> <a href="%d.html">x</a>'):format(i, i) end
+    local files = { ["index.html"] = table.concat(links) }
+    for i = 1, 12 do files[i .. ".html"] = "" end
+    local start = quote(tree(files) .. "/index.html")
+    for _, n in ipairs { 1, 5, 100 } do
+      local output, code = crawler(("--at-once %d %s"):format(n, start))
+      local expected = "links: 25 to 13 places, 0 of them dead\ntried again: 0 times; at the same time: at most %d\n"
+      assert.equal(expected:format(math.min(n, 12)), output)
+      assert.equal(0, code)
+    end
+  end)
+
+  it("explains wrong arguments", function()
+    for _, arguments in ipairs { "--seed x", "--seed", "--flaky 2 a.md", "--flaky -1 a.md", "--at-once 0 a.md",
+      "--at-once 1.5 a.md", "--at-last 2", "-x", "a.md b.md" } do
+      local output, code = crawler(arguments)
+      assert.truthy(output:find("^usage: lua5.4 examples/crawler.lua"), arguments .. ": " .. output)
+      assert.equal(2, code)
+    end
   end)
 end)
