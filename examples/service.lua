@@ -143,7 +143,7 @@ local function server(listener)
     stopping:register(function() listener:stop() end)
     flow.shield(listener.serve, listener, function(stream) converse(stream, stopping) end, {
       grace = 5,
-      on_error = function(err) complain("a connection was lost: %s", err) end,
+      on_error = function(err) complain("%s", err) end,
     })
   end)
 end
