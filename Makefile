@@ -77,7 +77,7 @@ run test lint check bench:
 	@$(MAKE) do-$@
 
 do-run: build
-	@$(WITH_PATHS) exec "$(LUA)" examples/correlate.lua examples/data/access.log
+	@$(WITH_PATHS) exec "$(LUA)" examples/service.lua examples/data/access.log
 
 do-test: build
 	@$(WITH_PATHS) exec sh .ci/specs "$(LUA)" $(SPEC)

@@ -766,6 +766,23 @@ describe("listener:serve", function()
     helper.raises("ObjectDisposed", listener.accept, listener)
   end))
 
+  it("tells nobody of a connection that ended canceled, as a task does", connected(function()
+    local errors = {}
+    local source <close> = flow.CancellationTokenSource()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local server = listener:serve_async(function(s)
+      for line in s:lines(nil, source.token) do s:write(line, "\n") end
+    end, { grace = 5, on_error = function(err) errors[#errors + 1] = err end })
+    local c <close> = net.connect("127.0.0.1", listener.port)
+    c:write("hello\n")
+    assert.equal("hello", c:read_line())
+    source:cancel()
+    assert.is_nil(c:read())
+    listener:stop()
+    flow.await(server)
+    assert.same({}, errors)
+  end))
+
   it("tells errors to the handler of unobserved exceptions by default", connected(function()
     local seen
     flow.on_unobserved_exception(function(err) seen = err end)

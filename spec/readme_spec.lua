@@ -2,7 +2,8 @@
 --
 -- In every block of Lua, and in the examples, a comment that begins with `-->` is what is printed: the text
 -- after `--> `, a line each, from top to bottom, whether it stands behind code or on a line of its own. In it
--- `...` stands for anything. A program must print exactly that, end with 0 and write nothing to standard error.
+-- `...` stands for anything. A program must print exactly that, end with 0 (or the code that is given here) and write
+-- nothing to standard error.
 
 local helper = require "spec.helper"
 
@@ -24,13 +25,16 @@ local function promised(code)
 end
 
 -- What it prints. `name` is the file that it believes to be in: tracebacks have it.
-local function printed(code, name)
-  local output = helper.output(("assert(load(%q, %q))()"):format(code, "@" .. name))
-  return (output:gsub("\n$", ""))
+local function printed(code, name, exit_code)
+  local result = helper.child(("assert(load(%q, %q))()"):format(code, "@" .. name))
+  if result.code ~= (exit_code or 0) or result.err ~= "" then
+    error(("the program ended with %d: %s%s"):format(result.code, result.out, result.err), 0)
+  end
+  return (result.out:gsub("\n$", ""))
 end
 
-local function check(code, name)
-  local expected, output = promised(code), printed(code, name)
+local function check(code, name, exit_code)
+  local expected, output = promised(code), printed(code, name, exit_code)
   local pattern = expected:gsub("%p", "%%%0"):gsub("%%%.%%%.%%%.", "[^\n]*")
   if not output:find("^" .. pattern .. "$") then assert.equal(expected, output) end
 end
@@ -111,12 +115,14 @@ describe("README.md", function()
 end)
 
 describe("examples", function()
+  local exit_codes = { ["crawler.lua"] = 1 } -- it has found dead links
+
   for _, name in ipairs { "hello.lua", "cancel.lua", "locals.lua", "frame_loop.lua", "generator.lua", "middleware.lua",
-    "timeout.lua", "group.lua", "host.lua" } do
+    "timeout.lua", "group.lua", "host.lua", "pipeline.lua", "crawler.lua", "service.lua" } do
     it("print what they say they print: " .. name, function()
       local code = read("examples/" .. name)
       assert.not_equal("", promised(code))
-      check(code, name)
+      check(code, name, exit_codes[name])
     end)
   end
 end)
@@ -137,6 +143,8 @@ describe("this spec", function()
     assert.has_error(function() check("print(1 --> 1\n", "x.lua") end)
     assert.has_error(function() check("print(12, 3) --> 1...4\n", "x.lua") end)
     assert.has_error(function() check("print('a\\nb') --> a...\n", "x.lua") end)
+    assert.has_error(function() check("print(1) --> 1\n", "x.lua", 1) end)
+    check("print(1) --> 1\nos.exit(1, true)\n", "x.lua", 1)
     check("print(1) --> 1\n--> 2\nprint(2)\n", "x.lua")
     check("print(12, 3) --> 1...3\n", "x.lua")
   end)

@@ -239,7 +239,7 @@ end
 local function connection(state, fn, stream)
   local _ <close> = setmetatable({ state = state }, leaving)
   local ok, err = core.pcall(talk, fn, stream)
-  if not ok then state.on_error(err, stream) end
+  if not ok and not core.errors.is(err, "OperationCanceled") then state.on_error(err, stream) end
 end
 
 local function accept_all(listener, state, group, fn, max)
@@ -273,7 +273,8 @@ local serve_options = { max_connections = true, grace = true, on_error = true }
 ---Calls `fn(stream)` in a task of its own for each connection, and closes the stream when it returns. Returns when
 ---`listener:stop()` or `close` has been called and the last connection has ended. An error in a connection ends
 ---that one only: it is told to `on_error(err, stream)`, by default to the handler of `on_unobserved_exception`. So
----is a want of descriptors (`IO` with code EMFILE, without a stream); then connections wait until some are free.
+---is a want of descriptors (`IO` with code EMFILE, without a stream); then connections wait until some are free. One
+---that ends canceled (by a token of yours that it reads with) has not failed, and is told to nobody.
 ---Cancellation: cancels the connections, and raises when they have ended. The listener stays open.
 ---@param fn fun(stream: coflow.Stream)
 ---@param options? { max_connections?: integer, grace?: number, on_error?: fun(err: any, stream?: coflow.Stream) }
