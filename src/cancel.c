@@ -126,12 +126,10 @@ struct token *token_opt(lua_State *L, int i) {
   return k->never ? NULL : k;
 }
 
-struct token *token_new(lua_State *L, struct scope *s) {
-  uint32_t class = s ? TAG_AMBIENT : TAG_TOKEN;
+struct token *token_new(lua_State *L, bool ambient) {
+  uint32_t class = ambient ? TAG_AMBIENT : TAG_TOKEN;
   struct token *k = (struct token *)object_new(L, class, sizeof *k, TOKEN_EXPIRY);
   k->tag = TAG_TOKEN;
-  k->scope = s;
-  k->told = s != NULL && s->armed;
   link_init(&k->pendings);
   link_init(&k->links);
   return k;
@@ -140,6 +138,12 @@ struct token *token_new(lua_State *L, struct scope *s) {
 bool token_none(lua_State *L, int i) {
   const struct token *k = (const struct token *)object_test(L, i, TAG_TOKEN);
   return k != NULL && k->never;
+}
+
+void token_attach(struct token *k, struct scope *s) {
+  k->scope = s;
+  k->told = s->armed;
+  s->token = k;
 }
 
 void token_detach(struct token *k) { k->scope = NULL; }
@@ -178,7 +182,7 @@ void token_push_error(lua_State *L, int i) {
 }
 
 void token_push_canceled(lua_State *L, int reason) {
-  struct token *k = token_new(L, NULL);
+  struct token *k = token_new(L, false);
   k->canceled = true;
   lua_pushvalue(L, reason);
   lua_setiuservalue(L, -2, TOKEN_REASON);
@@ -588,17 +592,13 @@ static int l_run_callbacks(lua_State *L) {
 
 void expiry_land(lua_State *L, int i) {
   struct task *t = (struct task *)lua_touserdata(L, i);
+  module_push_function(L, l_cancel_token);
   task_forget(L, t);
   if (task_done(t)) return; /* disarmed in the meantime */
   t->state = TASK_SUCCEEDED;
-  lua_getiuservalue(L, i, OP_TOKEN);
-  int k = lua_gettop(L);
-  if (!((struct token *)lua_touserdata(L, k))->canceled) {
-    module_push_function(L, l_cancel_token);
-    lua_pushvalue(L, k);
-    if (lua_pcall(L, 1, 0, 0) != LUA_OK) error_report(L, -1, 0);
-  }
-  lua_settop(L, k - 1);
+  lua_getiuservalue(L, i, OP_TOKEN); /* function token */
+  if (((struct token *)lua_touserdata(L, -1))->canceled) return;
+  if (lua_pcall(L, 1, 0, 0) != LUA_OK) error_report(L, -1, 0);
 }
 
 void expiry_drop(lua_State *L, int i) {
@@ -804,7 +804,7 @@ static void arm(lua_State *L, int k, double seconds) {
 /* [-0, +1, m] a source and its token, whose index is returned */
 static int source_new(lua_State *L) {
   object_new(L, TAG_SOURCE, sizeof(struct source), 1);
-  token_new(L, NULL);
+  token_new(L, false);
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, -3, SOURCE_TOKEN);
   return lua_gettop(L);
@@ -988,10 +988,10 @@ void cancel_open(lua_State *L) {
                NULL);
   module_class(L, TAG_SOURCE, "coflow.CancellationTokenSource", source_methods, source_properties);
   module_finalized(L, TAG_TOKEN, TAG_AMBIENT, l_ambient_gc);
-  token_new(L, NULL)->never = true;
+  token_new(L, false)->never = true;
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NONE);
   lua_setfield(L, -2, "none");
-  token_new(L, NULL)->canceled = true;
+  token_new(L, false)->canceled = true;
   lua_setfield(L, -2, "canceled");
 }

@@ -474,7 +474,7 @@ static void tell_switch(lua_State *L, int old, int new) {
       bool had = push_seen(L, old, list + 1);
       push_seen(L, new, list + 1);
       if (had != (pass == 0) || lua_rawequal(L, -1, -2)) continue;
-      module_push_function(L, call_handler); /* list local previous current call */
+      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TELLER); /* list local previous current call */
       lua_getiuservalue(L, list + 1, LOCAL_HANDLER);
       lua_pushvalue(L, list + 2);
       lua_pushvalue(L, list + 3);
@@ -1064,6 +1064,8 @@ void context_open(lua_State *L) {
   module_class(L, TAG_CONTEXT, "coflow.ExecutionContext", context_methods, NULL);
   module_class(L, TAG_PAIR, "coflow.ContextPair", pair_methods, NULL);
   module_class(L, TAG_GUARD, "coflow.Scope", guard_methods, NULL);
+  module_push_function(L, call_handler);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_TELLER);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */
     struct context *c = node_new(L, false, 0, false);
     map_made(L, c, ++runtime(L)->next_serial);

@@ -342,8 +342,10 @@ enum runtime_uservalue {
   RUNTIME_HANDLER,     /* of unobserved exceptions: a function, false, or nil: the default */
   RUNTIME_LOCALS,      /* id -> AsyncLocal, weak values */
   RUNTIME_WATCHED,     /* list of the locals with a handler, weak values */
+  RUNTIME_TELLER,      /* the function that tells one of them */
   RUNTIME_SHOWN,       /* the context whose values the handlers saw last */
   RUNTIME_LANDER,      /* the function that lands what is on the landing list */
+  RUNTIME_PUMP,        /* the function that runs what is ready, and polls */
   RUNTIME_EMPTY,       /* the empty execution context */
   RUNTIME_NONE,        /* CancellationToken.none */
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
@@ -390,7 +392,7 @@ struct runtime {
   struct scope *idle_scopes;
   int idle_scope_count;
   struct task *ready, *ready_last;
-  struct task *landing, *landing_last;
+  struct task *landing, *landing_last, *lands; /* to land; the one that does */
   bool pumping, land_busy, stopping;
   bool resuming; /* a coroutine of ours is on top of the C stack */
   bool closed;
@@ -589,6 +591,7 @@ enum { FIBER_WATCHED = 1 };    /* user value of the watch: its coroutine */
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
                         struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
+void fiber_reserve(lua_State *L, struct runtime *rt); /* [-0, +0, m] the next fit cannot fail */
 struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments,
                         struct scope *s); /* [-(n+2), +1, m] the same, of the blank one on top */
 struct fiber *fiber_blank(lua_State *L);  /* [-0, +1, m] */
@@ -742,10 +745,11 @@ struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, n
 bool token_canceled(const struct token *k);
 bool token_none(lua_State *L, int i);    /* at i is `none`, which opts out of the scope as well */
 bool token_armed(const struct token *k); /* a deadline on it or above it will cancel it */
-bool token_armed_itself(const struct token *k);         /* … other than one of its scope */
-struct token *token_new(lua_State *L, struct scope *s); /* [-0, +1, m] that of s, or of a source */
-void token_push_canceled(lua_State *L, int reason);     /* [-0, +1, m] a new one */
-void token_link(struct token *k, struct link *l); /* l will be interrupted, while it is alive */
+bool token_armed_itself(const struct token *k);      /* … other than one of its scope */
+struct token *token_new(lua_State *L, bool ambient); /* [-0, +1, m] of a scope, or of a source */
+void token_attach(struct token *k, struct scope *s); /* it is that of the scope */
+void token_push_canceled(lua_State *L, int reason);  /* [-0, +1, m] a new one */
+void token_link(struct token *k, struct link *l);    /* l will be interrupted, while it is alive */
 void token_push_error(lua_State *L,
                       int i); /* [-0, +1, m] the OperationCanceled of the token at i */
 void token_mark(lua_State *L, int k, int reason, int cause,
@@ -961,7 +965,7 @@ static inline void loop_unready(struct runtime *rt,
 }
 void loop_land(lua_State *L, struct runtime *rt, int i,
                struct task *t);                       /* [-0, +0, -] at the end of this settling */
-void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] */
+void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
 int loop_run(
     lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
 void loop_init(struct runtime *rt);

@@ -94,8 +94,8 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
     lua_pushnil(L);
     return;
   }
-  if (co != L && lua_status(co) == LUA_OK &&
-      !lua_getstack(co, 0, &ar)) { /* not started: it lies below the call */
+  if (co != L &&
+      !lua_getstack(co, 0, &ar)) { /* not started, or it could not: it lies below the call */
     if (lua_gettop(co) <= BOTTOM)
       lua_pushnil(co);
     else
@@ -256,14 +256,20 @@ bool fiber_reuse(lua_State *L, int i) {
   return true;
 }
 
-/* [-(n+2), +1, m] gives the blank fiber on top a coroutine, with the function and arguments below it */
-static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *f, int arguments,
-                                struct scope *s) {
+static inline void reserve(lua_State *L, struct runtime *rt) {
   while (rt->idle_count == 0 || !is_idle(rt->idle[rt->idle_count - 1].co))
     if (rt->idle_count == 0)
       idle_grow(L, rt);
     else
       slots_free(L, UP_ANCHORS, &rt->free_slot, rt->idle[--rt->idle_count].slot);
+}
+
+void fiber_reserve(lua_State *L, struct runtime *rt) { reserve(L, rt); }
+
+/* [-(n+2), +1, m] gives the blank fiber on top a coroutine, with the function and arguments below it */
+static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *f, int arguments,
+                                struct scope *s) {
+  reserve(L, rt);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
   /* nothing raises from here: the coroutine leaves the idle ones and is the task's */

@@ -647,6 +647,12 @@ static void job_release(struct io *op) {
   struct file *f = j->file;
   if (j->fd >= 0) close(j->fd);
   if (j->made) rmdir(j->bytes.at);
+  if (j->fs.fs_type ==
+      UV_FS_SCANDIR) { /* libuv frees the last entry only when it is asked for the next */
+    uv_dirent_t e;
+    while (uv_fs_scandir_next(&j->fs, &e) >= 0)
+      ;
+  }
   uv_fs_req_cleanup(&j->fs);
   free(j->bytes.at);
   free(j->where);

@@ -237,7 +237,7 @@ static int l_token(lua_State *L) {
     return 1;
   }
   if (lua_getiuservalue(L, 1, GROUP_TOKEN) != LUA_TNIL) return 1;
-  token_new(L, NULL); /* nobody has asked before the end, and nobody cancels it now */
+  token_new(L, false); /* nobody has asked before the end, and nobody cancels it now */
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, 1, GROUP_TOKEN);
   return 1;

@@ -55,14 +55,17 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   rt->landing_last = t;
 }
 
-/* [-0, +0, m] */
-static void land(lua_State *L, struct task *t) {
+/* [-0, +0, m] If it fails for want of memory, which is before it has changed anything, land_again puts it back. */
+static void land(lua_State *L, struct runtime *rt, struct task *t) {
+  rt->lands = t;
   if (task_is(t, KIND_TICK)) { /* no object of Lua's */
-    periodic_land(L, runtime(L), t);
+    periodic_land(L, rt, t);
+    rt->lands = NULL;
     return;
   }
   if (task_done(t) && !task_is(t, KIND_IO)) { /* a finalizer linked it again while it was landing */
     task_forget(L, t);
+    rt->lands = NULL;
     return;
   }
   task_push(L, t);
@@ -83,6 +86,19 @@ static void land(lua_State *L, struct task *t) {
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);
+  rt->lands = NULL;
+}
+
+/* [-0, +0, -] a landing has failed: it is tried again on a later turn, before those that come after it */
+static void land_again(struct runtime *rt) {
+  struct task *t = rt->lands;
+  rt->lands = NULL;
+  if (t != NULL && (task_is(t, KIND_TICK) || t->slot != 0)) loop_ready(rt, t);
+  while ((t = rt->landing) != NULL) {
+    rt->landing = t->next;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    loop_ready(rt, t);
+  }
 }
 
 static int lander(lua_State *L) {
@@ -91,18 +107,23 @@ static int lander(lua_State *L) {
     struct task *t = rt->landing;
     rt->landing = t->next;
     t->flags &= (uint16_t)~TASK_LINKED;
-    land(L, t);
+    land(L, rt, t);
   }
   return 0;
 }
 
 void loop_land_all(lua_State *L, struct runtime *rt) {
   if (rt->land_busy) return;
+  struct task *outer = rt->lands;
   rt->land_busy = true;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LANDER);
-  int status = lua_pcall(L, 0, 0, 0);
+  if (lua_pcall(L, 0, 0, 0) !=
+      LUA_OK) { /* out of memory, which is not to be told to who completed something */
+    lua_pop(L, 1);
+    land_again(rt);
+  }
   rt->land_busy = false;
-  if (status != LUA_OK) lua_error(L); /* out of memory; what is left lands with the next one */
+  rt->lands = outer;
 }
 
 /* ---- the pump ---- */
@@ -111,7 +132,7 @@ static void run_one(lua_State *L, struct runtime *rt) {
   struct task *t = rt->ready;
   loop_unready(rt, t);
   if (!task_is(t, KIND_FIBER))
-    land(L, t);
+    land(L, rt, t);
   else if (t->flags & TASK_ABANDONED)
     fiber_close(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
@@ -479,7 +500,7 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   rt->pumping = true;
   rt->stopping = false;
   rt->signaled = 0;
-  module_push_function(L, pump);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_PUMP); /* creates nothing: who has been queued is run */
   if (i != 0)
     lua_pushvalue(L, i);
   else
@@ -487,6 +508,10 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   lua_pushinteger(L, mode);
   int status = lua_pcall(L, 2, 1, 0);
   rt->pumping = false;
+  if (status != LUA_OK) { /* out of memory */
+    rt->land_busy = false;
+    land_again(rt);
+  }
   context_switched(L, rt, rt->outside);
   if (status != LUA_OK) lua_error(L);
   enum drive_end end = (enum drive_end)lua_tointeger(L, -1);
@@ -664,4 +689,6 @@ void loop_open(lua_State *L) {
   lua_setfield(L, -2, "loop");
   module_push_function(L, lander);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LANDER);
+  module_push_function(L, pump);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_PUMP);
 }

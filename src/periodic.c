@@ -208,19 +208,16 @@ void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d, double 
     deadline_rest(rt, d);
 }
 
-/* [-0, +n, m] runs the function of the Timer at i, whose deadline had that index, as a task. Most of these tasks
-** end at once, and nobody has seen them: then the next one is made of the same object. */
-static void start(lua_State *L, struct runtime *rt, int i, uint32_t index) {
+/* [-0, +n, m] runs the function of the Timer at i, whose deadline had that index, as the blank task on top. Most of
+** these tasks end at once, and nobody has seen them: then the next one is made of the same object. */
+static void start(lua_State *L, struct runtime *rt, int i, uint32_t index, bool spare) {
+  int task = lua_gettop(L) + 1; /* below it comes the origin */
   lua_getiuservalue(L, i, TIMER_ORIGIN);
   const struct origin *o = (const struct origin *)lua_touserdata(L, -1);
-  lua_getiuservalue(L, i, TIMER_FUNCTION); /* origin fn */
-  bool spare = lua_getiuservalue(L, UP_RUNTIME, RUNTIME_SPARE) == LUA_TUSERDATA;
-  if (!spare) {
-    lua_pop(L, 1);
-    fiber_blank(L);
-  }
+  lua_insert(L, -2);
+  lua_getiuservalue(L, i, TIMER_FUNCTION);
+  lua_insert(L, -2);                                                          /* origin fn task */
   struct fiber *f = fiber_fit(L, rt, 0, o && o->scope ? o->scope : rt->root); /* origin task */
-  int task = lua_gettop(L);
   if (o != NULL)
     lua_getiuservalue(L, task - 1, ORIGIN_CONTEXT);
   else
@@ -243,19 +240,26 @@ void periodic_land(lua_State *L, struct runtime *rt, struct task *tick) {
   struct timer *t = ((struct tick *)(void *)tick)->timer;
   struct deadline *d = &t->deadline;
   int top = lua_gettop(L);
-  bool ticked = d->ticked;
   uint32_t index = d->index;
-  tick->next = rt->idle_ticks;
-  rt->idle_ticks = tick;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TIMERS);
   lua_rawgeti(L, -1, (lua_Integer)index); /* timers timer */
+  bool spare = lua_getiuservalue(L, UP_RUNTIME, RUNTIME_SPARE) == LUA_TUSERDATA;
+  if (!spare) {
+    lua_pop(L, 1);
+    fiber_blank(L);
+  }
+  fiber_reserve(L, rt); /* timers timer task: nothing more is needed, so the tick is taken now */
+  tick->next = rt->idle_ticks;
+  rt->idle_ticks = tick;
+  bool ticked = d->ticked;
   d->queued = d->ticked = false;
   if (deadline_rests(rt, d)) {
     lua_pushboolean(L, 0); /* not nil, so that the table stays an array */
-    lua_rawseti(L, -3, (lua_Integer)index);
+    lua_rawseti(L, top + 1, (lua_Integer)index);
     deadline_drop(rt, d);
   }
-  if (ticked) start(L, rt, top + 2, index);
+  rt->lands = NULL;
+  if (ticked) start(L, rt, top + 2, index, spare);
   lua_settop(L, top);
 }
 

@@ -332,7 +332,7 @@ void scope_push_token(lua_State *L, struct scope *s) {
   luaL_checkstack(L, 10, NULL);
   if (push_known_token(L, s)) return;
   lua_pop(L, 1);
-  struct token *k = token_new(L, s);
+  struct token *k = token_new(L, true);
   if (push_known_token(L, s)) { /* a finalizer has asked as well */
     lua_remove(L, -2);
     return;
@@ -340,7 +340,7 @@ void scope_push_token(lua_State *L, struct scope *s) {
   lua_pop(L, 1);
   task_weaken(L, -1); /* into the table of what may die */
   if (!s->canceled && s->owner != NULL) hold_token(L, s);
-  s->token = k;
+  token_attach(k, s); /* only now: it may be left to the collector before */
   if (!s->canceled) return;
   scope_push_token(L, s->origin); /* which has one: it had one when it was canceled */
   token_inherit(L, -2, -1);

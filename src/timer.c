@@ -28,6 +28,11 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
     periodic_fire(L, rt, d, now);
     return;
   }
+  if (d->kind == DEADLINE_SCOPE) {
+    scope_expire(L, rt, container_of(d, struct scope, deadline));
+    deadline_drop(rt, d); /* only now: what fails for want of memory is still due */
+    return;
+  }
   deadline_drop(rt, d);
   switch (d->kind) {
     case DEADLINE_NAP: {
@@ -37,15 +42,13 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
       t->state = TASK_QUEUED;
       break;
     }
-    case DEADLINE_TIMED:
+    default:
       t = &container_of(d, struct timed, deadline)->pending.task;
       if (waiter_is_queued(t)) {
         task_push(L, t);
         waiter_withdraw(L, -1, false);
         lua_pop(L, 1);
       }
-      break;
-    default: scope_expire(L, rt, container_of(d, struct scope, deadline)); return;
   }
   t->flags |= TASK_EXPIRED;
   loop_ready(rt, t);
