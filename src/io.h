@@ -170,6 +170,8 @@ void tcp_open(lua_State *L);
 
 /* ---- signal.c ---- */
 
+const char *signal_name(int number); /* "SIGTERM"; NULL: it has none */
+int signal_number(const char *name); /* 0: no such signal */
 void signal_land(lua_State *L, int i);
 void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
 void signal_open(lua_State *L);
