@@ -176,5 +176,11 @@ void signal_land(lua_State *L, int i);
 void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
 void signal_open(lua_State *L);
 
+/* ---- process.c ---- */
+
+bool process_is_child(const uv_handle_t *h); /* it is one that runs, and is not detached */
+void process_end_all(struct runtime *rt); /* the state is closing: ends those that run. No Lua. */
+void process_open(lua_State *L);
+
 #pragma GCC visibility pop
 #endif
