@@ -838,6 +838,24 @@ describe("processes in virtual time", function()
     end)
   end)
 
+  it("are not left behind by a test", function()
+    local pid
+    local err = raises("InvalidOperation", testing.run, function()
+      pid = sh("exec sleep 100").pid
+    end)
+    assert.matches("left something behind", err.message)
+    assert.matches("process " .. pid .. " runs", err.message, 1, true)
+    flow.run(until_true, function() return status_of(pid) == nil end)
+    testing.run(function()
+      local p = sh("exec sleep 100", { detached = true })
+      pid = p.pid
+    end)
+    flow.run(function()
+      process.run { "sh", "-c", "kill " .. pid }
+      until_true(function() return status_of(pid) == nil end)
+    end)
+  end)
+
   it("follow a seed", function()
     testing.explore(function()
       local a, b = process.run_async({ "cat" }, "a"), process.run_async({ "cat" }, "b")
