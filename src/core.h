@@ -89,11 +89,12 @@ enum tag {
   TAG_FILE = 0xC0F12400,
   TAG_WATCHER = 0xC0F12500,
   TAG_STREAM = 0xC0F12600,
-  TAG_LISTENER = 0xC0F12700
+  TAG_LISTENER = 0xC0F12700,
+  TAG_PROCESS = 0xC0F12800
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_LISTENER)
+#define TAG_LAST TAG_CLASS(TAG_PROCESS)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -449,6 +450,7 @@ struct runtime {
   struct caught *caught; /* a list of the handles of signals */
   struct link flights;   /* the operations that libuv has in hands (io.c) */
   struct link handles;   /* from their init to their close callback (handle.c) */
+  struct link children;  /* that run (process.c) */
   struct slab *slab;     /* where streams read to (uvstream.c) */
   uv_loop_t loop;
   int loop_error; /* why it could not be opened */

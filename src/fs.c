@@ -1131,6 +1131,13 @@ static struct file *check_file(lua_State *L) {
   return NULL;
 }
 
+int file_lend(struct file *f) {
+  if (f->fd < 0 || f->closing) return UV_EBADF;
+  if (f->running != NULL || (!f->seekable && f->length > 0)) return UV_EBUSY;
+  if (f->seekable) lseek(f->fd, (off_t)f->position, SEEK_SET); /* the position is kept here */
+  return f->fd;
+}
+
 /* [-0, +1, e] a job of the file at index 1, with the token at k */
 static struct job *begin_for(lua_State *L, int k, const struct io_class *class,
                              ssize_t (*run)(struct job *), bool (*ready)(struct job *)) {

@@ -65,6 +65,10 @@ void io_open(lua_State *L);              /* [-0, +0, m] before all that begins o
 
 /* ---- fs.c, watch.c, dns.c ---- */
 
+struct file;
+/* what a child gets: the descriptor, which stands at the position of the file; UV_EBADF: it is closed, UV_EBUSY: it
+** is in use, or has more than the system knows of */
+int file_lend(struct file *f);
 void fs_open(lua_State *L);
 void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */
 void dns_open(lua_State *L);
@@ -149,6 +153,7 @@ struct stream *stream_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] n
 int stream_init(struct stream *s);                              /* a status of libuv. No Lua. */
 int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
 uv_stream_t *stream_uv(struct stream *s);
+int stream_lend(struct stream *s);       /* what a child gets: as file_lend. No Lua. */
 void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
 void stream_open(lua_State *L);
 void stream_free(struct runtime *rt); /* the state is closed */
@@ -165,9 +170,17 @@ void tcp_open(lua_State *L);
 
 /* ---- signal.c ---- */
 
+const char *signal_name(int number); /* "SIGTERM"; NULL: it has none */
+int signal_number(const char *name); /* 0: no such signal */
 void signal_land(lua_State *L, int i);
 void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
 void signal_open(lua_State *L);
+
+/* ---- process.c ---- */
+
+bool process_is_child(const uv_handle_t *h); /* it is one that runs, and is not detached */
+void process_end_all(struct runtime *rt); /* the state is closing: ends those that run. No Lua. */
+void process_open(lua_State *L);
 
 #pragma GCC visibility pop
 #endif

@@ -311,6 +311,7 @@ void loop_init(struct runtime *rt) {
   link_init(&rt->catchers);
   link_init(&rt->flights);
   link_init(&rt->handles);
+  link_init(&rt->children);
   rt->closed = false;
 }
 
@@ -318,8 +319,9 @@ void loop_init(struct runtime *rt) {
 ** pool is stuck in a system call, and may still write where it was told to. */
 static bool close_uv(struct runtime *rt) {
   uv_handle_t *timer = (uv_handle_t *)&rt->timer;
-  double end = (double)uv_hrtime() / 1e9 + CLOSE_SECONDS;
   io_abort_all(rt);
+  process_end_all(rt);
+  double end = (double)uv_hrtime() / 1e9 + CLOSE_SECONDS;
   handle_close_all(rt);
   uv_walk(&rt->loop, close_any, timer);
   uv_unref(timer); /* it bounds each wait, and is no reason for one */

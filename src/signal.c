@@ -21,6 +21,7 @@
 #include "io.h"
 
 #include <signal.h>
+#include <string.h>
 
 enum { NUMBERS = 32 }; /* the names below are of lower ones */
 enum { CATCHER_PROMISE = 1 };
@@ -39,20 +40,43 @@ struct caught {
   uv_signal_t uv;
 };
 
-static const struct {
+struct name {
   const char *name;
   int number;
-} names[] = {{"SIGHUP", SIGHUP},   {"SIGINT", SIGINT},
-             {"SIGQUIT", SIGQUIT}, {"SIGABRT", SIGABRT},
-             {"SIGUSR1", SIGUSR1}, {"SIGUSR2", SIGUSR2},
-             {"SIGPIPE", SIGPIPE}, {"SIGALRM", SIGALRM},
-             {"SIGTERM", SIGTERM}, {"SIGCHLD", SIGCHLD},
-             {"SIGCONT", SIGCONT}, {"SIGTSTP", SIGTSTP},
-             {"SIGTTIN", SIGTTIN}, {"SIGTTOU", SIGTTOU},
-             {"SIGURG", SIGURG},   {"SIGXCPU", SIGXCPU},
-             {"SIGXFSZ", SIGXFSZ}, {"SIGVTALRM", SIGVTALRM},
-             {"SIGPROF", SIGPROF}, {"SIGWINCH", SIGWINCH},
-             {"SIGIO", SIGIO},     {NULL, 0}};
+};
+static const struct name names[] = {{"SIGHUP", SIGHUP},   {"SIGINT", SIGINT},
+                                    {"SIGQUIT", SIGQUIT}, {"SIGABRT", SIGABRT},
+                                    {"SIGUSR1", SIGUSR1}, {"SIGUSR2", SIGUSR2},
+                                    {"SIGPIPE", SIGPIPE}, {"SIGALRM", SIGALRM},
+                                    {"SIGTERM", SIGTERM}, {"SIGCHLD", SIGCHLD},
+                                    {"SIGCONT", SIGCONT}, {"SIGTSTP", SIGTSTP},
+                                    {"SIGTTIN", SIGTTIN}, {"SIGTTOU", SIGTTOU},
+                                    {"SIGURG", SIGURG},   {"SIGXCPU", SIGXCPU},
+                                    {"SIGXFSZ", SIGXFSZ}, {"SIGVTALRM", SIGVTALRM},
+                                    {"SIGPROF", SIGPROF}, {"SIGWINCH", SIGWINCH},
+                                    {"SIGIO", SIGIO},     {NULL, 0}};
+
+/* those that only end or stop a process: nobody catches them here */
+static const struct name others[] = {
+    {"SIGKILL", SIGKILL}, {"SIGSTOP", SIGSTOP}, {"SIGSEGV", SIGSEGV},
+    {"SIGBUS", SIGBUS},   {"SIGILL", SIGILL},   {"SIGFPE", SIGFPE},
+    {"SIGTRAP", SIGTRAP}, {"SIGSYS", SIGSYS},   {NULL, 0}};
+
+const char *signal_name(int number) {
+  for (int i = 0; names[i].name; i++)
+    if (names[i].number == number) return names[i].name;
+  for (int i = 0; others[i].name; i++)
+    if (others[i].number == number) return others[i].name;
+  return NULL;
+}
+
+int signal_number(const char *name) {
+  for (int i = 0; names[i].name; i++)
+    if (strcmp(names[i].name, name) == 0) return names[i].number;
+  for (int i = 0; others[i].name; i++)
+    if (strcmp(others[i].name, name) == 0) return others[i].number;
+  return 0;
+}
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
 

@@ -23,8 +23,9 @@
 ** Source:    splitmix64 (Steele, Lea, Flood 2014); autojump clock and leak checks: trio.
 ** SPDX-License-Identifier: MIT
 */
-#include "waiter.h"
+#include "io.h"
 
+#include <signal.h>
 #include <string.h>
 
 enum { WINDOW = 64, PATIENCE = 256 };
@@ -206,12 +207,13 @@ struct handles {
 
 static void note_handle(uv_handle_t *h, void *arg) {
   struct handles *list = (struct handles *)arg;
-  if (uv_is_closing(h) || !uv_has_ref(h)) return;
+  if (uv_is_closing(h) || !(uv_has_ref(h) || process_is_child(h))) return;
   if (list->count < list->size) list->at[list->count] = h;
   list->count++;
 }
 
-/* [-0, +1, m] the open handles that keep a loop alive, without our timer; the userdata keeps the list */
+/* [-0, +1, m] the open handles that keep a loop alive, and the children that run; without our timer. The userdata
+** keeps the list. */
 static struct handles list_handles(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct handles list = {0, 0, NULL};
@@ -368,7 +370,10 @@ static int l_left(lua_State *L) {
   struct handles list = list_handles(L);
   for (size_t i = 0; i < list.count; i++, lua_settop(L, 3)) {
     if (lua_rawgetp(L, 2, list.at[i]) != LUA_TNIL) continue;
-    lua_pushfstring(L, "an open %s handle", uv_handle_type_name(list.at[i]->type));
+    if (process_is_child(list.at[i]))
+      lua_pushfstring(L, "process %d runs", uv_process_get_pid((uv_process_t *)list.at[i]));
+    else
+      lua_pushfstring(L, "an open %s handle", uv_handle_type_name(list.at[i]->type));
     lua_rawseti(L, 1, ++count);
   }
   lua_settop(L, 1);
@@ -376,7 +381,7 @@ static int l_left(lua_State *L) {
 }
 
 /* give_up(): tasks that are left are closed on a later turn; what the others wait for is canceled, Timers
-** are disarmed */
+** are disarmed, children killed */
 static int l_give_up(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_settop(L, 0);
@@ -397,6 +402,11 @@ static int l_give_up(lua_State *L) {
   double due;
   for (uint32_t index = 1; index < timer_end(rt); index++, lua_settop(L, 1))
     if (push_left_timer(L, index, &due)) periodic_disarm(L, -1);
+  bool running = lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE) == LUA_TTABLE;
+  struct handles list = list_handles(L);
+  for (size_t i = 0; running && i < list.count; i++, lua_settop(L, 3))
+    if (lua_rawgetp(L, 2, list.at[i]) == LUA_TNIL && process_is_child(list.at[i]))
+      uv_process_kill((uv_process_t *)list.at[i], SIGKILL);
   while (rt->idlers != NULL) {
     struct task *t = rt->idlers;
     rt->idlers = t->next;

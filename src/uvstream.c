@@ -290,7 +290,11 @@ static void end_writing(struct stream *s) {
   uv_os_fd_t fd;
   if (!s->shut || s->ended || s->queued > 0 || s->handle.uv == NULL || s->handle.closing) return;
   s->ended = true;
-  if (uv_fileno(s->handle.uv, &fd) == 0 && shutdown(fd, SHUT_WR) != 0 && errno != ENOTCONN)
+  if (uv_fileno(s->handle.uv, &fd) != 0 || shutdown(fd, SHUT_WR) == 0 || errno == ENOTCONN) return;
+  if (errno == ENOTSOCK)
+    handle_close(
+        &s->handle); /* a pipe without a name goes one way: there is no other side to keep */
+  else
     s->write_status = uv_translate_sys_error(errno);
 }
 
@@ -453,6 +457,15 @@ void stream_free(struct runtime *rt) {
 }
 
 uv_stream_t *stream_uv(struct stream *s) { return &s->uv.stream; }
+
+int stream_lend(struct stream *s) {
+  uv_os_fd_t fd;
+  if (s->handle.disposed || s->broken || s->handle.closing || s->handle.uv == NULL) return UV_EBADF;
+  if (waiter_any(&s->readers) || waiter_any(&s->writers) || waiter_any(&s->flushers) ||
+      s->queued > 0 || available(s) > 0)
+    return UV_EBUSY;
+  return uv_fileno(s->handle.uv, &fd) == 0 ? fd : UV_EBADF;
+}
 
 /* ---- Lua face ---- */
 
@@ -956,6 +969,7 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
     if (f != NULL && s->queued > 0) fiber_here(L, s->handle.rt);
     s->shut = true;
     end_writing(s);
+    handle_changed(L, 1); /* it may be closing */
   }
   return f != NULL ? handle_ask(L, &s->handle, &r, 2, f) : handle_ask_async(L, &s->handle, &r, 2);
 }
@@ -1082,6 +1096,10 @@ static void land(lua_State *L, struct handle *h, int i) {
   struct request flush = {.verb = &flush_verb, .what = FLUSH_WAITING};
   struct request end = {.verb = &close_verb, .what = FLUSH_WAITING};
   forget_strings(L, s, i);
+  if (h->uv == NULL) { /* on_close knows nothing of them */
+    lua_pushnil(L);
+    lua_setiuservalue(L, i, STREAM_STRINGS);
+  }
   if (s->broken) refuse_all(L, i, s);
   if (waiter_any(&s->readers) && s->ask.what == ASK_SOME) answer_some(L, i, s);
   if (waiter_any(&s->readers)) handle_answer(L, i, h, &s->ask);

@@ -1562,6 +1562,28 @@ function Listener:close() end
 ---The same.
 function Listener:dispose() end
 
+-- Processes (coflow.process) -------------------------------------------------------------------------
+--
+-- flow.process, or require "coflow.process": spawn, run, and what waits for a process and ends it are there.
+
+---A program that was started by `spawn`. One that is forgotten goes on, with its pipes closed, and leaves no zombie; so
+---that none is forgotten, `local p <close> = process.spawn { … }`. Those that run when the state closes are ended, but
+---for those that are detached: SIGTERM, after a second SIGKILL.
+---@class coflow.Process
+---@field pid integer
+---@field stdin coflow.Stream? to write to, if it was given a pipe; `close` it, or `shutdown`: its input ends
+---@field stdout coflow.Stream? to read from
+---@field stderr coflow.Stream?
+---@field is_running boolean
+---@field is_detached boolean
+local Process = {}
+
+---Sends it a signal, and does not wait. Nothing else follows: that is `close`.
+---Raises: IO with code EPERM, if it is somebody else's now.
+---@param signal? string "SIGTERM" by default
+---@return boolean sent false: it had ended
+function Process:kill(signal) end
+
 -- The loop ----------------------------------------------------------------------------------------
 
 ---The event loop itself, for those who drive it by hand.
