@@ -370,18 +370,18 @@ describe("a request for memory that fails", function()
       local scenario = scenarios[name]
       flow.on_unobserved_exception(false)
       finally(function()
-        fail(0)
+        fail()
         flow.run(helper.collect)
         flow.on_unobserved_exception(nil)
       end)
       for _ = 1, 3 do flow.run(scenario) end -- what is kept for later is there then
       local step = os.getenv("COFLOW_GC_STRESS") and 13 or 1
-      local failed, n, requests = 0, 1 - step, nil
+      local failed, n, requests = 0, 1 - step
       repeat
         n = n + step
         fail(n)
         local ok = pcall(flow.run, scenario)
-        requests = fail(0)
+        requests = fail()
         if not ok then failed = failed + 1 end
         assert.is_true(flow.run(works))
       until requests < n

@@ -23,16 +23,15 @@ static void *allocate(void *ud, void *p, size_t old, size_t size) {
   return original(original_ud, p, old, size);
 }
 
-/* fail(n) -> how many requests there were since the last call: the n-th from now on fails; 0: none */
+/* fail(n) -> how many requests there were since the last call: the n-th from now on fails. fail(): none, by the
+** usual allocator; this module may be unloaded then */
 static int l_fail(lua_State *L) {
-  lua_Integer n = luaL_checkinteger(L, 1);
-  if (original == NULL) {
-    original = lua_getallocf(L, &original_ud);
-    lua_setallocf(L, allocate, NULL);
-  }
+  lua_Integer n = luaL_optinteger(L, 1, 0);
+  if (original == NULL) original = lua_getallocf(L, &original_ud);
+  lua_setallocf(L, n > 0 ? allocate : original, original_ud);
   lua_pushinteger(L, count);
   count = 0;
-  fail_at = n > 0 ? n : -1;
+  fail_at = n;
   return 1;
 }
 
