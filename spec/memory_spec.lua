@@ -7,6 +7,8 @@ local helper = require "spec.helper"
 
 local function identity(...) return ... end
 
+local LONG = 0.02 -- seconds that are waited for only if what ends the wait has failed
+
 local function raised(fn, ...)
   local ok, err = pcall(fn, ...)
   assert(not ok)
@@ -97,21 +99,21 @@ function scenarios.tokens()
   first:unregister()
   local linked <close> = flow.CancellationTokenSource.linked(source.token)
   linked.token:register(identity)
-  local asleep = flow.spawn(flow.sleep, 10, linked.token)
+  local asleep = flow.spawn(flow.sleep, LONG, linked.token)
   flow.yield()
   source:cancel("reason")
   assert(n == 1 and not flow.try_await(asleep))
   local soon <close> = flow.CancellationTokenSource(0.0001)
-  assert(not flow.try_await(flow.delay(5, soon.token)))
+  assert(not flow.try_await(flow.delay(LONG, soon.token)))
 end
 
 function scenarios.scopes()
   flow.with_timeout(5, flow.yield)
-  raised(flow.with_timeout, 0.0001, flow.sleep, 5)
+  raised(flow.with_timeout, 0.0001, flow.sleep, LONG)
   flow.shield(flow.yield)
   flow.shield({ grace = 1 }, flow.yield)
   flow.with_cancellation(flow.CancellationTokenSource().token, flow.yield)
-  local task = flow.spawn(flow.with_timeout, 3, flow.sleep, 10)
+  local task = flow.spawn(flow.with_timeout, 3, flow.sleep, LONG)
   flow.yield()
   task:cancel("reason")
   assert(not flow.try_await(task))
@@ -125,14 +127,14 @@ function scenarios.groups()
   assert(result == 5)
   raised(flow.task_group, function(group)
     group:spawn(error, "boom")
-    group:spawn(flow.sleep, 5)
+    group:spawn(flow.sleep, LONG)
   end)
-  assert(flow.race { identity, function() flow.sleep(9) end } == nil)
+  assert(flow.race { identity, function() flow.sleep(LONG) end } == nil)
   flow.task_group(function(group)
     group:spawn(group.wait_stopping, group)
     flow.yield()
     group:stop()
-  end, { grace = 1, policy = "supervise" })
+  end, { grace = LONG, policy = "supervise" })
 end
 
 function scenarios.time()
@@ -142,12 +144,12 @@ function scenarios.time()
     if n == 2 then done:set_result() end
   end, 0.0001, 0.0001)
   flow.await(done.task)
-  timer:change(5)
+  timer:change(LONG)
   local periodic <close> = flow.PeriodicTimer(0.0001)
   periodic:wait_for_next_tick()
   flow.await(periodic:wait_for_next_tick_async())
-  flow.await(flow.delay(0.0001):wait_async(4))
-  assert(not flow.try_await(flow.delay(3):wait_async(0.0001)))
+  flow.await(flow.delay(0.0001):wait_async(LONG))
+  assert(not flow.try_await(flow.delay(LONG):wait_async(0.0001)))
 end
 
 function scenarios.channels()
@@ -271,8 +273,8 @@ function scenarios.loops_and_caches()
 end
 
 function scenarios.services()
-  local host = flow.Host { shutdown_timeout = 3 }
-  host:add(flow.BackgroundService(function(token) flow.sleep(10, token) end))
+  local host = flow.Host { shutdown_timeout = LONG }
+  host:add(flow.BackgroundService(function(token) flow.sleep(LONG, token) end))
   host:start()
   flow.yield()
   host:stop()
@@ -321,7 +323,7 @@ function scenarios.files()
 end
 
 function scenarios.sockets() -- the peer may be what failed
-  flow.with_timeout(0.2, function()
+  flow.with_timeout(LONG, function()
     local listener <close> = flow.net.listen("127.0.0.1", 0)
     local server = flow.spawn(function()
       local stream <close> = listener:accept()
