@@ -557,6 +557,78 @@ describe("the coroutine of a task", function()
   end)
 end)
 
+describe("the coroutine of a task that has ended", function()
+  local kept
+
+  -- A task that ends, whose coroutine is the next one's.
+  local function keep()
+    flow.await(flow.spawn(function() kept = coroutine.running() end))
+  end
+
+  it("is dead when it is resumed", helper.in_task(function()
+    keep()
+    assert.same({ false, "cannot resume dead coroutine" }, { coroutine.resume(kept) })
+    assert.equal(1, flow.await(flow.spawn(function() return 1 end)))
+  end))
+
+  it("starts no other task when it is resumed", helper.in_task(function()
+    keep()
+    local n = 0
+    local task = flow.spawn(function(...)
+      n = n + 1
+      flow.yield()
+      return ...
+    end, 1, nil, 3)
+    for _ = 1, 3 do coroutine.resume(kept, "stranger") end
+    assert.equal(0, n)
+    assert.equal("waiting_to_run", task.status)
+    assert.same({ 1, nil, 3 }, { flow.await(task) })
+    assert.equal(1, n)
+  end))
+
+  for how, start in pairs {
+    queued = function(fn) return flow.spawn(fn) end,
+    cold = function(fn) return flow.Task.new(fn) end,
+    continuation = function(fn) return flow.TaskCompletionSource().task:continue_with(fn) end,
+    scheduled = function(fn) return flow.spawn_on(flow.TaskScheduler.limited(1), fn) end,
+  } do
+    for look, await in pairs {
+      await = flow.try_await,
+      when_all = function(task) return flow.try_await(flow.when_all(task)) end,
+      await_any = function(task) return pcall(function() return flow.await(flow.await_any(task, flow.TaskCompletionSource().task)) end) end,
+      start = function(task)
+        local ok, err = pcall(task.start, task)
+        return ok, task.exception and err
+      end,
+      status = function(task) return task.status ~= "faulted" and "running" or false, task.exception end,
+    } do
+      if look ~= "start" or how == "cold" then
+        it(("takes a %s task with it when it is closed, which is told: %s"):format(how, look), helper.in_task(function()
+          keep()
+          local task = start(function() end)
+          coroutine.close(kept)
+          local ok, err = await(task)
+          if ok == "running" then ok, err = flow.try_await(task) end
+          assert.is_false(ok)
+          helper.is_error("InvalidOperation", err, look == "start" and "" or "somebody has closed the coroutine of task")
+        end))
+      end
+    end
+  end
+
+  for _, limit in ipairs { 1, 2 } do
+    it("fails a group when it is closed and a child's, limit " .. limit, helper.in_task(function()
+      local err = helper.raised(flow.task_group, function(group)
+        group:spawn(flow.sleep, 1)
+        keep()
+        group:spawn(function() end)
+        coroutine.close(kept)
+      end, { limit = limit })
+      helper.is_error("InvalidOperation", err, "somebody has closed")
+    end))
+  end
+end)
+
 describe("finalizers and metamethods", function()
   it("called by hand, on their own objects and on others, crash nothing", function()
     assert.equal("survived\n", helper.output [[

@@ -178,7 +178,7 @@ static void watch_inputs(lua_State *L, struct combine *c) {
   for (uint32_t k = 0; k < c->count; k++) {
     lua_rawgeti(L, inputs, (lua_Integer)k + 1);
     struct task *t = (struct task *)lua_touserdata(L, -1);
-    if (t->waiters == NULL && !task_done(t)) {
+    if (t->waiters == NULL && !task_done(t) && !fiber_is_lost(t)) {
       wait_first(L, inputs + 1, t, &c->waits[k], 1, WAIT_INPUT + k);
       c->left++;
     } else if (wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k))
@@ -640,6 +640,10 @@ static uint32_t first_done(lua_State *L, const struct combine *c, uint32_t k) {
 static bool watch_plain(lua_State *L, struct combine *c, uint32_t k, int i) {
   struct task *t = (struct task *)object_test(L, -1, TAG_TASK);
   if (t == NULL) return false;
+  if (fiber_is_lost(t)) {
+    c->later = true;
+    return true;
+  }
   if (task_done(t)) {
     if (!c->fired && task_is(&c->task, KIND_ANY)) {
       c->first = k;

@@ -351,6 +351,7 @@ enum runtime_uservalue {
   RUNTIME_NONE,        /* CancellationToken.none */
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
+  RUNTIME_STRANGER,    /* called when somebody else resumes one that is about to start */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
   RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
                   ** made in a scope (periodic.c) */
@@ -405,6 +406,8 @@ struct runtime {
   struct level *level;    /* the innermost coroutine of ours that is resumed now */
   int inlined; /* how many more awaits may run their task in place before the pump polls */
 
+  bool
+      meddled; /* somebody has resumed or closed a coroutine that is idle or another task's: look at each */
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
   size_t idle_count, idle_size;
   int free_slot;       /* of the anchors */
@@ -675,7 +678,11 @@ void fiber_await_open(lua_State *L);
 void fiber_abandon(lua_State *L, int i,
                    struct fiber *f); /* [-0, +0, -] the pump will close the parked one at i */
 void fiber_close(lua_State *L, struct runtime *rt,
-                 struct fiber *f);                 /* [-0, +0, -] an abandoned one */
+                 struct fiber *f); /* [-0, +0, -] an abandoned one */
+static inline bool fiber_is_lost(const struct task *t) {
+  return t->slot == 0 && task_is(t, KIND_FIBER) && !task_done(t);
+}
+void fiber_settle_lost(lua_State *L, int i);       /* [-0, +0, m] the one at i fails */
 void fiber_push_closed(lua_State *L, int i);       /* [-0, +1, m] the error of one closed so */
 void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
 void fiber_abandon_open(lua_State *L);
@@ -834,8 +841,12 @@ void scope_open_all(lua_State *L);
 
 /* ---- group.c: task groups ---- */
 
+struct group;
 void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
                        bool well); /* [-0, +0, m] before it settles; else its error is on top */
+struct group *group_leave(struct fiber *f); /* the group that the child is in no more */
+void group_child_lost(lua_State *L, struct runtime *rt,
+                      struct group *g);     /* [-0, +0, m] after that */
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
 void group_open(lua_State *L);
@@ -965,6 +976,7 @@ static inline void loop_unready(struct runtime *rt,
   t->next = NULL;
   t->flags &= (uint16_t)~TASK_LINKED;
 }
+void loop_remove(struct runtime *rt, struct task *t); /* from anywhere on the list */
 void loop_land(lua_State *L, struct runtime *rt, int i,
                struct task *t);                       /* [-0, +0, -] at the end of this settling */
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */

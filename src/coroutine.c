@@ -281,6 +281,13 @@ static int step(lua_State *L, int arguments, lua_KFunction k, bool wrapped) {
   int results, status = LUA_YIELD;
   rt->level = &here;
   if (c->body && is_new(co)) status = lua_resume(co, L, BODY_ARGUMENTS, &results);
+  if (status == LUA_YIELD && !lua_checkstack(co, arguments)) {
+    rt->level = here.up;
+    lua_pop(L, arguments);
+    exchange(L, rt, c, FRAME_RECORD);
+    c->state = IDLE;
+    return refuse(L, "too many arguments to resume");
+  }
   if (status == LUA_YIELD) {
     lua_xmove(L, co, arguments);
     status = lua_resume(co, L, arguments, &results);

@@ -3,12 +3,15 @@
 **
 ** A fiber runs in a coroutine of its own. Coroutines are reused: an idle one has a fixed bottom
 **
-**     [watch] [fiber_main] [fiber_trace]
+**     [watch] [stranger] [fiber_trace] [fiber_main]
 **
 ** on which a new fiber puts the call  fiber_main(task, fn, trace, fn, arguments …). The body runs
 ** under a protected call *inside* the coroutine, so that `<close>` variables run, and may await,
-** while an error unwinds; a coroutine that an error did leave is not used again. The watch tells what happens to
-** a coroutine behind our back (fiber_abandon.c).
+** while an error unwinds; a coroutine that an error did leave is not used again.
+**
+** Whoever has kept the coroutine of a task that has ended may resume or close it when it is idle, or another
+** task's. What would be called then is on top: of an idle one fiber_main, which refuses, of one that is about to
+** start *stranger*, which yields until the start is ours. Closing is noticed by the watch (fiber_abandon.c).
 **
 ** Starting. spawn queues; an async function starts hot: its fiber runs on top of the caller, up to
 ** its first suspension. C calls nest at most FIBER_MAX_DEPTH deep that way. Beyond, the caller yields with
@@ -21,7 +24,8 @@
 
 #include <string.h>
 
-enum { BOTTOM = 3, HARD_DEPTH = 50, MIN_IDLE = 64 };
+enum { BOTTOM = 4, HARD_DEPTH = 50, MIN_IDLE = 64 };
+enum { BOTTOM_STRANGER = 2, BOTTOM_TRACE, BOTTOM_MAIN };
 enum { BODY_TASK = 1, BODY_LABEL, BODY_TRACE, BODY_RESULTS }; /* arguments of fiber_main */
 
 /* ---- coroutines ---- */
@@ -49,8 +53,9 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_setmetatable(L, -2);
   lua_pushvalue(L, -2);
   lua_setiuservalue(L, -2, FIBER_WATCHED);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STRANGER);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
   lua_xmove(L, co, BOTTOM);
   lua_toclose(co, 1);
   int slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
@@ -125,7 +130,7 @@ bool fiber_push_awaited(lua_State *L, struct fiber *f) {
   if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BOTTOM))
     lua_pushnil(L);
   else {
-    lua_pushvalue(co, started ? 1 : -1);
+    lua_pushvalue(co, started ? 1 : -2);
     if (co != L) lua_xmove(co, L, 1);
   }
   if (lua_touserdata(L, -1) == (void *)f->u.wait.on) return true;
@@ -236,15 +241,37 @@ static int main_k(lua_State *L, int status, lua_KContext ctx) {
 static int fiber_main(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct fiber *f = rt->starting;
-  if (f == NULL)
-    return luaL_error(L, "the body of a task is not to be called"); /* found by debug */
+  if (f == NULL || f->co != L) {
+    runtime(L)->meddled = true;
+    lua_pushliteral(L, "cannot resume dead coroutine");
+    return lua_error(L);
+  }
   rt->starting = NULL;
   int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
   return finish(L, rt, f, status);
 }
 
+static int stranger(lua_State *L);
+static int stranger_k(lua_State *L, int status, lua_KContext ctx) {
+  const struct fiber *f = runtime(L)->starting;
+  (void)status, (void)ctx;
+  return f != NULL && f->co == L ? 0 : stranger(L);
+}
+
+/* on top of a coroutine that is about to start: somebody else has resumed it */
+static int stranger(lua_State *L) { return lua_yieldk(L, 0, 0, stranger_k); }
+
+/* [-0, +1, m] as object_new does it, but that the compiler knows the size */
+static inline struct fiber *blank(lua_State *L) {
+  struct fiber *f = (struct fiber *)lua_newuserdatauv(L, sizeof *f, 3);
+  *f = (struct fiber){.task = {.tag = TAG_TASK | KIND_FIBER}};
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_TASK));
+  lua_setmetatable(L, -2);
+  return f;
+}
+
 struct fiber *fiber_blank(lua_State *L) {
-  return (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof(struct fiber), 3);
+  return blank(L);
 }
 
 bool fiber_reuse(lua_State *L, int i) {
@@ -256,7 +283,7 @@ bool fiber_reuse(lua_State *L, int i) {
   return true;
 }
 
-static inline void reserve(lua_State *L, struct runtime *rt) {
+void fiber_reserve(lua_State *L, struct runtime *rt) {
   while (rt->idle_count == 0 || !is_idle(rt->idle[rt->idle_count - 1].co))
     if (rt->idle_count == 0)
       idle_grow(L, rt);
@@ -264,12 +291,10 @@ static inline void reserve(lua_State *L, struct runtime *rt) {
       slots_free(L, UP_ANCHORS, &rt->free_slot, rt->idle[--rt->idle_count].slot);
 }
 
-void fiber_reserve(lua_State *L, struct runtime *rt) { reserve(L, rt); }
-
 /* [-(n+2), +1, m] gives the blank fiber on top a coroutine, with the function and arguments below it */
 static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *f, int arguments,
                                 struct scope *s) {
-  reserve(L, rt);
+  if (rt->idle_count == 0 || rt->meddled) fiber_reserve(L, rt);
   lua_State *co = rt->idle[rt->idle_count - 1].co;
   if (arguments > 10 && !lua_checkstack(co, arguments + 10)) luaL_error(L, "too many arguments");
   /* nothing raises from here: the coroutine leaves the idle ones and is the task's */
@@ -281,18 +306,18 @@ static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *
   if (rt->me->flags & TASK_HAS_CONTEXT) context_inherit(L, -1, &f->task, rt->me);
   int first = -arguments - 2;
   lua_insert(L, first); /* task fn arguments */
-  lua_pushvalue(co, 2);
+  lua_pushvalue(co, BOTTOM_MAIN);
   lua_pushvalue(L, first);
   lua_pushvalue(L, first); /* fn: it has moved up by one */
   lua_xmove(L, co, 2);
-  lua_pushvalue(co, 3);
+  lua_pushvalue(co, BOTTOM_TRACE);
   lua_xmove(L, co, arguments + 1);
+  lua_pushvalue(co, BOTTOM_STRANGER);
   return f;
 }
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
-  struct fiber *f = (struct fiber *)object_new(L, TAG_TASK | KIND_FIBER, sizeof *f, 3);
-  return fit(L, rt, f, arguments, s);
+  return fit(L, rt, blank(L), arguments, s);
 }
 
 struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
@@ -385,6 +410,19 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
   lua_remove(L, -2);
 }
 
+/* the call of fiber_main is on top of its coroutine: the number of arguments */
+static int ready_to_start(lua_State *L, struct runtime *rt, struct fiber *f) {
+  lua_State *co = f->co;
+  int top = lua_gettop(co), results;
+  rt->starting = f;
+  if (rt->meddled && lua_status(co) != LUA_OK) { /* somebody has resumed it: stranger returns now */
+    lua_resume(co, L, 0, &results);
+    return lua_gettop(co) - BOTTOM - 1;
+  }
+  lua_settop(co, top - 1);
+  return top - BOTTOM - 2;
+}
+
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct task *before = rt->me;
   struct fiber *callers = NULL;
@@ -394,8 +432,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   for (;;) {
     int arguments = 0;
     if (!(f->task.flags & TASK_STARTED)) {
-      arguments = lua_gettop(f->co) - BOTTOM - 1;
-      rt->starting = f;
+      arguments = ready_to_start(L, rt, f);
     } else if (task_done(
                    &f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
       clear_trace(L, f);
@@ -593,6 +630,8 @@ void fiber_open(lua_State *L) {
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
   module_push_function(L, error_handler);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  module_push_function(L, stranger);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_STRANGER);
   if (rt->outside != NULL) return;
   struct fiber *outside =
       (struct fiber *)task_new(L, KIND_FIBER, sizeof *outside, TASK_CONTEXT, false);

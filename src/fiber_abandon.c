@@ -5,7 +5,8 @@
 ** what the task awaits, die together, the fiber is abandoned, is reported, and its `<close>` variables run on
 ** a later turn. Any other finalizer that may run first only makes objects inert, so closing them
 ** afterwards is harmless. The watch is to be closed as well: so we know when somebody else, who has got hold
-** of the coroutine, closes it. The task then fails, or, when only that stack knew it, is let go.
+** of the coroutine, closes it. The task then fails. When C can find it on that stack only it is *lost*: it has no
+** slot and no coroutine any more, and fails as soon as somebody looks at it who has it.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -98,6 +99,15 @@ static bool is_watch(lua_State *L) {
   return is;
 }
 
+void fiber_settle_lost(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  fiber_push_closed(L, i);
+  if (!task_done((struct task *)lua_touserdata(L, i)))
+    task_settle_faulted(L, runtime(L), i, 0);
+  else
+    lua_pop(L, 1);
+}
+
 /* [-0, +0, -] a parked fiber whose coroutine is gone waits for nothing any more */
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->task.state != TASK_WAITING) return;
@@ -118,9 +128,16 @@ static int l_watch_close(lua_State *L) {
   struct runtime *rt = runtime(L);
   if (rt->closed || rt->resetting > 0 || !is_watch(L)) return 0;
   struct fiber *f = scope_find(rt, L);
+  rt->meddled = true;
   if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
   withdraw(L, rt, f);
   bool known = lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA;
+  if (!known && f->task.traits & TRAIT_HANDED) {
+    lua_settop(L, 1);
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDED);
+    known = lua_rawgeti(L, 2, f->task.slot) == LUA_TUSERDATA;
+    lua_remove(L, 2);
+  }
   struct wait *w = task_waiters(&f->task);
   if (!known && w != NULL && w->role == WAIT_FIBER) { /* who waits for it has it */
     lua_settop(L, 1);
@@ -130,8 +147,11 @@ static int l_watch_close(lua_State *L) {
     fiber_abandon(L, 2, f);
     return 0;
   }
+  if (f->task.flags & TASK_LINKED && !(f->task.traits & TRAIT_HANDED)) loop_remove(rt, &f->task);
+  struct group *g = f->task.traits & TRAIT_CHILD ? group_leave(f) : NULL;
   scope_end_task(L, rt, f);
-  fiber_drop_coroutine(L, rt, f);
+  fiber_drop_coroutine(L, rt, f); /* nothing refers to it from here on */
+  if (g != NULL) group_child_lost(L, rt, g);
   return 0;
 }
 

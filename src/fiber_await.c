@@ -148,9 +148,8 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
                 lua_KFunction k) {
   struct task *me = &f->task;
   bool deaf = me->flags & TASK_DEAF;
-  if (on->slot == 0 && task_is(on, KIND_FIBER)) { /* its coroutine is gone: see l_watch_close */
-    fiber_push_closed(L, 1);
-    task_settle_faulted(L, rt, 1, 0);
+  if (fiber_is_lost(on)) {
+    fiber_settle_lost(L, 1);
     return k(L, LUA_OK, (lua_KContext)on);
   }
   if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);

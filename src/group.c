@@ -72,7 +72,9 @@ static void append(lua_State *L, const struct group *g, int list) {
   lua_pop(L, 2);
 }
 
-/* [-0, +0, -] starts those in the queue for which there is room now */
+static void child_failed(lua_State *L, struct group *g);
+
+/* [-0, +0, m] starts those in the queue for which there is room now */
 static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
   if (g->scope.canceled) return; /* they are being discarded */
   push_group(L, g);
@@ -82,6 +84,14 @@ static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
     lua_pushboolean(L, 0);
     lua_rawseti(L, -3, g->first++);
     struct task *t = (struct task *)lua_touserdata(L, -1);
+    if (t != NULL && fiber_is_lost(t)) {
+      fiber_settle_lost(L, -1);
+      child_failed(L, g);
+      if (g->scope.canceled) { /* the others are being discarded */
+        lua_pop(L, 3);
+        return;
+      }
+    }
     if (t != NULL && !task_done(t)) {
       task_hold(L, -1, t);
       t->traits ^= TRAIT_QUEUED | TRAIT_CHILD;
@@ -99,12 +109,36 @@ static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
   lua_pop(L, 2);
 }
 
-void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool well) {
+/* [-0, +0, m] the task on top has failed */
+static void child_failed(lua_State *L, struct group *g) {
+  lua_pushvalue(L, -1);
+  append(L, g, GROUP_FAILED);
+  if (g->policy == FAIL_FAST) cancel(L, g, "a task of the group failed");
+}
+
+/* [-0, +0, m] there is one less that runs */
+static void child_left(lua_State *L, struct runtime *rt, struct group *g) {
+  g->running--;
+  if (g->first <= g->last) start_next(L, rt, g);
+  if (g->running > 0) return;
+  push_group(L, g);
+  if (lua_getiuservalue(L, -1, GROUP_IDLE) != LUA_TNIL) {
+    lua_pushnil(L);
+    lua_setiuservalue(L, -3, GROUP_IDLE);
+    task_settle(L, rt, lua_gettop(L), 0);
+  }
+  lua_pop(L, 2);
+}
+
+struct group *group_leave(struct fiber *f) {
   struct scope *s = f->member.scope;
   if (s->owner == f) s = s->base->member.scope;
-  struct group *g = (struct group *)s;
   f->task.traits &= (uint8_t)~TRAIT_CHILD;
-  g->running--;
+  return (struct group *)s;
+}
+
+void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool well) {
+  struct group *g = group_leave(f);
   luaL_checkstack(L, 10, NULL);
   if (well && g->policy == FIRST_SUCCESS && !g->scope.expired) {
     push_group(L, g);
@@ -117,18 +151,19 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool w
     if (first) cancel(L, g, "another task of the group succeeded");
   } else if (!well && !error_is(L, -1, ERROR_CANCELED)) {
     task_push(L, &f->task);
-    append(L, g, GROUP_FAILED);
-    if (g->policy == FAIL_FAST) cancel(L, g, "a task of the group failed");
+    child_failed(L, g);
+    lua_pop(L, 1);
   }
-  if (g->first <= g->last) start_next(L, rt, g);
-  if (g->running > 0) return;
-  push_group(L, g);
-  if (lua_getiuservalue(L, -1, GROUP_IDLE) != LUA_TNIL) {
-    lua_pushnil(L);
-    lua_setiuservalue(L, -3, GROUP_IDLE);
-    task_settle(L, rt, lua_gettop(L), 0);
-  }
-  lua_pop(L, 2);
+  child_left(L, rt, g);
+}
+
+void group_child_lost(lua_State *L, struct runtime *rt, struct group *g) {
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* stands for it */
+  error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of a task of the group");
+  task_settle_faulted(L, rt, lua_gettop(L) - 1, 0);
+  child_failed(L, g);
+  lua_pop(L, 1);
+  child_left(L, rt, g);
 }
 
 bool group_canceled(const struct fiber *f) {

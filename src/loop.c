@@ -43,6 +43,16 @@ double loop_now(struct runtime *rt) {
 
 /* ---- lists ---- */
 
+void loop_remove(struct runtime *rt, struct task *t) {
+  struct task *before = NULL, *at = rt->ready;
+  while (at != t && at != NULL) before = at, at = at->next;
+  t->flags &= (uint16_t)~TASK_LINKED;
+  if (at == NULL) return;
+  *(before != NULL ? &before->next : &rt->ready) = t->next;
+  if (rt->ready_last == t) rt->ready_last = before;
+  t->next = NULL;
+}
+
 void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   if (t->flags & TASK_LINKED || task_done(t)) return;
   task_hold(L, i, t);

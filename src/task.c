@@ -139,6 +139,7 @@ static void table_free(lua_State *L, uint32_t slot) {
 bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   uint32_t pos = 0;
+  if (fiber_is_lost(t)) fiber_settle_lost(L, on);
   if (task_done(t)) return false;
   if (t->keeps) combine_forget(L, on);
   if (t->waiters == NULL) { /* mostly; this can neither raise nor run anything */
@@ -385,7 +386,9 @@ void task_push_name(lua_State *L, int i) {
 /* ---- arguments ---- */
 
 struct task *task_check(lua_State *L, int i) {
-  return (struct task *)object_check(L, i, TAG_TASK);
+  struct task *t = (struct task *)object_check(L, i, TAG_TASK);
+  if (fiber_is_lost(t)) fiber_settle_lost(L, i);
+  return t;
 }
 
 struct task *task_awaitable(lua_State *L, int i) {
