@@ -6,6 +6,7 @@
 #   make test                                     every spec
 #   make test SPEC=spec/task_spec.lua             one file (or several)
 #   make test BUSTED_ARGS='--filter="in order"'   options for busted
+#   make test JOBS=1                              one file at a time, not one for each processor
 #   make check                                    the same under sanitizers and collector stress
 #   eval "$(make -s env)"                         the built module, loadable from any directory
 #
@@ -14,6 +15,10 @@
 PREFIX  ?= /usr/local
 CFLAGS  ?= -O2 -g -fno-plt -fno-asynchronous-unwind-tables
 BUILD   := build
+
+JOBS    ?= $(shell nproc 2>/dev/null || echo 1)
+# For a make of ours, unless whoever called this one has said how many.
+PARALLEL = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 
 # Looked up when first used, then remembered: a target that needs no compiler asks for none.
 LUA        ?= $(eval LUA := $(shell sh .ci/find lua))$(LUA)
@@ -74,16 +79,16 @@ env:
 
 run test lint check bench:
 	@sh .ci/setup $@
-	@$(MAKE) do-$@
+	@$(MAKE) $(PARALLEL) do-$@
 
 do-run: build
 	@$(WITH_PATHS) exec "$(LUA)" examples/correlate.lua examples/data/access.log
 
 do-test: build
-	@$(WITH_PATHS) exec sh .ci/specs "$(LUA)" $(SPEC)
+	@$(WITH_PATHS) export JOBS=$(JOBS); exec sh .ci/specs "$(LUA)" $(SPEC)
 
 do-lint: build
-	@sh .ci/lint $(MODULE) $(COMPILE)
+	@JOBS=$(JOBS) sh .ci/lint $(MODULE) $(COMPILE)
 
 do-bench: build
 	@test -x bench/run || { echo "bench/run is not there yet" >&2; exit 1; }
@@ -98,7 +103,7 @@ do-check:
 	@$(MAKE) BUILD=build/check CFLAGS="-O1 -g $(SANITIZE)" LUA="$(CURDIR)/build/check/lua" do-check-specs
 
 do-check-specs: build $(BUILD)/lua
-	@$(WITH_PATHS) export UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=print_legend=0:$$ASAN_OPTIONS; \
+	@$(WITH_PATHS) export JOBS=$(JOBS) UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=print_legend=0:$$ASAN_OPTIONS; \
 	  echo "== specs under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer"; \
 	  sh .ci/specs "$(LUA)" $(SPEC); status=$$?; \
 	  echo "== the same, with a full collection at every allocation"; \

@@ -117,7 +117,7 @@ local function content(path)
 end
 
 -- The deadline only ever ends a broken run, where the system can give one.
-local limit = os.execute("command -v timeout >/dev/null 2>&1") and "timeout -k 5 60 " or ""
+local limit = os.execute("timeout --foreground 1 true >/dev/null 2>&1") and "timeout --foreground -k 5 60 " or ""
 
 ---Runs a Lua script in a process of its own, with this one's environment, but for COFLOW_SEED:
 ---what such a script prints is one order of many.
