@@ -16,6 +16,12 @@ function helper.many(n, few)
   return os.getenv("COFLOW_GC_STRESS") and math.min(n, few or 210 + n // 100) or n
 end
 
+---How many seeds a spec takes that makes its choices by chance: `n`, or COFLOW_MORE_SEEDS times as many, or `few`
+---where each allocation runs the collector.
+function helper.seeds(n, few)
+  return os.getenv("COFLOW_GC_STRESS") and few or n * (tonumber(os.getenv("COFLOW_MORE_SEEDS")) or 1)
+end
+
 ---A test body that runs `fn(clock)` as the root task of `testing.run`, with its options.
 function helper.in_task(fn, options)
   return function()
