@@ -1366,7 +1366,7 @@ end)
 -- At the end, because the coroutines that they leave make each collection slower for a while.
 describe("the cancellation", function()
   it("of a tree 100,000 deep", in_task(function()
-    local depth, ended = many(100000), 0
+    local depth, ended = many(100000, 400), 0
     local function node(n)
       local _ <close> = closing(function() ended = ended + 1 end)
       if n == 0 then flow.sleep(1e6) else flow.spawn(node, n - 1):await() end
