@@ -107,6 +107,15 @@ function helper.here(offset)
   return ("%s:%d"):format(info.source:match("[^/]+$"), info.currentline + (offset or 0))
 end
 
+---The unobserved exceptions from now on, until the next handler: a list of { err =, task = }.
+function helper.reports()
+  local reports = {}
+  flow.on_unobserved_exception(function(err, task)
+    reports[#reports + 1] = { err = err, task = task }
+  end)
+  return reports
+end
+
 ---Collects garbage until finalizers, and the later turns that they ask for, have run.
 function helper.collect()
   for _ = 1, 3 do
@@ -115,6 +124,17 @@ function helper.collect()
     flow.yield()
     flow.yield()
   end
+end
+
+---How many KB are in use after `more` calls of `fn(i)` that were not after `few` others.
+function helper.growth(few, more, fn)
+  local function used(n)
+    for i = 1, n do fn(i) end
+    helper.collect()
+    return collectgarbage("count")
+  end
+  local before = used(few)
+  return used(more) - before
 end
 
 local function content(path)

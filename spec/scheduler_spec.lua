@@ -7,7 +7,7 @@ local Task, TaskScheduler, SynchronizationContext = flow.Task, flow.TaskSchedule
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
 local in_order = helper.in_order
 local is_error, slowly, closing = helper.is_error, helper.slowly, helper.closing
-local collect, many = helper.collect, helper.many
+local collect, many, watch = helper.collect, helper.many, helper.reports
 
 -- A scheduler that keeps its tasks; `run` executes what is queued now, `drain` all, letting the loop run between.
 local function keeper()
@@ -43,13 +43,6 @@ end
 
 local function inline()
   return TaskScheduler.new { queue_task = function(self, task) self:try_execute_task(task) end }
-end
-
--- Unobserved exceptions from now on: a list of { err, task }.
-local function watch()
-  local reports = {}
-  flow.on_unobserved_exception(function(err, task) reports[#reports + 1] = { err = err, task = task } end)
-  return reports
 end
 
 before_each(function() -- what other specs left in the hands of their schedulers is not ours
