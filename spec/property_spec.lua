@@ -3,6 +3,7 @@
 
 local flow = require "coflow"
 local testing = require "coflow.testing"
+local helper = require "spec.helper"
 local support = require "spec.support.flow_support"
 
 local in_task, recorder, random_of = support.in_task, support.recorder, support.random
@@ -371,7 +372,7 @@ local function model_world()
 end
 
 describe("a random program", function()
-  for seed = 1, support.many(60, 12) do
+  for seed = 1, helper.seeds(30, 12) do
     it("does what the model says, event by event: seed " .. seed, function()
       local program = generate(seed)
       local expected = interpret(model_world(), program)
