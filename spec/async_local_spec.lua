@@ -851,7 +851,7 @@ describe("the context's copies", function()
         local empty = capture()
         local locals, model, snapshots = {}, {}, {}
         for i = 1, count do locals[i] = flow.AsyncLocal() end
-        local steps = support.many(6 * count + 60, 60 + count // 10)
+        local steps = support.many(6 * count + 60, 30 + count // 10)
         for step = 1, steps do
           local i = random(count)
           local value = random(3) > 1 and random(4) or nil
