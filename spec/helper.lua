@@ -116,13 +116,18 @@ function helper.reports()
   return reports
 end
 
----Collects garbage until finalizers, and the later turns that they ask for, have run: under a seed that may take
----more than one of ours.
+---Lets run what is ready, and what that makes ready, while no time passes: also in the order of a seed, where it takes
+---many of our turns until each of the others has had a few.
+function helper.settle()
+  for _ = 1, 50 do flow.yield() end
+end
+
+---Collects garbage until finalizers, and the later turns that they ask for, have run.
 function helper.collect()
   for _ = 1, 3 do
     collectgarbage()
     collectgarbage()
-    for _ = 1, 10 do flow.yield() end
+    helper.settle()
   end
 end
 
