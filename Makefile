@@ -6,6 +6,7 @@
 #   make test                                     every spec
 #   make test SPEC=spec/task_spec.lua             one file (or several)
 #   make test BUSTED_ARGS='--filter="in order"'   options for busted
+#   make test JOBS=1                              one file at a time, not one for each processor
 #   make check                                    the same under sanitizers and collector stress
 #   eval "$(make -s env)"                         the built module, loadable from any directory
 #
@@ -14,6 +15,10 @@
 PREFIX  ?= /usr/local
 CFLAGS  ?= -O2 -g -fno-plt -fno-asynchronous-unwind-tables
 BUILD   := build
+
+JOBS    ?= $(shell nproc 2>/dev/null || echo 1)
+# For a make of ours, unless whoever called this one has said how many.
+PARALLEL = $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 
 # Looked up when first used, then remembered: a target that needs no compiler asks for none.
 LUA        ?= $(eval LUA := $(shell sh .ci/find lua))$(LUA)
@@ -74,16 +79,16 @@ env:
 
 run test lint check bench:
 	@sh .ci/setup $@
-	@$(MAKE) do-$@
+	@$(MAKE) $(PARALLEL) do-$@
 
 do-run: build
 	@$(WITH_PATHS) exec "$(LUA)" examples/service.lua examples/data/access.log
 
 do-test: build
-	@$(WITH_PATHS) exec sh .ci/specs "$(LUA)" $(SPEC)
+	@$(WITH_PATHS) export JOBS=$(JOBS); exec sh .ci/specs "$(LUA)" $(SPEC)
 
 do-lint: build
-	@sh .ci/lint $(MODULE) $(COMPILE)
+	@JOBS=$(JOBS) sh .ci/lint $(MODULE) $(COMPILE)
 
 do-bench: build
 	@test -x bench/run || { echo "bench/run is not there yet" >&2; exit 1; }
@@ -91,6 +96,9 @@ do-bench: build
 	  UV_LIBS="$(UV_LIBS)" exec bench/run $(BENCH_ARGS)
 
 # ---- check: the specs with sanitizers, then again with a collection at every allocation ----
+#
+# The first of these runs plays many more random programs, and runs what is ready in the order of a
+# seed, since specs must not rely on another that nobody has promised.
 
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
@@ -98,8 +106,9 @@ do-check:
 	@$(MAKE) BUILD=build/check CFLAGS="-O1 -g $(SANITIZE)" LUA="$(CURDIR)/build/check/lua" do-check-specs
 
 do-check-specs: build $(BUILD)/lua
-	@$(WITH_PATHS) export UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=print_legend=0:$$ASAN_OPTIONS; \
+	@$(WITH_PATHS) export JOBS=$(JOBS) UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=print_legend=0:$$ASAN_OPTIONS; \
 	  echo "== specs under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer"; \
+	  COFLOW_MORE_SEEDS=$${COFLOW_MORE_SEEDS:-20} COFLOW_SEED=$${COFLOW_SEED:-1} \
 	  sh .ci/specs "$(LUA)" $(SPEC); status=$$?; \
 	  echo "== the same, with a full collection at every allocation"; \
 	  COFLOW_GC_STRESS=1 sh .ci/specs "$(LUA)" $(SPEC) && exit $$status

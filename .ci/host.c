@@ -7,7 +7,7 @@
 **
 ** With COFLOW_GC_STRESS set, each state of the process, workers' too, runs a full collection
 ** whenever an allocation lets the collector run: a value that C forgot to hold is gone at once.
-** This lasts for a share of time, which debug.stress_anew() grants again.
+** This lasts for a share of time, which debug.stress(true) grants again and debug.stress(false) ends.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -40,9 +40,9 @@ static void stress(lua_State *L, lua_Debug *ar) {
     lua_gc(L, LUA_GCINC, 100, 200, 10);
 }
 
-static int l_stress_anew(lua_State *L) {
-  (void)L;
-  stress_end = clock() + STRESS_SECONDS * CLOCKS_PER_SEC;
+static int l_stress(lua_State *L) {
+  stress_end = lua_toboolean(L, 1) ? clock() + STRESS_SECONDS * CLOCKS_PER_SEC : 0;
+  if (getenv("COFLOW_GC_STRESS") != NULL) stress(L, NULL);
   return 0;
 }
 
@@ -89,8 +89,8 @@ static int run(lua_State *L) {
   lua_pushcclosure(L, l_exit, 1);
   lua_setfield(L, -2, "exit");
   lua_getglobal(L, "debug");
-  lua_pushcfunction(L, l_stress_anew);
-  lua_setfield(L, -2, "stress_anew");
+  lua_pushcfunction(L, l_stress);
+  lua_setfield(L, -2, "stress");
 
   lua_createtable(L, argc, script + 1);
   for (int i = 0; i < argc; i++) {

@@ -7,7 +7,7 @@ local support = require "spec.support.flow_support"
 local Channel, select = flow.Channel, flow.channel.select
 local in_task, recorder, raises, raised = support.in_task, helper.recorder, support.raises, helper.raised
 local in_order = helper.in_order
-local bad_argument, collect = support.bad_argument, helper.collect
+local bad_argument, collect, settle = support.bad_argument, helper.collect, helper.settle
 
 -- Starts fn at once; what it returns or raises is noted under that name.
 local function start(note, name, fn)
@@ -21,10 +21,6 @@ local function start(note, name, fn)
       note(name, value)
     end
   end)()
-end
-
-local function settle()
-  for _ = 1, 4 do flow.yield() end
 end
 
 local function drain(ch)
@@ -709,9 +705,10 @@ describe("cancellation", function()
     local first = flow.spawn(function() ch:write(43, source.token) end)
     local second = ch:write_async(44)
     local third = flow.spawn(function() ch:write(45) end)
-    flow.yield()
+    flow.sleep(1)
     source:cancel("never mind")
     third:cancel()
+    flow.sleep(1)
     local err = raised(flow.await, first)
     assert.equal(source.token, err.token)
     assert.equal(42, ch:read())

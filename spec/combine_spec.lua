@@ -28,12 +28,6 @@ local function stop(message)
   return flow.errors.OperationCanceled(message)
 end
 
--- What `collectgarbage` counts once everything that can go is gone.
-local function memory()
-  helper.collect()
-  return collectgarbage("count")
-end
-
 describe("when_all", function()
   it("takes awaitables as arguments, an array or a table with any keys", in_task(function()
     assert.same({ n = 2, "a", "b" }, flow.when_all(after(2, "a"), after(1, "b")):await())
@@ -273,14 +267,9 @@ describe("when_any", function()
 
   it("leaves nothing registered on a task that lives on", in_task(function()
     local gate = flow.TaskCompletionSource()
-    local function rounds(n)
-      for _ = 1, n do
-        flow.when_any(gate.task, flow.delay(1)):await()
-      end
-      return memory()
-    end
-    local before = rounds(100)
-    local grown = rounds(helper.many(5000)) - before
+    local grown = helper.growth(100, helper.many(5000), function()
+      flow.when_any(gate.task, flow.delay(1)):await()
+    end)
     assert.is_true(grown < 50, ("%.0f KB more"):format(grown))
     gate:set_result()
   end))
@@ -369,18 +358,13 @@ describe("when_each", function()
 
   it("leaves nothing registered on a task that lives on when it is left early", in_task(function()
     local gate = flow.TaskCompletionSource()
-    local function rounds(n)
-      for _ = 1, n do
-        for task in flow.when_each { gate.task, flow.delay(1) } do
-          if task.is_completed then
-            break
-          end
+    local grown = helper.growth(100, helper.many(5000), function()
+      for task in flow.when_each { gate.task, flow.delay(1) } do
+        if task.is_completed then
+          break
         end
       end
-      return memory()
-    end
-    local before = rounds(100)
-    local grown = rounds(helper.many(5000)) - before
+    end)
     assert.is_true(grown < 50, ("%.0f KB more"):format(grown))
     gate:set_result()
   end))
@@ -621,18 +605,13 @@ describe("a direct wait for several", function()
   it("leaves nothing registered on tasks that live on", in_task(function()
     for _, n in ipairs { 1, 2, 30 } do
       local _, tasks = gates(n)
-      local function rounds(k)
-        for _ = 1, k do
-          tasks[n + 1] = flow.spawn(flow.yield)
-          flow.await_any(tasks)
-          tasks[n + 1] = nil
-          pcall(flow.with_timeout, 1, flow.await_any, tasks)
-          pcall(flow.with_timeout, 1, flow.await_all, tasks)
-        end
-        return memory()
-      end
-      local before = rounds(helper.many(100, 5))
-      local grown = rounds(helper.many(1000, 10)) - before
+      local grown = helper.growth(helper.many(100, 5), helper.many(1000, 10), function()
+        tasks[n + 1] = flow.spawn(flow.yield)
+        flow.await_any(tasks)
+        tasks[n + 1] = nil
+        pcall(flow.with_timeout, 1, flow.await_any, tasks)
+        pcall(flow.with_timeout, 1, flow.await_all, tasks)
+      end)
       assert.is_true(grown < 100, ("%.0f KB more with %d"):format(grown, n))
     end
   end))

@@ -5,15 +5,8 @@ local helper = require "spec.helper"
 local support = require "spec.support.io_support"
 
 local dns = flow.dns
-local in_task, raises = support.in_task, helper.raises
+local in_task, raises, bad_argument = support.in_task, helper.raises, support.bad_argument
 local Source = flow.CancellationTokenSource
-
-local function bad_argument(word, fn, ...)
-  local err = helper.raised(fn, ...)
-  assert.equal("string", type(err), tostring(err))
-  assert.truthy(err:find("bad argument", 1, true), err)
-  assert.truthy(err:find(word, 1, true), err)
-end
 
 describe("resolve", function()
   it("gives the addresses of a name, each once", in_task(function()

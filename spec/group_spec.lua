@@ -1111,22 +1111,17 @@ end)
 
 describe("the memory of groups", function()
   it("is given back", in_task(function()
-    local function round()
-      for i = 1, many(300, 20) do
-        pcall(flow.task_group, function(group)
-          group:spawn(flow.yield)
-          group:spawn(i % 3 == 0 and error or flow.yield, "x")
-          group:spawn(flow.sleep, 0.1)
-          if i % 5 == 0 then group:cancel() end
-        end, { limit = i % 2 == 0 and 1 or nil, grace = 1 })
-        pcall(flow.race, { function() flow.sleep(1) end, flow.yield })
-      end
-      collect()
-      return collectgarbage("count")
-    end
-    round()
-    local before = round()
-    assert.is_true(round() - before < 20)
+    local n = many(300, 20)
+    local grown = helper.growth(2 * n, n, function(i)
+      pcall(flow.task_group, function(group)
+        group:spawn(flow.yield)
+        group:spawn(i % 3 == 0 and error or flow.yield, "x")
+        group:spawn(flow.sleep, 0.1)
+        if i % 5 == 0 then group:cancel() end
+      end, { limit = i % 2 == 0 and 1 or nil, grace = 1 })
+      pcall(flow.race, { function() flow.sleep(1) end, flow.yield })
+    end)
+    assert.is_true(grown < 20, grown)
   end))
 
   -- The group held its failed children, these their tokens, these the scopes, and these the group.
@@ -1135,18 +1130,13 @@ describe("the memory of groups", function()
       flow.cancellation_token()
       error("x", 0)
     end
-    local function round()
-      for i = 1, many(200, 20) do
-        pcall(flow.task_group, function(group)
-          for _ = 1, 3 do group:spawn(child) end
-        end, { policy = i % 2 == 0 and "supervise" or "fail_fast" })
-      end
-      collect()
-      return collectgarbage("count")
-    end
-    round()
-    local before = round()
-    assert.is_true(round() - before < 20)
+    local n = many(200, 20)
+    local grown = helper.growth(2 * n, n, function(i)
+      pcall(flow.task_group, function(group)
+        for _ = 1, 3 do group:spawn(child) end
+      end, { policy = i % 2 == 0 and "supervise" or "fail_fast" })
+    end)
+    assert.is_true(grown < 20, grown)
   end))
 end)
 

@@ -16,6 +16,12 @@ function helper.many(n, few)
   return os.getenv("COFLOW_GC_STRESS") and math.min(n, few or 210 + n // 100) or n
 end
 
+---How many seeds a spec takes that makes its choices by chance: `n`, or COFLOW_MORE_SEEDS times as many, or `few`
+---where each allocation runs the collector.
+function helper.seeds(n, few)
+  return os.getenv("COFLOW_GC_STRESS") and few or n * (tonumber(os.getenv("COFLOW_MORE_SEEDS")) or 1)
+end
+
 ---A test body that runs `fn(clock)` as the root task of `testing.run`, with its options.
 function helper.in_task(fn, options)
   return function()
@@ -101,14 +107,39 @@ function helper.here(offset)
   return ("%s:%d"):format(info.source:match("[^/]+$"), info.currentline + (offset or 0))
 end
 
+---The unobserved exceptions from now on, until the next handler: a list of { err =, task = }.
+function helper.reports()
+  local reports = {}
+  flow.on_unobserved_exception(function(err, task)
+    reports[#reports + 1] = { err = err, task = task }
+  end)
+  return reports
+end
+
+---Lets run what is ready, and what that makes ready, while no time passes: also in the order of a seed, where it takes
+---many of our turns until each of the others has had a few.
+function helper.settle()
+  for _ = 1, 50 do flow.yield() end
+end
+
 ---Collects garbage until finalizers, and the later turns that they ask for, have run.
 function helper.collect()
   for _ = 1, 3 do
     collectgarbage()
     collectgarbage()
-    flow.yield()
-    flow.yield()
+    helper.settle()
   end
+end
+
+---How many KB are in use after `more` calls of `fn(i)` that were not after `few` others.
+function helper.growth(few, more, fn)
+  local function used(n)
+    for i = 1, n do fn(i) end
+    helper.collect()
+    return collectgarbage("count")
+  end
+  local before = used(few)
+  return used(more) - before
 end
 
 local function content(path)
@@ -117,7 +148,7 @@ local function content(path)
 end
 
 -- The deadline only ever ends a broken run, where the system can give one.
-local limit = os.execute("command -v timeout >/dev/null 2>&1") and "timeout -k 5 60 " or ""
+local limit = os.execute("timeout --foreground 1 true >/dev/null 2>&1") and "timeout --foreground -k 5 60 " or ""
 
 ---Runs a Lua script in a process of its own, with this one's environment, but for COFLOW_SEED:
 ---what such a script prints is one order of many.

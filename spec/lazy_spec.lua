@@ -208,6 +208,29 @@ describe("an AsyncCache", function()
     assert.same({ "a", "b", "c", "b" }, made)
   end))
 
+  it("evicts nothing that is good for what has expired but was used later", in_task(function()
+    local cache = flow.AsyncCache { max_entries = 2, time_to_live = 10 }
+    local function get(key, seconds)
+      return (cache:get_or_add(key, function()
+        flow.sleep(seconds)
+        return key .. " at " .. flow.loop.now()
+      end))
+    end
+    get("old", 0)
+    flow.sleep(5)
+    local good = get("good", 0)
+    get("old", 0)
+    get("new", 5) -- "old" expires meanwhile
+    assert.equal(good, get("good", 0))
+  end))
+
+  it("does not invalidate what has expired", in_task(function()
+    local cache = flow.AsyncCache { time_to_live = 1 }
+    cache:get_or_add("k", function() return 1 end)
+    flow.sleep(1)
+    assert.is_false(cache:invalidate("k"))
+  end))
+
   it("forgets what is invalidated, but still serves those who wait for it", in_task(function()
     local factory = slow(2)
     local cache = flow.AsyncCache()

@@ -400,7 +400,7 @@ end)
 -- In a process of its own: a crash costs one test and shows which.
 local FUZZ = [[
 local flow = require "coflow"
-local seed = %d
+local seed, rounds = %d, %d
 math.randomseed(seed)
 flow.on_unobserved_exception(false)
 
@@ -492,7 +492,7 @@ local function attempt()
 end
 
 flow.run(function()
-  for round = 1, 40 do
+  for _ = 1, rounds do
     refill()
     -- In a plain coroutine nothing can suspend; in tasks of their own some wait for ever.
     local co = coroutine.create(function()
@@ -513,9 +513,9 @@ os.exit(0, true)
 ]]
 
 describe("calls with anything", function()
-  for seed = 1, 5 do
+  for seed = 1, helper.many(5, 3) do
     it("neither crash nor fail for want of a check, seed " .. seed, function()
-      local result = helper.child(FUZZ:format(seed))
+      local result = helper.child(FUZZ:format(seed, helper.many(40, 8)))
       assert.equal("survived\n", result.out, ("exit code %d: %s"):format(result.code, result.err))
       assert.equal(0, result.code, result.err)
     end)

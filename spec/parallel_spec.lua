@@ -512,7 +512,7 @@ end)
 describe("parallel loops of any kind", function()
   it("call for each item once, in order, and leave nothing running", function()
     local outcomes = {}
-    for seed = 1, many(400, 6) do
+    for seed = 1, helper.seeds(100, 6) do
       local random = support.random(seed)
       testing.run(function()
         local n, limit, way = random(20) - 1, random(5), random(4)

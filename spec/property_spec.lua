@@ -3,6 +3,7 @@
 
 local flow = require "coflow"
 local testing = require "coflow.testing"
+local helper = require "spec.helper"
 local support = require "spec.support.flow_support"
 
 local in_task, recorder, random_of = support.in_task, support.recorder, support.random
@@ -371,7 +372,7 @@ local function model_world()
 end
 
 describe("a random program", function()
-  for seed = 1, support.many(60, 12) do
+  for seed = 1, helper.seeds(30, 5) do
     it("does what the model says, event by event: seed " .. seed, function()
       local program = generate(seed)
       local expected = interpret(model_world(), program)
@@ -394,7 +395,7 @@ describe("a random program", function()
   -- The order differs, what depends on it too; that every task runs to its end, that contexts keep to
   -- themselves and that nobody hangs does not. And a seed is a course.
   local varied = 0
-  for seed = 1, support.many(15, 4) do
+  for seed = 1, support.many(15, 2) do
     it("ends, in some order, whatever the seed: program " .. seed, function()
       local program, courses = generate(seed), {}
       for order = 1, support.many(12, 2) do
@@ -408,12 +409,12 @@ describe("a random program", function()
   end
 
   it("takes more than one course, if it has more than one", function()
-    assert.is_true(varied > support.many(15, 4) // 2)
+    assert.is_true(varied > support.many(15, 2) // 2)
   end)
 end)
 
 describe("a random graph of linked sources", function()
-  for seed = 1, support.many(8, 4) do
+  for seed = 1, helper.seeds(8, 2) do
     it("is canceled just where it is reached, every callback once: seed " .. seed, in_task(function()
       local random = random_of(1000 + seed)
       local sources, parents, counts, disposed = {}, {}, {}, {}
@@ -471,7 +472,7 @@ describe("a random graph of linked sources", function()
 end)
 
 describe("random registrations", function()
-  for seed = 1, support.many(8, 4) do
+  for seed = 1, helper.seeds(8, 2) do
     it("run newest first, without those that were removed: seed " .. seed, in_task(function()
       local random = random_of(2000 + seed)
       local events, record = recorder()
@@ -503,7 +504,7 @@ describe("random registrations", function()
 end)
 
 describe("random deadlines", function()
-  for seed = 1, support.many(8, 4) do
+  for seed = 1, helper.seeds(8, 2) do
     it("fire in order, without those that were canceled or moved: seed " .. seed,
       in_order(function(clock)
         local random = random_of(3000 + seed)

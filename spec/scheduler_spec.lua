@@ -7,7 +7,7 @@ local Task, TaskScheduler, SynchronizationContext = flow.Task, flow.TaskSchedule
 local in_task, recorder, raised, raises = helper.in_task, helper.recorder, helper.raised, helper.raises
 local in_order = helper.in_order
 local is_error, slowly, closing = helper.is_error, helper.slowly, helper.closing
-local collect, many = helper.collect, helper.many
+local collect, settle, many, watch = helper.collect, helper.settle, helper.many, helper.reports
 
 -- A scheduler that keeps its tasks; `run` executes what is queued now, `drain` all, letting the loop run between.
 local function keeper()
@@ -20,7 +20,7 @@ local function keeper()
     return #now
   end
   local function drain()
-    repeat slowly() until run() == 0
+    repeat settle() until run() == 0
   end
   return scheduler, queue, run, drain
 end
@@ -36,20 +36,13 @@ local function poster()
     return #now
   end
   local function drain()
-    repeat slowly() until run() == 0
+    repeat settle() until run() == 0
   end
   return context, queue, run, drain
 end
 
 local function inline()
   return TaskScheduler.new { queue_task = function(self, task) self:try_execute_task(task) end }
-end
-
--- Unobserved exceptions from now on: a list of { err, task }.
-local function watch()
-  local reports = {}
-  flow.on_unobserved_exception(function(err, task) reports[#reports + 1] = { err = err, task = task } end)
-  return reports
 end
 
 before_each(function() -- what other specs left in the hands of their schedulers is not ours
@@ -184,7 +177,7 @@ describe("a scheduler", function()
     end)
     run()
     assert.same({ "hot ours", "cold ours" }, log)
-    slowly()
+    settle()
     assert.same({ "spawned default", "continuation default", "spawned default" }, table.move(log, 3, #log, 1, {}))
     assert.equal(2, #queue)
     drain()
@@ -207,11 +200,11 @@ describe("a scheduler", function()
       flow.yield()
       note("later")
     end, { scheduler = scheduler })
-    slowly()
+    settle()
     assert.equal(0, #queue)
     assert.equal("waiting_for_activation", after.status)
     source:set_result(7)
-    slowly()
+    settle()
     assert.equal("waiting_to_run", after.status)
     drain()
     assert.same({ "cold", "after 7 true", "later" }, log)
@@ -635,14 +628,14 @@ describe("a token", function()
     local source, parked = flow.CancellationTokenSource(), flow.TaskCompletionSource()
     local waiting = continue(parked.task, source.token)
     local queued = continue(Task.completed_task, source.token)
-    slowly()
+    settle()
     assert.equal(1, #queue)
     source:cancel()
-    slowly()
+    settle()
     assert.same({ "canceled", "canceled" }, { waiting.status, queued.status })
     assert.is_false(scheduler:try_execute_task(queued))
     local late = continue(Task.completed_task, source.token)
-    slowly()
+    settle()
     assert.equal("canceled", late.status)
     assert.equal(1, #queue)
     assert.same({}, log)
@@ -655,7 +648,7 @@ describe("a token", function()
       flow.yield()
       return "done"
     end, { scheduler = scheduler, token = source.token })
-    slowly()
+    settle()
     run()
     source:cancel()
     drain()
@@ -786,8 +779,8 @@ describe("a synchronization context", function()
       return 1, 2
     end)()
     note("caller", SynchronizationContext.current())
-    slowly()
-    slowly()
+    settle()
+    settle()
     assert.equal(1, #queue)
     assert.equal("waiting_for_activation", task.status)
     assert.equal(0, select("#", queue[1]()))
@@ -1167,7 +1160,7 @@ describe("TaskScheduler.limited", function()
     local reports = watch()
     local limited = TaskScheduler.limited(1)
     local most, tasks = crowd(limited, 3, function(i)
-      slowly()
+      settle()
       if i == 1 then error("failed", 0) end
       if i == 2 then error(flow.errors.OperationCanceled("canceled"), 0) end
       return i
@@ -1178,7 +1171,7 @@ describe("TaskScheduler.limited", function()
     local held = { flow.TaskCompletionSource() }
     flow.spawn_on(limited, function() held[1].task:await() end)
     local after = flow.spawn_on(limited, function() return "after" end)
-    slowly()
+    settle()
     assert.equal("waiting_to_run", after.status)
     held[1] = nil
     collect()
@@ -1194,9 +1187,9 @@ describe("TaskScheduler.limited", function()
       for _ = 1, 3 do flow.spawn_on(limited, function() ran = ran + 1 end) end
     end
     scope()
-    slowly()
+    settle()
     collect()
-    slowly()
+    settle()
     assert.equal(3, ran)
   end))
 
@@ -1239,7 +1232,7 @@ describe("TaskScheduler.limited", function()
     end)
     local second = flow.spawn_on(limited, note, "second")
     first:await()
-    slowly()
+    settle()
     assert.equal("waiting_to_run", second.status)
     release:set_result()
     second:await()
@@ -1250,11 +1243,11 @@ describe("TaskScheduler.limited", function()
     local concurrent, exclusive = TaskScheduler.concurrent_exclusive_pair()
     local gate, source = flow.TaskCompletionSource(), flow.CancellationTokenSource()
     local reading = flow.spawn_on(concurrent, function() gate.task:await() end)
-    slowly()
+    settle()
     local writing = Task.completed_task:continue_with(print, { scheduler = exclusive, token = source.token })
-    slowly()
+    settle()
     local reading_too = flow.spawn_on(concurrent, function() return "let in" end)
-    slowly()
+    settle()
     assert.equal("waiting_to_run", reading_too.status)
     source:cancel()
     assert.equal("let in", reading_too:await())

@@ -1230,7 +1230,7 @@ describe("a pipeline of any operators", function()
 
   it("gives what it should, and closes what it opened", function()
     local left = 0
-    for seed = 1, many(400, 6) do
+    for seed = 1, helper.seeds(100, 6) do
       local random = support.random(seed)
       testing.run(function()
         local opened = { now = 0, ever = 0 }

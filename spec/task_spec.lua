@@ -399,17 +399,10 @@ describe("task:wait_async", function()
 
   it("leaves no continuation behind in a task that lives on", in_task(function()
     local gate = flow.TaskCompletionSource()
-    local function rounds(n)
-      for _ = 1, n do
-        pcall(flow.await, gate.task:wait_async(0.001))
-      end
-      collectgarbage()
-      collectgarbage()
-      return collectgarbage("count")
-    end
-    local before = rounds(100)
-    local after = rounds(helper.many(2000))
-    assert.is_true(after - before < 50, ("%.0f KB more"):format(after - before))
+    local grown = helper.growth(100, helper.many(2000), function()
+      pcall(flow.await, gate.task:wait_async(0.001))
+    end)
+    assert.is_true(grown < 50, ("%.0f KB more"):format(grown))
     gate:set_result()
   end))
 

@@ -7,16 +7,7 @@ local Task = flow.Task
 local in_task, recorder, raised = helper.in_task, helper.recorder, helper.raised
 local in_order = helper.in_order
 local is_error, slowly, closing = helper.is_error, helper.slowly, helper.closing
-local here, collect = helper.here, helper.collect
-
--- The reports from now on: a list of { err, task }.
-local function watch()
-  local reports = {}
-  flow.on_unobserved_exception(function(err, task)
-    reports[#reports + 1] = { err = err, task = task }
-  end)
-  return reports
-end
+local here, collect, watch = helper.here, helper.collect, helper.reports
 
 -- Runs `fn` so that what it made can be collected, and lets the reports come.
 local function drop(fn)

@@ -64,6 +64,7 @@ local function store(cache, entry)
   entry.expires = core.loop.now() + cache._time_to_live
   append(cache._used, entry)
   append(cache._made, entry)
+  drop_expired(cache) -- before anything that is still good
   while cache._count > cache._max_entries do
     local oldest = first(cache._used)
     if not oldest then break end -- all others are being made
@@ -125,6 +126,7 @@ AsyncCache.get_or_add_async = core.async(AsyncCache.get_or_add)
 ---@return boolean whether there was one
 function AsyncCache:invalidate(key)
   check(self, "invalidate")
+  drop_expired(self)
   local entry = key ~= nil and self._entries[key]
   if entry then drop(self, entry) end
   return entry and true or false
@@ -142,7 +144,7 @@ local known_options = { time_to_live = true, max_entries = true }
 
 ---A cache.
 ---@param options? { time_to_live?: number, max_entries?: integer } seconds from the making of a value to its end;
----values kept at most: over that, those that were used longest ago go
+---values kept at most, those being made included: over that, those that were used longest ago go
 ---@return coflow.AsyncCache
 local function new(options)
   options = core.check_options(1, options, known_options)

@@ -379,15 +379,22 @@ end
 
 -- Operators without a task -------------------------------------------------------------------------
 
+-- The stream whose items come from the function that `step(next)` gives for an iteration of the source.
+local function through(source, step)
+  local open = source._open
+  return new_stream(function(token)
+    local next, close = open(token)
+    return step(next), close
+  end)
+end
+
 ---Each item replaced by what `fn` returns for it: its first value, which must not be nil.
 ---@param fn fun(item: any, second: any): any
 ---@return coflow.Stream
 function Stream:map(fn)
   check(self, "map")
   core.check_function(2, fn)
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
+  return through(self, function(next)
     return function()
       local value, second = next()
       if value == nil then return nil end
@@ -396,7 +403,7 @@ function Stream:map(fn)
         error("bad argument #1 to 'map' (its function returned nil, which is not an item)", 0)
       end
       return mapped
-    end, close
+    end
   end)
 end
 
@@ -406,15 +413,13 @@ end
 function Stream:filter(fn)
   check(self, "filter")
   core.check_function(2, fn)
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
+  return through(self, function(next)
     return function()
       while true do
         local value, second = next()
         if value == nil or fn(value, second) then return value, second end
       end
-    end, close
+    end
   end)
 end
 
@@ -430,15 +435,13 @@ function Stream:take(n)
   check(self, "take")
   local wrong = wrong_count(n, 0)
   if wrong then core.argument_error(2, wrong) end
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
+  return through(self, function(next)
     local taken = 0
     return function()
       if taken >= n then return nil end
       taken = taken + 1
       return next()
-    end, close
+    end
   end)
 end
 
@@ -449,9 +452,7 @@ function Stream:skip(n)
   check(self, "skip")
   local wrong = wrong_count(n, 0)
   if wrong then core.argument_error(2, wrong) end
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
+  return through(self, function(next)
     local skipped = 0
     return function()
       while skipped < n do
@@ -459,7 +460,7 @@ function Stream:skip(n)
         if next() == nil then return nil end
       end
       return next()
-    end, close
+    end
   end)
 end
 
@@ -507,9 +508,7 @@ function Stream:chunk(n)
   check(self, "chunk")
   local wrong = wrong_count(n, 1)
   if wrong then core.argument_error(2, wrong) end
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
+  return through(self, function(next)
     local ended = false
     return function()
       if ended then return nil end
@@ -524,7 +523,7 @@ function Stream:chunk(n)
         list[i] = pack(value, second)
       end
       return list
-    end, close
+    end
   end)
 end
 
@@ -568,11 +567,7 @@ function Stream:timeout(seconds)
   local wrong = seconds ~= nil and wrong_seconds(seconds)
   if wrong then core.argument_error(2, wrong) end
   if seconds == nil or seconds == math.huge then return self end
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
-    return within(under_timeout, seconds, next), close
-  end)
+  return through(self, function(next) return within(under_timeout, seconds, next) end)
 end
 
 ---The same items, at most one every `seconds`: one that comes sooner is held back, none is dropped.
@@ -582,9 +577,7 @@ function Stream:throttle(seconds)
   check(self, "throttle")
   local wrong = wrong_seconds(seconds) or seconds == math.huge and "seconds must be finite"
   if wrong then core.argument_error(2, wrong) end
-  local open = self._open
-  return new_stream(function(token)
-    local next, close = open(token)
+  return through(self, function(next)
     local due = -math.huge
     return function()
       local value, second = next()
@@ -593,7 +586,7 @@ function Stream:throttle(seconds)
       if wait > 0 then core.sleep(wait) end
       due = now() + seconds
       return value, second
-    end, close
+    end
   end)
 end
 

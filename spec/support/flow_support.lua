@@ -76,11 +76,7 @@ end
 
 -- Runs fn(reports) while unobserved exceptions are recorded in `reports` as {err =, task =}.
 function support.with_reports(fn)
-  local reports = {}
-  flow.on_unobserved_exception(function(err, task)
-    reports[#reports + 1] = { err = err, task = task }
-  end)
-  local ok, err = pcall(fn, reports)
+  local ok, err = pcall(fn, helper.reports())
   flow.on_unobserved_exception(function(unobserved)
     io.stderr:write("unobserved: ", tostring(unobserved), "\n")
   end)

@@ -3,6 +3,7 @@
 
 local assert = require "luassert"
 local flow = require "coflow"
+local helper = require "spec.helper"
 
 local fs = flow.fs
 local support = {}
@@ -88,6 +89,14 @@ function support.names(dir)
   for name in fs.scandir(dir) do names[#names + 1] = name end
   table.sort(names)
   return names
+end
+
+---Calls fn(...), which must raise Lua's own `bad argument` with `word` in it.
+function support.bad_argument(word, fn, ...)
+  local err = helper.raised(fn, ...)
+  assert.equal("string", type(err), tostring(err))
+  assert.truthy(err:find("bad argument", 1, true), err)
+  assert.truthy(err:find(word, 1, true), err)
 end
 
 ---Calls fn(...), which must raise an IO error with that code; returns it.
