@@ -80,6 +80,8 @@ struct handle_class {
   void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
   void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
   uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
+  int64_t (*left)(struct handle *h);
+  /* or NULL: who waited has given up: what its error tells as .written, or -1. No Lua. */
 };
 struct handle {
   struct holder holder;
@@ -108,8 +110,6 @@ struct verb {
   bool (*wait)(lua_State *L, struct handle *h, struct request *r);
   /* [-0, +0, -] who asked is about to wait; false: look again */
   struct link *(*queue)(struct handle *h);
-  void (*interrupted)(lua_State *L,
-                      struct handle *h); /* or NULL: [-0, +0, m] adds to the error on top */
 };
 struct request {
   const struct verb *verb;
@@ -125,10 +125,13 @@ void handle_closed(struct handle *h);                  /* by on_close. No Lua. *
 void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
 void handle_news(struct handle *h);                    /* it will land. No Lua. */
 void handle_land(lua_State *L, int i);
+int64_t handle_left(struct handle *h); /* a waiter has given up: a number for it, or -1. No Lua. */
+void handle_tell_written(
+    lua_State *L, int i); /* [-0, +0, m] that number, of the operation at i, to its error on top */
 int handle_ask(lua_State *L, struct handle *h, struct request *r, int k,
                lua_CFunction f); /* x(…) with the arguments 1 … k, the last one the token */
 int handle_wait(
-    lua_State *L, struct fiber *me, const struct verb *verb,
+    lua_State *L, struct fiber *me,
     struct link *q); /* suspends the running fiber, with the handle and nil on its stack */
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
 void handle_answer(

@@ -95,6 +95,7 @@ struct stream {
   int64_t written;           /* of the write that was cut short last */
   int write_status, free_slot;
   bool writing, broken, shut, ended;
+  bool was_cut; /* by the last change of who waits */
   bool lingers; /* `close` is about to wait for the queue */
   uint8_t kind;
   union {
@@ -374,6 +375,7 @@ static void cut(struct stream *s) {
   uint64_t given = s->sent + size, sent = given;
   if (size > 0) sent -= uv_stream_get_write_queue_size(&s->uv.stream);
   s->writing = false;
+  s->was_cut = true;
   s->written = sent > s->write_from ? (int64_t)(sent - s->write_from) : 0;
   if (sent >= s->write_from + s->write_size) return; /* all was sent, and nobody knew yet */
   if (given <= s->write_from) {
@@ -400,6 +402,7 @@ static void on_close(uv_handle_t *uv) {
 static bool changed(struct handle *h) {
   struct stream *s = as_stream(h);
   s->epoch++;
+  s->was_cut = false;
   if (s->writing && !waiter_any(&s->writers)) cut(s);
   if (h->disposed && !s->lingers && !waiter_any(&s->closers)) handle_close(h);
   bool reads = waiter_any(&s->readers);
@@ -412,6 +415,12 @@ static bool changed(struct handle *h) {
   }
   return reads || waiter_any(&s->writers) || waiter_any(&s->flushers) || waiter_any(&s->closers) ||
          s->flight != NULL || s->done != NULL;
+}
+
+/* who gave up is told what was sent, if it was a write that has been cut just now */
+static int64_t left(struct handle *h) {
+  const struct stream *s = as_stream(h);
+  return s->was_cut ? s->written : -1;
 }
 
 static void collected(struct handle *h) {
@@ -457,7 +466,7 @@ uv_stream_t *stream_uv(struct stream *s) { return &s->uv.stream; }
 /* ---- Lua face ---- */
 
 static void land(lua_State *L, struct handle *h, int i);
-static const struct handle_class class = {"stream", changed, land, collected, on_close};
+static const struct handle_class class = {"stream", changed, land, collected, on_close, left};
 
 struct stream *stream_new(lua_State *L, enum stream_kind kind) {
   struct stream *s = (struct stream *)handle_new(L, TAG_STREAM, &class, sizeof *s, STREAM_STRINGS);
@@ -633,7 +642,7 @@ static bool wait_read(lua_State *L, struct handle *h, struct request *r) {
 static struct link *queue_read(struct handle *h) { return &as_stream(h)->readers; }
 
 #define READ_VERB(name)                                                                            \
-  { name, look_read, take_read, wait_read, queue_read, NULL }
+  { name, look_read, take_read, wait_read, queue_read }
 static const struct verb read_verbs[] = {READ_VERB("read"), READ_VERB("read_exactly"),
                                          READ_VERB("read_line"), READ_VERB("read_until"),
                                          READ_VERB("read_all")};
@@ -684,7 +693,7 @@ static int l_read(lua_State *L) {
   s->ask.data = 0;
   s->ask.size = UNLIMITED;
   lua_pushnil(L);
-  return handle_wait(L, me, s->ask.verb, &s->readers);
+  return handle_wait(L, me, &s->readers);
 }
 
 static int l_read_exactly(lua_State *L) { return read_any(L, ASK_EXACTLY, l_read_exactly); }
@@ -850,13 +859,7 @@ static bool wait_write(lua_State *L, struct handle *h, struct request *r) {
 
 static struct link *queue_write(struct handle *h) { return &as_stream(h)->writers; }
 
-static void write_interrupted(lua_State *L, struct handle *h) {
-  lua_pushinteger(L, (lua_Integer)as_stream(h)->written);
-  lua_setfield(L, -2, "written");
-}
-
-static const struct verb write_verb = {"write",    look_write,  NULL,
-                                       wait_write, queue_write, write_interrupted};
+static const struct verb write_verb = {"write", look_write, NULL, wait_write, queue_write};
 
 /* write(s, …, token) */
 static int write_any(lua_State *L, lua_CFunction f) {
@@ -927,12 +930,11 @@ static bool wait_flush(lua_State *L, struct handle *h, struct request *r) {
 
 static struct link *queue_flush(struct handle *h) { return &as_stream(h)->flushers; }
 
-static const struct verb flush_verb = {"flush", look_flush, NULL, wait_flush, queue_flush, NULL};
-static const struct verb shutdown_verb = {"shutdown", look_flush,  NULL,
-                                          wait_flush, queue_flush, NULL};
+static const struct verb flush_verb = {"flush", look_flush, NULL, wait_flush, queue_flush};
+static const struct verb shutdown_verb = {"shutdown", look_flush, NULL, wait_flush, queue_flush};
 static struct link *queue_close(struct handle *h) { return &as_stream(h)->closers; }
 
-static const struct verb close_verb = {"close", look_flush, NULL, wait_flush, queue_close, NULL};
+static const struct verb close_verb = {"close", look_flush, NULL, wait_flush, queue_close};
 
 static int flush_any(lua_State *L, lua_CFunction f) {
   struct stream *s = check(L);

@@ -1477,8 +1477,8 @@ function Stream:read_all_async(max, token) end
 ---Writes the strings, in one go, and a token if that is the last argument. Returns when the system has taken them,
 ---or no more than 64 KiB wait for it; else it suspends until only 16 KiB do.
 ---Cancellation: nothing is sent if libuv has not begun with it. If it has, the stream is broken and closed: `written`
----in the error (of the direct style under the ambient token), and in the IO errors with code ECANCELED that all
----later use raises, tells how many bytes of it the system took.
+---in the error, and in the IO errors with code ECANCELED that all later use raises, tells how many bytes of it the
+---system took.
 ---Raises: IO (EPIPE, ECONNRESET …); InvalidOperation while another task's write is suspended, and after `shutdown`.
 ---@param ... string|number|coflow.CancellationToken
 ---@return true
