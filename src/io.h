@@ -144,17 +144,17 @@ void handle_push_code(lua_State *L, const char *code, const char *syscall, const
                       ...);                                      /* [-0, +1, m] an IO error */
 void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
 
-/* ---- uvstream.c, listener.c, tcp.c ---- */
+/* ---- uvstream.c, uvread.c, listener.c, tcp.c ---- */
 
 struct stream;
-enum stream_kind { STREAM_TCP, STREAM_PIPE };
+enum stream_kind { STREAM_TCP, STREAM_PIPE, STREAM_FD };        /* FD: what libuv cannot poll */
 struct stream *stream_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] not libuv's yet */
 int stream_init(struct stream *s);                              /* a status of libuv. No Lua. */
 int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
 uv_stream_t *stream_uv(struct stream *s);
 void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
 void stream_open(lua_State *L);
-void stream_free(struct runtime *rt); /* the state is closed */
+void read_free(struct runtime *rt); /* the state is closed */
 struct listener;
 struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] */
 int listener_adopt(
@@ -165,6 +165,13 @@ bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* 
 bool address_push(lua_State *L,
                   const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
 void tcp_open(lua_State *L);
+
+/* ---- stdio.c: the standard streams ---- */
+
+void stdio_guard(void); /* nothing else gets the descriptors 0, 1 and 2 */
+int stdio_end(int fd);  /* what is written to it is over. A status of libuv. No Lua. */
+bool stdio_sends(const struct runtime *rt); /* one of them has something to send yet. No Lua. */
+void stdio_open(lua_State *L);
 
 /* ---- signal.c ---- */
 
