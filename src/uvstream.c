@@ -231,10 +231,10 @@ static int l_leave(lua_State *L) {
 static void land(lua_State *L, struct handle *h, int i) {
   struct stream *s = as_stream(h);
   struct request end = {.verb = &close_verb, .what = FLUSH_WAITING};
-  write_forget(L, s, i);
+  if (s->done != NULL) write_forget(L, s, i);
   if (s->broken) refuse_all(L, i, s);
-  read_answer(L, i, s);
-  write_answer(L, i, s);
+  if (waiter_any(&s->readers) || s->part.length > 0) read_answer(L, i, s);
+  if (waiter_any(&s->writers) || waiter_any(&s->flushers)) write_answer(L, i, s);
   if (waiter_any(&s->closers)) handle_answer(L, i, h, &end);
 }
 

@@ -249,7 +249,6 @@ static void enqueue(lua_State *L, struct stream *s, int i, size_t from) {
 
 /* [-0, +0, -] strings that are written, or will never be, are held no more */
 void write_forget(lua_State *L, struct stream *s, int i) {
-  if (s->done == NULL) return;
   lua_getiuservalue(L, i, STREAM_STRINGS);
   for (struct piece *p; (p = s->done) != NULL; free(p)) {
     s->done = p->next;
