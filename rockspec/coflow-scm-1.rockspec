@@ -50,6 +50,7 @@ build = {
         "src/tcp.c",
         "src/testing.c",
         "src/timer.c",
+        "src/udp.c",
         "src/uvread.c",
         "src/uvstream.c",
         "src/uvwrite.c",

@@ -144,7 +144,7 @@ void handle_push_code(lua_State *L, const char *code, const char *syscall, const
                       ...);                                      /* [-0, +1, m] an IO error */
 void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
 
-/* ---- uvstream.c, uvread.c, listener.c, tcp.c ---- */
+/* ---- uvstream.c, uvread.c, listener.c, tcp.c, udp.c ---- */
 
 struct stream;
 enum stream_kind { STREAM_TCP, STREAM_PIPE, STREAM_FD };        /* FD: what libuv cannot poll */
@@ -165,6 +165,7 @@ bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* 
 bool address_push(lua_State *L,
                   const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
 void tcp_open(lua_State *L);
+void udp_open(lua_State *L); /* [-0, +0, m] into the table of tcp.c on top */
 
 /* ---- stdio.c: the standard streams ---- */
 
