@@ -108,11 +108,6 @@ static int l_open_standard(lua_State *L) {
   }
   s->standard = (uint8_t)(fd + 1);
   if (fd != 0) s->read_status = UV_EBADF;
-  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE) == LUA_TTABLE) {
-    lua_pushboolean(L, 1); /* it is the program's, not that of the test that has opened it */
-    lua_rawsetp(L, -2, s->handle.uv);
-  }
-  lua_settop(L, 2);
   return 1;
 }
 

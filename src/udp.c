@@ -147,16 +147,39 @@ static int receive(struct udp *u) {
   return 0;
 }
 
+static socklen_t size_of(const struct sockaddr_storage *a) {
+  return a->ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+}
+
+static in_port_t *port_of(struct sockaddr_storage *a) {
+  return a->ss_family == AF_INET ? &((struct sockaddr_in *)(void *)a)->sin_port
+                                 : &((struct sockaddr_in6 *)(void *)a)->sin6_port;
+}
+
 /* sent, or an error of libuv; to == NULL: to the peer */
 static int send_now(const struct udp *u, const char *data, size_t length,
                     const struct sockaddr_storage *to) {
-  socklen_t n = to == NULL                 ? 0
-                : to->ss_family == AF_INET ? sizeof(struct sockaddr_in)
-                                           : sizeof(struct sockaddr_in6);
+  socklen_t n = to == NULL ? 0 : size_of(to);
   ssize_t sent;
   do sent = sendto(u->fd, data, length, 0, (const struct sockaddr *)to, n);
   while (sent < 0 && errno == EINTR);
   return sent >= 0 ? 0 : uv_translate_sys_error(errno);
+}
+
+/* no peer any more; then the system gives back a port of its own choice, which is ours */
+static int disconnect(const struct udp *u) {
+  struct sockaddr_storage before = {0}, after = {0};
+  struct sockaddr none = {.sa_family = AF_UNSPEC};
+  socklen_t n = sizeof before, m = sizeof after;
+  if (getsockname(u->fd, (struct sockaddr *)&before, &n) != 0 ||
+      (connect(u->fd, &none, sizeof none) != 0 && errno != EAFNOSUPPORT) ||
+      getsockname(u->fd, (struct sockaddr *)&after, &m) != 0)
+    return uv_translate_sys_error(errno);
+  if (*port_of(&after) == *port_of(&before)) return 0;
+  *port_of(&after) = *port_of(&before);
+  return bind(u->fd, (struct sockaddr *)&after, size_of(&after)) == 0
+             ? 0
+             : uv_translate_sys_error(errno);
 }
 
 /* an IPv4 address as an IPv6 socket wants it */
@@ -233,8 +256,7 @@ static int open_socket(const struct sockaddr_storage *at, int flags) {
   if ((flags & REUSE_ADDRESS && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) != 0) ||
       (flags & REUSE_PORT && setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on) != 0) ||
       (v6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, sizeof only) != 0) ||
-      bind(fd, (const struct sockaddr *)at,
-           v6 ? sizeof(struct sockaddr_in6) : sizeof(struct sockaddr_in)) != 0) {
+      bind(fd, (const struct sockaddr *)at, size_of(at)) != 0) {
     int status = uv_translate_sys_error(errno);
     close(fd);
     return status;
@@ -422,16 +444,17 @@ static int l_udp_family(lua_State *L) {
 /* udp_connect(socket, address, port); without an address: no peer any more */
 static int l_udp_connect(lua_State *L) {
   struct udp *u = check_open(L);
-  struct sockaddr_storage to = {.ss_family = AF_UNSPEC};
-  socklen_t n = sizeof(struct sockaddr);
-  if (!lua_isnoneornil(L, 2)) {
-    to = check_address(L, 2, 1);
+  int status;
+  if (lua_isnoneornil(L, 2))
+    status = disconnect(u);
+  else {
+    struct sockaddr_storage to = check_address(L, 2, 1);
     map(u, &to);
-    n = to.ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+    status = connect(u->fd, (struct sockaddr *)&to, size_of(&to)) == 0
+                 ? 0
+                 : uv_translate_sys_error(errno);
   }
-  if (connect(u->fd, (struct sockaddr *)&to, n) != 0 && errno != EAFNOSUPPORT)
-    return fail(L, uv_translate_sys_error(errno), "connect");
-  return 0;
+  return status == 0 ? 0 : fail(L, status, "connect");
 }
 
 static int finish(lua_State *L, int status, const char *syscall) {
@@ -562,8 +585,7 @@ static int l_peer_address(lua_State *L) { return push_address(L, true); }
 static int l_port(lua_State *L) {
   struct sockaddr_storage a;
   if (!address_of(check(L), false, &a)) return 0;
-  lua_pushinteger(L, ntohs(a.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)(void *)&a)->sin6_port
-                                                   : ((struct sockaddr_in *)(void *)&a)->sin_port));
+  lua_pushinteger(L, ntohs(*port_of(&a)));
   return 1;
 }
 
