@@ -250,6 +250,7 @@ void fd_close(struct stream *s) {
     fd_write_stop(s);
     atomic_store(&w->gone, true);
     w->stream = NULL;
+    s->flying = false;
     uv_cancel((uv_req_t *)&w->work);
   }
   s->uv.fd.read = NULL;

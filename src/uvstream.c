@@ -30,7 +30,7 @@ static bool changed(struct handle *h) {
   struct stream *s = as_stream(h);
   s->epoch++;
   s->was_cut = false;
-  if (s->writing && !waiter_any(&s->writers)) write_cut(s);
+  if (waiter_any(&s->writes)) write_changed(s);
   if (h->disposed && !s->lingers && !waiter_any(&s->closers)) handle_close(h);
   bool reads = waiter_any(&s->readers);
   if (reads != s->awaited && h->uv != NULL && !h->closing) {
@@ -104,6 +104,7 @@ struct stream *stream_new(lua_State *L, enum stream_kind kind) {
   link_init(&s->writers);
   link_init(&s->flushers);
   link_init(&s->closers);
+  link_init(&s->writes);
   s->kind = (uint8_t)kind;
   return s;
 }
@@ -111,8 +112,8 @@ struct stream *stream_new(lua_State *L, enum stream_kind kind) {
 void stream_push_broken(lua_State *L, const struct stream *s, const char *syscall) {
   handle_push_code(L, "ECANCELED", syscall,
                    "a canceled write has broken the stream: %I bytes of it were sent",
-                   (LUAI_UACINT)s->written);
-  lua_pushinteger(L, (lua_Integer)s->written);
+                   (LUAI_UACINT)s->broken_by);
+  lua_pushinteger(L, (lua_Integer)s->broken_by);
   lua_setfield(L, -2, "written");
 }
 
@@ -137,15 +138,15 @@ static const struct verb close_verb = {"close", write_look_flush, NULL, write_wa
 
 /* [-0, +0, m] the stream at i is of no use any more: whoever waits is told so */
 static void refuse_all(lua_State *L, int i, struct stream *s) {
-  struct link *queues[] = {&s->readers, &s->writers, &s->flushers, &s->closers};
-  for (int n = 0; n < 4; n++) {
-    if (!waiter_any(queues[n]) || (n >= 2 && !s->broken)) continue;
+  struct link *queues[] = {&s->readers, &s->flushers, &s->closers};
+  write_refuse(L, i, s); /* which may break it */
+  for (int n = 0; n < 3; n++) {
+    if (!waiter_any(queues[n]) || (n > 0 && !s->broken)) continue;
     if (s->broken)
       stream_push_broken(L, s, n == 0 ? "read" : "write");
     else
-      handle_push_code(L, "ECANCELED", n == 0 ? "read" : "write",
-                       "the stream was closed by another task");
-    handle_refuse(L, i, queues[n]); /* which cuts a write */
+      handle_push_code(L, "ECANCELED", "read", "the stream was closed by another task");
+    handle_refuse(L, i, queues[n]);
   }
 }
 

@@ -14,8 +14,9 @@
 enum { STREAM_DELIMITER = HOLDER_WAITERS + 1, STREAM_STRINGS };
 enum { HIGH = 65536, LOW = 16384 }; /* bytes that wait: to be taken, to be sent */
 
-struct slab;  /* uvread.c */
-struct piece; /* uvwrite.c */
+struct slab; /* uvread.c */
+struct piece;
+struct record; /* uvwrite.c */
 struct descriptor;
 struct read_job;
 struct write_job; /* fdstream.c */
@@ -41,12 +42,16 @@ struct stream {
   bool flying;                       /* libuv, or a thread, … */
   size_t flight;                     /* … has so many bytes in hands, the first of the queue */
   struct piece *first, *last, *done; /* done: their strings are to be forgotten */
-  size_t queued, write_size;
-  uint64_t sent, write_from; /* counted from the beginning of the stream */
-  int64_t written;           /* of the write that was cut short last */
+  struct link writes;                /* the suspended ones, as in `writers` */
+  struct record *spare;              /* for the next one, or NULL */
+  size_t queued;
+  uint64_t sent;      /* since the beginning of the stream */
+  int64_t written;    /* of the write that was cut short last */
+  int64_t broken_by;  /* the same, of the one that has broken it */
+  uint64_t broken_at; /* `sent`, then */
   int write_status, free_slot;
-  bool writing, broken, shut, ended;
-  bool was_cut; /* by the last change of who waits */
+  bool broken, shut, ended;
+  bool was_cut; /* a write, by the last change of who waits */
   bool lingers; /* `close` is about to wait for the queue */
   uint8_t kind;
   uint8_t standard; /* 1, 2, 3: it is standard input, output or error; 0: none of these */
@@ -91,7 +96,7 @@ void read_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the o
 /* ---- uvwrite.c ---- */
 
 extern const luaL_Reg write_methods[];
-void write_cut(struct stream *s); /* the suspended one is canceled, or the stream closed. No Lua. */
+void write_changed(struct stream *s);          /* it may be a writer who came, or went. No Lua. */
 void write_drop(struct stream *s);             /* nothing more is sent. No Lua. */
 void write_free(struct stream *s);             /* … and all is freed. No Lua. */
 void write_done(struct stream *s, int status); /* of what was in flight. No Lua. */
@@ -99,6 +104,7 @@ enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request
 bool write_wait_flush(lua_State *L, struct handle *h, struct request *r);
 enum { FLUSH_NEW, FLUSH_WAITING, FLUSH_CLOSE };           /* what is asked of these */
 void write_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the one at i */
+void write_refuse(lua_State *L, int i, struct stream *s); /* [-0, +0, m] all that are suspended */
 void write_forget(lua_State *L, struct stream *s, int i); /* [-0, +0, -] strings that are sent */
 size_t write_copy(const struct stream *s, char *to,
                   size_t most); /* the first of the queue. No Lua. */

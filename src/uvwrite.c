@@ -4,19 +4,20 @@
 ** What the system takes at once never leaves the caller's stack. The rest is a queue of pieces: short strings lie
 ** together in blocks, long ones are held, not copied. libuv has at most one request at a time, of up to BUFFERS
 ** pieces, so what is written meanwhile goes out together. A write returns when no more than HIGH bytes are waiting;
-** else it suspends until only LOW are. To standard output and error it returns when none are, so that what the
-** program writes otherwise (print) comes after it.
+** else it suspends until only LOW are. To standard output and error it returns when it is all sent, so that what the
+** program writes otherwise (print) comes after it; and as it is everybody's, any number of tasks may be suspended in
+** such writes, each a record of what is its own in the queue.
 **
-**     written before │ the write that suspends
-**     ───────────────┼────────────────────────
-**        sent  given │ …                          given: to libuv, which cannot take it back
+**     written before │ a write that suspends │ the next one
+**     ───────────────┼───────────────────────┼─────────────
+**        sent  given │ …                                     given: to libuv, which cannot take it back
 **
-** Canceled, it is taken out of the queue if nothing of it was given; if something was, what the peer would get
+** Canceled, a write is taken out of the queue if nothing of it was given; if something was, what the peer would get
 ** is cut somewhere in the middle, so the stream is broken: closed at once, and all that is asked of it
 ** later is refused.
 **
 ** Invariants: queued == sum of the pieces' lengths; while `flying` the first `flight` bytes of the queue are given.
-**             writing: exactly while a write is suspended, the last bytes of the queue being its own.
+**             The records are in the order of `writers`, and of their bytes in the queue.
 ** SPDX-License-Identifier: MIT
 */
 #include "uvstream.h"
@@ -39,6 +40,13 @@ struct piece {
   char own[];
 };
 
+struct record {
+  struct link link;
+  struct nap *who; /* NULL: about to wait */
+  uint64_t from;   /* since the beginning of the stream */
+  size_t size;
+};
+
 struct flight {
   uv_write_t req;
   struct stream *stream;
@@ -46,11 +54,8 @@ struct flight {
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
 
-static void drop_piece(struct stream *s) {
-  struct piece *p = s->first;
-  s->first = p->next;
-  if (s->first == NULL) s->last = NULL;
-  s->queued -= p->length;
+/* it is out of the queue */
+static void drop_piece(struct stream *s, struct piece *p) {
   if (p->slot == 0) {
     free(p);
     return;
@@ -59,20 +64,38 @@ static void drop_piece(struct stream *s) {
   s->done = p;
 }
 
+static void drop_first(struct stream *s) {
+  struct piece *p = s->first;
+  s->first = p->next;
+  if (s->first == NULL) s->last = NULL;
+  s->queued -= p->length;
+  drop_piece(s, p);
+}
+
+static struct record *record_of(struct link *l) { return container_of(l, struct record, link); }
+
+static void drop_record(struct record *r) {
+  link_drop(&r->link);
+  free(r);
+}
+
 void write_drop(struct stream *s) {
-  while (s->first != NULL) drop_piece(s);
+  while (s->first != NULL) drop_first(s);
 }
 
 void write_free(struct stream *s) {
   write_drop(s);
+  while (waiter_any(&s->writes)) drop_record(record_of(s->writes.next));
   for (struct piece *p; (p = s->done) != NULL; free(p)) s->done = p->next;
+  free(s->spare);
+  s->spare = NULL;
 }
 
 static void was_sent(struct stream *s, size_t n) {
   s->sent += n;
   while (n > 0 && s->first->length <= n) {
     n -= s->first->length;
-    drop_piece(s);
+    drop_first(s);
   }
   if (n > 0) {
     s->first->base += n;
@@ -160,49 +183,79 @@ void write_done(struct stream *s, int status) {
   handle_news(&s->handle);
 }
 
-/* what was put into the queue beyond the first n bytes leaves it; none of it has been given to libuv */
-static void truncate_queue(struct stream *s, size_t n) {
-  struct piece *p = s->first, *rest;
-  s->queued = n;
-  if (n == 0) {
-    rest = s->first;
-    s->first = s->last = NULL;
-  } else {
-    for (; p->length < n; p = p->next) n -= p->length;
-    rest = p->next;
-    p->length = n;
-    p->room = 0;
-    p->next = NULL;
-    s->last = p;
-  }
-  for (struct piece *next; rest != NULL; rest = next) {
-    next = rest->next;
-    if (rest->slot == 0)
-      free(rest);
-    else {
-      rest->next = s->done;
-      s->done = rest;
+/* n bytes of the queue, behind `at`, leave it; none of them has been given to libuv */
+static void take_out(struct stream *s, size_t at, size_t n) {
+  struct piece **to = &s->first, *before = NULL;
+  s->queued -= n;
+  while (n > 0) {
+    struct piece *p = *to;
+    size_t k = p->length - at < n ? p->length - at : n;
+    if (at >= p->length) {
+      at -= p->length;
+    } else if (k == p->length) {
+      n -= k;
+      *to = p->next;
+      if (s->last == p) s->last = before;
+      drop_piece(s, p);
+      continue;
+    } else { /* of a block: what belongs to others moves down */
+      n -= k;
+      memmove((char *)p->base + at, p->base + at + k, p->length - at - k);
+      p->length -= k;
+      p->room += (uint32_t)k;
+      at = 0;
     }
+    before = p;
+    to = &p->next;
   }
 }
 
-void write_cut(struct stream *s) {
-  uint64_t given, sent;
-  if (s->flying && s->kind == STREAM_FD) s->flight = fd_write_stop(s);
-  given = sent = s->sent + s->flight;
-  if (s->flying && s->kind != STREAM_FD) sent -= uv_stream_get_write_queue_size(&s->uv.stream);
-  s->writing = false;
-  s->was_cut = true;
-  s->written = sent > s->write_from ? (int64_t)(sent - s->write_from) : 0;
-  if (sent >= s->write_from + s->write_size) return; /* all was sent, and nobody knew yet */
-  if (given <= s->write_from) {
-    truncate_queue(s, (size_t)(s->write_from - s->sent));
-    end_writing(s);
-    return;
+/* how much of it has been sent; *given: up to there nobody can take anything back */
+static size_t sent_of(struct stream *s, const struct record *r, uint64_t *given) {
+  uint64_t sent = s->broken_at;
+  if (!s->broken) {
+    if (s->flying && s->kind == STREAM_FD && s->sent + s->flight > r->from)
+      s->flight = fd_write_stop(s);
+    sent = s->sent + s->flight;
+    *given = sent;
+    if (s->flying && s->kind != STREAM_FD) sent -= uv_stream_get_write_queue_size(&s->uv.stream);
   }
-  s->broken = true;
-  handle_close(&s->handle);
-  handle_news(&s->handle);
+  if (sent <= r->from) return 0;
+  return sent - r->from < r->size ? (size_t)(sent - r->from) : r->size;
+}
+
+/* a suspended write is canceled, or its stream is being closed */
+static void cut(struct stream *s, struct record *r) {
+  uint64_t given = 0;
+  size_t n = sent_of(s, r, &given);
+  s->was_cut = true;
+  s->written = (int64_t)n;
+  if (s->broken || s->write_status != 0 || n == r->size) { /* nothing is left of it in the queue */
+  } else if (given <= r->from) {
+    take_out(s, (size_t)(r->from - s->sent), r->size);
+    for (struct link *l = r->link.next; l != &s->writes; l = l->next) record_of(l)->from -= r->size;
+    end_writing(s);
+  } else {
+    s->broken = true;
+    s->broken_by = s->written;
+    s->broken_at = r->from + n;
+    handle_close(&s->handle);
+    handle_news(&s->handle);
+  }
+  drop_record(r);
+}
+
+void write_changed(struct stream *s) {
+  const struct link *q = s->writers.next;
+  for (struct link *l = s->writes.next, *next; l != &s->writes; l = next) {
+    struct record *r = record_of(l);
+    next = l->next;
+    if (q != &s->writers && (r->who == NULL || &r->who->link == q)) {
+      r->who = container_of(q, struct nap, link);
+      q = q->next;
+    } else if (r->who != NULL)
+      cut(s, r);
+  }
 }
 
 /* ---- Lua face ---- */
@@ -275,7 +328,7 @@ static void make_room(lua_State *L) {
 
 static bool push_write_hindrance(lua_State *L, struct stream *s, const struct request *r,
                                  const struct link *q) {
-  if (stream_push_hindrance(L, s, r, q)) return true;
+  if (stream_push_hindrance(L, s, r, s->standard != 0 ? NULL : q)) return true;
   int status = s->standard == 1 ? UV_EBADF : s->write_status;
   if (status != 0) io_push_error(L, status, r->verb->name, NULL);
   return status != 0;
@@ -344,18 +397,19 @@ static void put(lua_State *L, struct stream *s, int n) {
 
 static bool wait_write(lua_State *L, struct handle *h, struct request *r) {
   struct stream *s = as_stream(h);
-  if (!is_new(s, r)) return true;
-  uint64_t before = s->sent + s->queued;
+  struct record *record = s->spare;
+  if (record == NULL) record = s->spare = malloc(sizeof *record);
+  if (record == NULL) luaL_error(L, "not enough memory");
+  *record = (struct record){.from = s->sent + s->queued, .size = r->size};
   put(L, s, r->what);
-  if (s->write_status != 0) return false;
   r->found = 1;
+  if (s->write_status != 0) return false;
   if (s->queued <= patience(s, HIGH)) {
     handle_changed(L, 1); /* libuv may have it in hands */
     return false;
   }
-  s->write_from = before;
-  s->write_size = r->size;
-  s->writing = true;
+  link_append(&s->writes, &record->link);
+  s->spare = NULL;
   return true;
 }
 
@@ -461,6 +515,7 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
     if (f != NULL && s->queued > 0) fiber_here(L, s->handle.rt);
     s->shut = true;
     end_writing(s);
+    handle_changed(L, 1); /* it may be closing */
   }
   return f != NULL ? handle_ask(L, &s->handle, &r, 2, f) : handle_ask_async(L, &s->handle, &r, 2);
 }
@@ -468,20 +523,55 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
 static int l_shutdown(lua_State *L) { return shutdown_any(L, l_shutdown); }
 static int l_shutdown_async(lua_State *L) { return shutdown_any(L, NULL); }
 
+/* [-1, +0, m] the first one of the suspended writes is over, or has failed with the error on top */
+static void end_first(lua_State *L, int i, struct stream *s, bool failed) {
+  struct nap *n = waiter_take(L, i, &s->writers);
+  if (n == NULL) {
+    lua_pop(L, 1);
+    return;
+  }
+  lua_insert(L, -2);
+  if (failed)
+    waiter_fail(L, s->handle.rt, n);
+  else
+    waiter_grant(L, s->handle.rt, n);
+}
+
+void write_refuse(lua_State *L, int i, struct stream *s) {
+  int top = lua_gettop(L);
+  bool broken = s->broken;
+  while (waiter_any(&s->writers)) {
+    const struct record *first = waiter_any(&s->writes) ? record_of(s->writes.next) : NULL;
+    uint32_t epoch = s->epoch;
+    uint64_t given;
+    size_t sent = first != NULL ? sent_of(s, first, &given) : 0;
+    bool failed = first == NULL || sent < first->size;
+    if (!failed)
+      lua_pushboolean(L, 1);
+    else {
+      if (broken)
+        stream_push_broken(L, s, "write");
+      else if (s->write_status != 0)
+        io_push_error(L, s->write_status, "write", NULL);
+      else
+        handle_push_code(L, "ECANCELED", "write", "the stream was closed by another task");
+      lua_pushinteger(L, (lua_Integer)sent);
+      lua_setfield(L, -2, "written");
+    }
+    if (s->epoch == epoch) end_first(L, i, s, failed); /* else a finalizer has been here */
+    lua_settop(L, top);
+  }
+}
+
 void write_answer(lua_State *L, int i, struct stream *s) {
   struct request flush = {.verb = &flush_verb, .what = FLUSH_WAITING};
-  if (waiter_any(&s->writers) && (s->queued <= patience(s, LOW) || s->write_status != 0)) {
-    s->writing = false;
-    if (s->write_status != 0) {
-      io_push_error(L, s->write_status, "write", NULL);
-      handle_refuse(L, i, &s->writers);
-    } else {
-      struct nap *n = waiter_take(L, i, &s->writers);
-      if (n != NULL) {
-        lua_pushboolean(L, 1);
-        waiter_grant(L, s->handle.rt, n);
-      }
-    }
+  if (s->write_status != 0) write_refuse(L, i, s);
+  while (waiter_any(&s->writes)) {
+    struct record *first = record_of(s->writes.next);
+    if (first->from + first->size > s->sent + patience(s, LOW)) break;
+    drop_record(first);
+    lua_pushboolean(L, 1);
+    end_first(L, i, s, false);
   }
   if (waiter_any(&s->flushers)) handle_answer(L, i, &s->handle, &flush);
 }

@@ -1478,7 +1478,7 @@ function Stream:read_all_async(max, token) end
 ---or no more than 64 KiB wait for it; else it suspends until only 16 KiB do.
 ---Cancellation: nothing is sent if libuv has not begun with it. If it has, the stream is broken and closed: `written`
 ---in the error, and in the IO errors with code ECANCELED that all later use raises, tells how many bytes of it the
----system took.
+---system took. So does `written` in the error of a suspended write whose stream is closed, or fails.
 ---Raises: IO (EPIPE, ECONNRESET …); InvalidOperation while another task's write is suspended, and after `shutdown`.
 ---@param ... string|number|coflow.CancellationToken
 ---@return true
