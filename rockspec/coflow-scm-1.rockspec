@@ -96,5 +96,6 @@ build = {
     ["coflow.sync"] = "lua/coflow/sync.lua",
     ["coflow.task"] = "lua/coflow/task.lua",
     ["coflow.testing"] = "lua/coflow/testing.lua",
+    ["coflow.udp"] = "lua/coflow/udp.lua",
   },
 }

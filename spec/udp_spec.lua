@@ -64,7 +64,8 @@ describe("net.udp", function()
     for _, case in ipairs {
       { net.udp, 1 }, { net.udp, { host = "" } }, { net.udp, { host = 1 } }, { net.udp, { port = 65536 } },
       { net.udp, { port = 1.5 } }, { net.udp, { family = 4 } }, { net.udp, { size = 1 } }, { net.udp, nil, 1 },
-      { net.udp_async, { host = 1 } }, { s.send, s }, { s.send, s, {} }, { s.send, s, "x", "h" }, { s.send, s, "x", "" },
+      { net.udp_async, { host = 1 } }, { s.send, s }, { s.send, s, {} }, { s.send, s, "x", "h" },
+      { s.send, s, "x", "" },
       { s.send, s, "x", "h", 0 }, { s.send, s, "x", "h", 65536 }, { s.send, s, "x", nil, 1 }, { s.send, s, "x", 1, 1 },
       { s.send, s, "x", "h:0" }, { s.send, s, "x", "::1:1" }, { s.send, s, "x", "h", 1, 1 }, { s.send, 1, "x" },
       { s.send_async, s, "x", "h" }, { s.receive, s, 1 }, { s.receive_async, s, 1 }, { s.receive, 1 },

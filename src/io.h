@@ -165,7 +165,7 @@ bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* 
 bool address_push(lua_State *L,
                   const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
 void tcp_open(lua_State *L);
-void udp_open(lua_State *L); /* [-0, +0, m] into the table of tcp.c on top */
+void udp_open(lua_State *L);
 
 /* ---- stdio.c: the standard streams ---- */
 

@@ -417,6 +417,7 @@ static const struct {
     {"open_fs", fs_open},
     {"open_dns", dns_open},
     {"open_net", tcp_open},
+    {"open_udp", udp_open},
     {"open_standard is_terminal", stdio_open},
     {"configure_await spawn_on detached launch try_execute is_queued release recall is_scheduler "
      "current_scheduler synchronization_context set_synchronization_context",

@@ -246,7 +246,6 @@ static int l_open_net(lua_State *L) {
   lua_newtable(L);
   io_functions(L, operations);
   module_functions(L, plain);
-  udp_open(L);
   return 1;
 }
 

@@ -264,8 +264,8 @@ static int open_socket(const struct sockaddr_storage *at, int flags) {
   return fd;
 }
 
-/* udp_open(address, port, reuse_address, reuse_port, ipv6_only) -> a socket */
-static int l_udp_open(lua_State *L) {
+/* open(address, port, reuse_address, reuse_port, ipv6_only) -> a socket */
+static int l_open(lua_State *L) {
   struct sockaddr_storage at = check_address(L, 1, 0);
   int flags = (lua_toboolean(L, 3) ? REUSE_ADDRESS : 0) | (lua_toboolean(L, 4) ? REUSE_PORT : 0) |
               (lua_toboolean(L, 5) ? ONLY_IPV6 : 0);
@@ -342,13 +342,13 @@ static struct link *queue_receive(struct handle *h) { return &as_udp(h)->receive
 static const struct verb receive_verb = {"receive", look_receive, take_receive, wait_receive,
                                          queue_receive};
 
-/* udp_receive(socket, token) -> { data, address } */
-static int l_udp_receive(lua_State *L) {
+/* receive(socket, token) -> { data, address } */
+static int l_receive(lua_State *L) {
   struct udp *u = check(L);
   struct request r = {.verb = &receive_verb};
   token_opt(L, 2);
   lua_settop(L, 2);
-  return handle_ask(L, &u->handle, &r, 2, l_udp_receive);
+  return handle_ask(L, &u->handle, &r, 2, l_receive);
 }
 
 /* ---- sending ---- */
@@ -386,18 +386,18 @@ static struct link *queue_writable(struct handle *h) { return &as_udp(h)->sender
 static const struct verb writable_verb = {"send", look_writable, take_writable, wait_writable,
                                           queue_writable};
 
-/* udp_writable(socket, token): the system's buffer may have room */
-static int l_udp_writable(lua_State *L) {
+/* wait_writable(socket, token): the system's buffer may have room */
+static int l_wait_writable(lua_State *L) {
   struct udp *u = check(L);
   struct request r = {.verb = &writable_verb};
   token_opt(L, 2);
   lua_settop(L, 2);
-  return handle_ask(L, &u->handle, &r, 2, l_udp_writable);
+  return handle_ask(L, &u->handle, &r, 2, l_wait_writable);
 }
 
-/* udp_try_send(socket, data, address or nil, port, token, again) -> whether it was sent; unless it is tried again, no
+/* try_send(socket, data, address or nil, port, token, again) -> whether it was sent; unless it is tried again, no
 ** one is overtaken who waits */
-static int l_udp_try_send(lua_State *L) {
+static int l_try_send(lua_State *L) {
   struct udp *u = check_open(L);
   size_t length;
   const char *data = luaL_checklstring(L, 2, &length);
@@ -434,15 +434,15 @@ static void land(lua_State *L, struct handle *h, int i) {
 
 /* ---- the peer, options, closing ---- */
 
-/* udp_family(socket) -> of the addresses that it can send to */
-static int l_udp_family(lua_State *L) {
+/* family(socket) -> of the addresses that it can send to */
+static int l_family(lua_State *L) {
   const struct udp *u = check(L);
   lua_pushstring(L, u->family == AF_INET ? "ipv4" : u->only_ipv6 ? "ipv6" : "any");
   return 1;
 }
 
-/* udp_connect(socket, address, port); without an address: no peer any more */
-static int l_udp_connect(lua_State *L) {
+/* connect(socket, address, port); without an address: no peer any more */
+static int l_connect(lua_State *L) {
   struct udp *u = check_open(L);
   int status;
   if (lua_isnoneornil(L, 2))
@@ -617,15 +617,22 @@ static const luaL_Reg properties[] = {{"port", l_port},
                                       {"peer_address", l_peer_address},
                                       {"is_closed", l_is_closed},
                                       {NULL, NULL}};
-static const luaL_Reg functions[] = {{"udp_open", l_udp_open},
-                                     {"udp_receive", l_udp_receive},
-                                     {"udp_writable", l_udp_writable},
-                                     {"udp_try_send", l_udp_try_send},
-                                     {"udp_connect", l_udp_connect},
-                                     {"udp_family", l_udp_family},
-                                     {NULL, NULL}};
+static const luaL_Reg of_sockets[] = {{"open", l_open},
+                                      {"receive", l_receive},
+                                      {"wait_writable", l_wait_writable},
+                                      {"try_send", l_try_send},
+                                      {"connect", l_connect},
+                                      {"family", l_family},
+                                      {NULL, NULL}};
 
-void udp_open(lua_State *L) {
+/* open_udp() -> the functions that the sockets of coflow.net are made of; makes the class */
+static int l_open_udp(lua_State *L) {
   module_class(L, TAG_UDP, "coflow.UdpSocket", methods, properties);
-  module_functions(L, functions);
+  lua_newtable(L);
+  module_functions(L, of_sockets);
+  return 1;
 }
+
+static const luaL_Reg functions[] = {{"open_udp", l_open_udp}, {NULL, NULL}};
+
+void udp_open(lua_State *L) { module_functions(L, functions); }
