@@ -107,6 +107,17 @@ describe("standard input and output", function()
         ]], "line\nrest\n"))
       end)
 
+      it("hold up no thread while nothing comes", function()
+        assert.equal("line line\n", output("export UV_THREADPOOL_SIZE=1; PARENT " .. kind .. " CHILD", [[
+          local line = stdin:read_line_async()
+          flow.sleep(0.02)
+          local file = flow.fs.read_file(dir .. "/input"):match("%l+")
+          io.write("?") io.flush()
+          flow.fs.write_file(dir .. "/file", file)
+          print(file .. " " .. flow.await(line))
+        ]], "line\n"))
+      end)
+
       it("do not keep the process from its end", function()
         assert.equal("", (output("PARENT " .. kind .. " CHILD", [[
           flow.spawn(stdin.read, stdin)
@@ -380,6 +391,24 @@ describe("several tasks", function()
       end
     end)
   end
+
+  it("that cancel all that is to be sent let those go on who wait for just that", function()
+    local _, err, code = run("PARENT socket,held CHILD", [[
+      local last
+      repeat
+        last = stdout:write_async(("x"):rep(4096))
+        flow.sleep(0.005)
+      until not last.is_completed
+      local empty, flushed = stdout:write_async(""), stdout:flush_async()
+      last:cancel()
+      local _, why = flow.try_await(last)
+      assert(why.written == 0)
+      flow.await(empty)
+      flow.await(flushed)
+      stderr:write("ends")
+    ]])
+    assert.same({ "ends", 0 }, { err, code })
+  end)
 
   it("that wait for a slow reader are taken out of the queue when they are canceled", function()
     assert.equal("true 3 5\n", output("mkfifo DIR/fifo3; CHILD 1<>DIR/fifo3; cat DIR/report", [[

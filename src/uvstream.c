@@ -32,15 +32,15 @@ static bool changed(struct handle *h) {
   s->was_cut = false;
   if (waiter_any(&s->writes)) write_changed(s);
   if (h->disposed && !s->lingers && !waiter_any(&s->closers)) handle_close(h);
-  bool reads = waiter_any(&s->readers);
-  if (reads != s->awaited && h->uv != NULL && !h->closing) {
-    s->awaited = reads;
-    if (reads)
+  bool reads = waiter_any(&s->readers), awaited = reads || (s->flying && s->kind == STREAM_FD);
+  if (awaited != s->awaited && h->uv != NULL && !h->closing) {
+    s->awaited = awaited;
+    if (awaited)
       uv_ref(h->uv);
     else
       uv_unref(h->uv);
-    if (!reads && s->kind == STREAM_FD) read_stop(s);
   }
+  if (s->kind == STREAM_FD && !reads && s->reading) read_stop(s);
   return reads || waiter_any(&s->writers) || waiter_any(&s->flushers) || waiter_any(&s->closers) ||
          s->flying || s->done != NULL;
 }
@@ -65,7 +65,7 @@ int stream_init(struct stream *s) {
   switch ((enum stream_kind)s->kind) {
     case STREAM_TCP: status = uv_tcp_init(loop, &s->uv.tcp); break;
     case STREAM_PIPE: status = uv_pipe_init(loop, &s->uv.pipe, 0); break;
-    case STREAM_FD: status = uv_check_init(loop, &s->uv.fd.check); break;
+    case STREAM_FD: return 0; /* fd_open does it */
   }
   if (status == 0) handle_opened(&s->handle, (uv_handle_t *)&s->uv);
   return status;

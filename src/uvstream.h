@@ -60,10 +60,14 @@ struct stream {
     uv_tcp_t tcp;
     uv_pipe_t pipe;
     struct {
-      uv_check_t check; /* never started: that libuv closes, like the others */
+      union {
+        uv_poll_t poll;   /* of its epoll instance, or … */
+        uv_check_t check; /* … never started: that libuv closes, like the others */
+      };
       struct descriptor *descriptor;
       struct read_job *read;
       struct write_job *write;
+      int wanted, polled; /* UV_READABLE, UV_WRITABLE */
     } fd;
   } uv;
 };
@@ -111,11 +115,12 @@ size_t write_copy(const struct stream *s, char *to,
 
 /* ---- fdstream.c: streams of descriptors that libuv cannot poll. No Lua. ---- */
 
-int fd_open(struct stream *s, int fd);       /* a status of libuv; it owns fd then */
-int fd_read(struct stream *s);               /* a status of libuv; read_came follows */
-void fd_read_stop(struct stream *s);         /* … or not, if nothing has come */
-int fd_write(struct stream *s, size_t size); /* a status of libuv; write_done follows */
-size_t fd_write_stop(struct stream *s);      /* what is written nevertheless */
+int fd_open(struct stream *s, int fd);  /* a status of libuv; it owns fd then */
+int fd_read(struct stream *s);          /* a status of libuv; read_came follows */
+void fd_read_stop(struct stream *s);    /* … or not, if nothing has come */
+int fd_write(struct stream *s);         /* a status of libuv; write_done follows; sets `flight` */
+size_t fd_write_stop(struct stream *s); /* what is written nevertheless */
+bool fd_write_rest(struct stream *s);   /* there is nothing to write; false: write_done follows */
 void fd_close(struct stream *s);
 
 #pragma GCC visibility pop

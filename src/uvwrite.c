@@ -159,8 +159,7 @@ size_t write_copy(const struct stream *s, char *to, size_t most) {
 static void send_more(struct stream *s) {
   if (s->flying || s->first == NULL || s->handle.closing) return;
   s->flying = true;
-  s->flight = s->queued < FLIGHT_MOST ? s->queued : FLIGHT_MOST;
-  int status = s->kind == STREAM_FD ? fd_write(s, s->flight) : launch(s);
+  int status = s->kind == STREAM_FD ? fd_write(s) : launch(s);
   if (status == 0) return;
   s->flying = false;
   s->flight = 0;
@@ -234,6 +233,10 @@ static void cut(struct stream *s, struct record *r) {
   } else if (given <= r->from) {
     take_out(s, (size_t)(r->from - s->sent), r->size);
     for (struct link *l = r->link.next; l != &s->writes; l = l->next) record_of(l)->from -= r->size;
+    if (s->queued == 0 && s->flying && s->kind == STREAM_FD && fd_write_rest(s)) {
+      s->flying = false;
+      handle_news(&s->handle); /* others may wait for just that */
+    }
     end_writing(s);
   } else {
     s->broken = true;
