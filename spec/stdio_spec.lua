@@ -456,14 +456,33 @@ describe("the wrong direction", function()
 end)
 
 describe("closing", function()
-  it("is up to the stream: print goes on", function()
-    assert.equal("written\nprinted\ntrue true\nObjectDisposed\n", output("CHILD | cat", [[
+  it("is up to the stream: print goes on, and so does a new one", function()
+    assert.equal("written\nprinted\ntrue\nObjectDisposed\nanew\n", output("CHILD | cat", [[
+      assert(stdio.stdout == stdout)
       stdout:write_async("written\n")
       stdout:close()
       stdout:close()
       print("printed")
-      print(tostring(stdout.is_closed) .. " " .. tostring(stdio.stdout == stdout))
+      print(stdout.is_closed)
       print(select(2, pcall(stdout.write, stdout, "x")).name)
+      stdio.stdout:write("anew\n")
+      assert(stdio.stdout ~= stdout and stdio.stdout == stdio.stdout)
+    ]]))
+  end)
+
+  it("by a write that was canceled half sent leaves room for a new one", function()
+    assert.equal("true x new\n", output("mkfifo DIR/fifo4; CHILD 1<>DIR/fifo4; cat DIR/report", [[
+      local task = stdout:write_async(("x"):rep(1000000))
+      flow.sleep(0.001)
+      task:cancel()
+      local _, err = flow.try_await(task)
+      local task = stdio.stdout:write_async("new")
+      local fifo <close> = flow.fs.open(dir .. "/fifo4")
+      local got = ""
+      repeat got = got .. fifo:read() until got:find("new", 1, true)
+      flow.await(task)
+      local report <close> = io.open(dir .. "/report", "w")
+      report:write(tostring(#got == err.written + 3), " ", got:match("^(x)x*"), " ", got:sub(-3), "\n")
     ]]))
   end)
 

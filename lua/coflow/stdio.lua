@@ -8,6 +8,9 @@ require "coflow.net" -- the class
 
 local numbers = { stdin = 0, stdout = 1, stderr = 2 }
 
+local streams = {} -- those in use, by name
+
+---A standard stream that is closed, or broken by a canceled write, is replaced when it is next asked for.
 ---@class coflow.stdio
 ---@field stdin coflow.Stream
 ---@field stdout coflow.Stream
@@ -22,12 +25,14 @@ function stdio.is_terminal(name)
   return core.is_terminal(numbers[name])
 end
 
+local function is_usable(stream) return stream and not stream.is_closed end
+
 return setmetatable(stdio, {
-  __index = function(self, name)
-    local number = numbers[name]
-    if not number then return nil end
-    local stream = core.open_standard(number)
-    if rawget(self, name) == nil then rawset(self, name, stream) end -- else by a finalizer, meanwhile
-    return rawget(self, name)
+  __index = function(_, name)
+    if not is_usable(streams[name]) and numbers[name] then
+      local stream = core.open_standard(numbers[name])
+      if not is_usable(streams[name]) then streams[name] = stream end -- else by a finalizer, meanwhile
+    end
+    return streams[name]
   end,
 })
