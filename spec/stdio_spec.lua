@@ -412,6 +412,31 @@ describe("several tasks", function()
     assert.same({ "ends", 0 }, { err, code })
   end)
 
+  it("are not mistaken for one whose coroutine somebody has closed: that is canceled", function()
+    local shell = "mkfifo DIR/fifo5; CHILD 1<>DIR/fifo5; cat DIR/report"
+    assert.equal("ran_to_completion 0 300000 ran_to_completion\n", output(shell, [[
+      flow.on_unobserved_exception(false)
+      local first = stdout:write_async(("x"):rep(200000))
+      local co
+      local closed = flow.spawn(function()
+        co = coroutine.running()
+        stdout:write(("-"):rep(3000))
+      end)
+      flow.yield()
+      local last = stdout:write_async(("+"):rep(300000))
+      coroutine.close(co)
+      stdout:write_async(""):cancel() -- who comes and goes is noticed, and so is who has gone
+      local fifo <close> = flow.fs.open(dir .. "/fifo5")
+      local got = ""
+      repeat got = got .. fifo:read() until got:find(("+"):rep(300000), 1, true)
+      flow.await(last)
+      local report <close> = io.open(dir .. "/report", "w")
+      report:write(first.status, " ", select(2, got:gsub("%-", "")), " ", select(2, got:gsub("%+", "")), " ",
+        last.status, "\n")
+      assert(closed.status == "waiting_for_activation")
+    ]]))
+  end)
+
   it("that wait for a slow reader are taken out of the queue when they are canceled", function()
     assert.equal("true 3 5\n", output("mkfifo DIR/fifo3; CHILD 1<>DIR/fifo3; cat DIR/report", [[
       local n = 0

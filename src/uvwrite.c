@@ -526,9 +526,14 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
 static int l_shutdown(lua_State *L) { return shutdown_any(L, l_shutdown); }
 static int l_shutdown_async(lua_State *L) { return shutdown_any(L, NULL); }
 
-/* [-1, +0, m] the first one of the suspended writes is over, or has failed with the error on top */
+/* [-1, +0, m] the first of who is suspended in a write gets what is on top; nobody else, should somebody have closed
+** its coroutine */
 static void end_first(lua_State *L, int i, struct stream *s, bool failed) {
-  struct nap *n = waiter_take(L, i, &s->writers);
+  struct link one, *first = s->writers.next;
+  link_init(&one);
+  link_drop(first);
+  link_append(&one, first);
+  struct nap *n = waiter_take(L, i, &one);
   if (n == NULL) {
     lua_pop(L, 1);
     return;
@@ -544,6 +549,7 @@ void write_refuse(lua_State *L, int i, struct stream *s) {
   int top = lua_gettop(L);
   bool broken = s->broken;
   while (waiter_any(&s->writers)) {
+    write_changed(s);
     const struct record *first = waiter_any(&s->writes) ? record_of(s->writes.next) : NULL;
     uint32_t epoch = s->epoch;
     uint64_t given;
@@ -569,12 +575,17 @@ void write_refuse(lua_State *L, int i, struct stream *s) {
 void write_answer(lua_State *L, int i, struct stream *s) {
   struct request flush = {.verb = &flush_verb, .what = FLUSH_WAITING};
   if (s->write_status != 0) write_refuse(L, i, s);
-  while (waiter_any(&s->writes)) {
+  write_changed(s); /* somebody may have closed the coroutine of one: it has gone without a word */
+  while (waiter_any(&s->writes) && !s->broken) {
     struct record *first = record_of(s->writes.next);
     if (first->from + first->size > s->sent + patience(s, LOW)) break;
+    bool waits = first->who != NULL; /* else there was no memory for it */
     drop_record(first);
     lua_pushboolean(L, 1);
-    end_first(L, i, s, false);
+    if (waits)
+      end_first(L, i, s, false);
+    else
+      lua_pop(L, 1);
   }
   if (waiter_any(&s->flushers)) handle_answer(L, i, &s->handle, &flush);
 }
