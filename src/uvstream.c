@@ -32,7 +32,11 @@ static bool changed(struct handle *h) {
   s->was_cut = false;
   if (waiter_any(&s->writes)) write_changed(s);
   if (h->disposed && !s->lingers && !waiter_any(&s->closers)) handle_close(h);
-  bool reads = waiter_any(&s->readers), awaited = reads || (s->flying && s->kind == STREAM_FD);
+  bool reads = waiter_any(&s->readers), awaited = reads;
+  if (s->kind == STREAM_FD) {
+    if (!reads && s->reading) read_stop(s);
+    awaited = reads || s->flying;
+  }
   if (awaited != s->awaited && h->uv != NULL && !h->closing) {
     s->awaited = awaited;
     if (awaited)
@@ -40,7 +44,6 @@ static bool changed(struct handle *h) {
     else
       uv_unref(h->uv);
   }
-  if (s->kind == STREAM_FD && !reads && s->reading) read_stop(s);
   return reads || waiter_any(&s->writers) || waiter_any(&s->flushers) || waiter_any(&s->closers) ||
          s->flying || s->done != NULL;
 }
