@@ -413,7 +413,7 @@ describe("writing", function()
     flow.yield()
     assert.is_false(task.is_completed)
     assert.is_true(task:cancel())
-    helper.raises("OperationCanceled", flow.await, task)
+    assert.equal(0, helper.raises("OperationCanceled", flow.await, task).written)
     local err = helper.raises("OperationCanceled", function()
       flow.with_cancellation(flow.CancellationToken.canceled, client.write, client, "never either")
     end)
@@ -444,13 +444,69 @@ describe("writing", function()
     assert.equal(broken.written, #server:read_all())
   end))
 
-  it("has .written in the error of the canceled write too", connected(function()
+  for name, start in pairs {
+    ["by the task's own cancellation"] = function(client, data, source)
+      local task = flow.spawn(client.write, client, data)
+      source.token:register(function() task:cancel() end)
+      return task
+    end,
+    ["by its token"] = function(client, data, source)
+      return flow.spawn(client.write, client, data, source.token)
+    end,
+    ["by the token of write_async"] = function(client, data, source)
+      return client:write_async(data, source.token)
+    end,
+    ["by hand"] = function(client, data, source)
+      local task = client:write_async(data)
+      source.token:register(function() task:cancel() end)
+      return task
+    end,
+    ["by the scope of write_async"] = function(client, data, source)
+      local task
+      flow.spawn(flow.with_cancellation, source.token, function()
+        task = client:write_async(data)
+        flow.sleep(LIMIT)
+      end)
+      flow.yield()
+      return task
+    end,
+  } do
+    it("has .written in the error of the canceled write too: " .. name, connected(function()
+      local client, server = pair()
+      local source = flow.CancellationTokenSource()
+      local task = start(client, ("x"):rep(30 << 20), source)
+      flow.sleep(0.02)
+      local reading = server:read_async() -- who gives up something else is told nothing of it
+      source:cancel()
+      reading:cancel()
+      local seen = helper.raises("OperationCanceled", flow.await, task)
+      local got = #server:read_all()
+      assert.is_true(got > 0)
+      assert.equal(got, seen.written)
+      local ok, err = flow.try_await(reading)
+      assert.is_true(ok or err.written == nil)
+    end))
+  end
+
+  it("tells each write that is canceled what became of it", connected(function()
     local client, server = pair()
-    local task = flow.spawn(client.write, client, ("x"):rep(30 << 20))
-    flow.sleep(0.02)
-    task:cancel()
-    local seen = helper.raises("OperationCanceled", flow.await, task)
-    assert.equal(#server:read_all(), seen.written)
+    fill(client)
+    local errors = {}
+    for i = 1, 3 do -- the first one resumes only when the others have been cut as well
+      local task = flow.spawn(client.write, client, ("x"):rep(100000 * i))
+      flow.yield()
+      task:cancel()
+      errors[i] = task
+    end
+    local reading = client:read_async()
+    reading:cancel()
+    for i = 1, 3 do assert.equal(0, helper.raises("OperationCanceled", flow.await, errors[i]).written) end
+    assert.is_nil(helper.raises("OperationCanceled", flow.await, reading).written)
+    local last = client:write_async(("x"):rep(1 << 20))
+    assert.is_true(#server:read_exactly(1 << 20) == 1 << 20)
+    last:cancel()
+    local ok, err = flow.try_await(last)
+    assert.is_true(ok or err.written ~= nil)
   end))
 
   it("to a connection that is gone raises IO", connected(function()

@@ -207,8 +207,8 @@ describe("coflow.meta", function()
       end
     end
     assert(flow.call and flow.when_each and flow.with_timeout and flow.main and flow.task_group) -- loads them
-    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns and flow.net and flow.Timer
-      and flow.process)
+    assert(flow.ExecutionContext.run and flow.channel and flow.fs and flow.dns and flow.net.udp and flow.Timer
+      and flow.process and flow.stdio)
     for key, value in pairs(flow) do
       if type(value) == "function" and not key:find("^%u") then
         want(key)
@@ -221,7 +221,7 @@ describe("coflow.meta", function()
     for _, class in ipairs { "Task", "TaskCompletionSource", "AsyncLocal", "ExecutionContext", "Scope",
       "CancellationTokenSource", "CancellationToken", "CancellationTokenRegistration", "ChannelReader",
       "ChannelWriter", "Timer", "PeriodicTimer", "File", "Watcher",
-      "Stream", "Listener", "Process" } do
+      "Stream", "Listener", "Process", "UdpSocket" } do
       for name in pairs(core.methods("coflow." .. class)) do want(class .. "." .. name) end
     end
     table.sort(missing)
@@ -240,6 +240,8 @@ describe("coflow.meta", function()
     local listener <close> = flow.net.listen("127.0.0.1", 0)
     local stream <close> = flow.net.connect("127.0.0.1", listener.port)
     local child <close> = flow.process.spawn { args = { "cat" }, stdin = "pipe", stdout = "pipe", stderr = "pipe" }
+    local socket <close> = flow.net.udp()
+    socket:connect("127.0.0.1", listener.port)
     local objects = {
       Task = flow.Task.from_exception("an exception to be read"),
       TaskCompletionSource = flow.TaskCompletionSource(),
@@ -268,6 +270,7 @@ describe("coflow.meta", function()
       Stream = stream,
       Listener = listener,
       Process = child,
+      UdpSocket = socket,
     }
     local function has(object, key)
       local ok, value = pcall(function() return object[key] end)

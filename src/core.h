@@ -90,11 +90,12 @@ enum tag {
   TAG_WATCHER = 0xC0F12500,
   TAG_STREAM = 0xC0F12600,
   TAG_LISTENER = 0xC0F12700,
-  TAG_PROCESS = 0xC0F12800
+  TAG_PROCESS = 0xC0F12800,
+  TAG_UDP = 0xC0F12900
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_PROCESS)
+#define TAG_LAST TAG_CLASS(TAG_UDP)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */

@@ -884,7 +884,10 @@ static struct job *begin(lua_State *L, int k, const struct io_class *class,
   return j;
 }
 
-static int start(lua_State *L, struct job *j) { return io_started(L, &j->io, job_start(j)); }
+/* … and starts it, unless it was canceled; returns the task */
+static int start(lua_State *L, struct job *j) {
+  return j == NULL ? 1 : io_started(L, &j->io, job_start(j));
+}
 
 static const char *check_path(lua_State *L, int i) {
   size_t n;
@@ -906,15 +909,20 @@ static void give_data(lua_State *L, struct job *j, int i) {
   lua_setiuservalue(L, -2, JOB_DATA);
 }
 
+/* [-0, +1, e] f(path, …, token at k): the last argument, after which nothing is read */
+static struct job *begin_path(lua_State *L, int k, const struct io_class *class,
+                              ssize_t (*run)(struct job *)) {
+  token_opt(L, k);
+  lua_settop(L, k);
+  struct job *j = begin(L, k, class, run);
+  if (j != NULL) give_path(L, j, 1);
+  return j;
+}
+
 /* most: f(path, token) */
 static int path_only(lua_State *L, const struct io_class *class, ssize_t (*run)(struct job *)) {
   check_path(L, 1);
-  token_opt(L, 2);
-  lua_settop(L, 2);
-  struct job *j = begin(L, 2, class, run);
-  if (j == NULL) return 1;
-  give_path(L, j, 1);
-  return start(L, j);
+  return start(L, begin_path(L, 2, class, run));
 }
 
 /* f(path, other path, token) */
@@ -922,12 +930,11 @@ static int two_paths(lua_State *L, const struct io_class *class, ssize_t (*run)(
                      int about) {
   check_path(L, 1);
   check_path(L, 2);
-  token_opt(L, 3);
-  lua_settop(L, 3);
-  struct job *j = begin(L, 3, class, run);
-  if (j == NULL) return 1;
-  give_path(L, j, about);
-  give_data(L, j, 3 - about);
+  struct job *j = begin_path(L, 3, class, run);
+  if (j != NULL) {
+    give_path(L, j, about);
+    give_data(L, j, 3 - about);
+  }
   return start(L, j);
 }
 
@@ -980,12 +987,8 @@ CLASS(copy_class, "fs.copy", "copy", land_nothing);
 static int l_open(lua_State *L) {
   check_path(L, 1);
   int flags = check_mode(L, 2);
-  token_opt(L, 3);
-  lua_settop(L, 3);
-  struct job *j = begin(L, 3, &open_class, run_open);
-  if (j == NULL) return 1;
-  j->flags = flags;
-  give_path(L, j, 1);
+  struct job *j = begin_path(L, 3, &open_class, run_open);
+  if (j != NULL) j->flags = flags;
   return start(L, j);
 }
 
@@ -997,15 +1000,13 @@ static int l_write_file(lua_State *L) {
   check_path(L, 1);
   luaL_checktype(L, 2, LUA_TSTRING);
   check_options(L, 3, options);
-  token_opt(L, 4);
-  lua_settop(L, 4);
   bool atomic = option(L, 3, "atomic"), append = option(L, 3, "append");
   luaL_argcheck(L, !(atomic && append), 3, "'atomic' replaces the file, 'append' keeps it");
-  struct job *j = begin(L, 4, &write_file_class, atomic ? run_replace : run_write_file);
-  if (j == NULL) return 1;
-  j->flags = O_WRONLY | O_CREAT | (append ? O_APPEND : O_TRUNC);
-  give_path(L, j, 1);
-  give_data(L, j, 2);
+  struct job *j = begin_path(L, 4, &write_file_class, atomic ? run_replace : run_write_file);
+  if (j != NULL) {
+    j->flags = O_WRONLY | O_CREAT | (append ? O_APPEND : O_TRUNC);
+    give_data(L, j, 2);
+  }
   return start(L, j);
 }
 
@@ -1027,12 +1028,8 @@ static int l_access(lua_State *L) {
     luaL_argcheck(L, strchr("rwx", *c) != NULL, 2, "only r, w and x are known");
     mode |= *c == 'r' ? R_OK : *c == 'w' ? W_OK : X_OK;
   }
-  token_opt(L, 3);
-  lua_settop(L, 3);
-  struct job *j = begin(L, 3, &access_class, run_access);
-  if (j == NULL) return 1;
-  j->mode = mode;
-  give_path(L, j, 1);
+  struct job *j = begin_path(L, 3, &access_class, run_access);
+  if (j != NULL) j->mode = mode;
   return start(L, j);
 }
 
@@ -1046,12 +1043,8 @@ static int check_permissions(lua_State *L, int i) {
 static int l_chmod(lua_State *L) {
   check_path(L, 1);
   int mode = check_permissions(L, 2);
-  token_opt(L, 3);
-  lua_settop(L, 3);
-  struct job *j = begin(L, 3, &chmod_class, run_chmod);
-  if (j == NULL) return 1;
-  j->mode = mode;
-  give_path(L, j, 1);
+  struct job *j = begin_path(L, 3, &chmod_class, run_chmod);
+  if (j != NULL) j->mode = mode;
   return start(L, j);
 }
 
@@ -1065,12 +1058,8 @@ static int64_t check_size(lua_State *L, int i) {
 static int l_truncate(lua_State *L) {
   check_path(L, 1);
   int64_t size = check_size(L, 2);
-  token_opt(L, 3);
-  lua_settop(L, 3);
-  struct job *j = begin(L, 3, &truncate_class, run_truncate);
-  if (j == NULL) return 1;
-  j->offset = size;
-  give_path(L, j, 1);
+  struct job *j = begin_path(L, 3, &truncate_class, run_truncate);
+  if (j != NULL) j->offset = size;
   return start(L, j);
 }
 
@@ -1079,7 +1068,6 @@ static int l_mkdir(lua_State *L) {
   static const char *const options[] = {"recursive", "mode", NULL};
   check_path(L, 1);
   check_options(L, 2, options);
-  token_opt(L, 3);
   lua_settop(L, 3);
   bool recursive = option(L, 2, "recursive");
   int mode = 0777;
@@ -1088,11 +1076,11 @@ static int l_mkdir(lua_State *L) {
     mode = (int)(lua_tointeger(L, -1) & 07777);
   }
   lua_settop(L, 3);
-  struct job *j = begin(L, 3, &mkdir_class, run_mkdir);
-  if (j == NULL) return 1;
-  j->flags = recursive;
-  j->mode = mode;
-  give_path(L, j, 1);
+  struct job *j = begin_path(L, 3, &mkdir_class, run_mkdir);
+  if (j != NULL) {
+    j->flags = recursive;
+    j->mode = mode;
+  }
   return start(L, j);
 }
 
@@ -1101,13 +1089,9 @@ static int l_remove(lua_State *L) {
   static const char *const options[] = {"recursive", NULL};
   check_path(L, 1);
   check_options(L, 2, options);
-  token_opt(L, 3);
-  lua_settop(L, 3);
   bool recursive = option(L, 2, "recursive");
-  struct job *j = begin(L, 3, &remove_class, run_remove);
-  if (j == NULL) return 1;
-  j->flags = recursive;
-  give_path(L, j, 1);
+  struct job *j = begin_path(L, 3, &remove_class, run_remove);
+  if (j != NULL) j->flags = recursive;
   return start(L, j);
 }
 
@@ -1138,9 +1122,10 @@ int file_lend(struct file *f) {
   return f->fd;
 }
 
-/* [-0, +1, e] a job of the file at index 1, with the token at k */
+/* [-0, +1, e] file:f(…, token at k): a job of the file at index 1 */
 static struct job *begin_for(lua_State *L, int k, const struct io_class *class,
                              ssize_t (*run)(struct job *), bool (*ready)(struct job *)) {
+  token_opt(L, k);
   struct job *j = begin(L, k, class, run);
   if (j == NULL) return NULL;
   j->file = (struct file *)lua_touserdata(L, 1);
@@ -1152,8 +1137,9 @@ static struct job *begin_for(lua_State *L, int k, const struct io_class *class,
   return j;
 }
 
-/* [-0, +0, m] the job on top takes its turn */
+/* [-0, +0, m] … takes its turn, unless it was canceled; returns the task, which is on top */
 static int queue(lua_State *L, struct job *j) {
+  if (j == NULL) return 1;
   struct file *f = j->file;
   if (f->closing && j->run != run_close) { /* a finalizer has closed it since */
     j->file = NULL;
@@ -1180,11 +1166,9 @@ static bool read_ready(struct job *j) { return j->limit == 0 || j->file->length 
 static int l_read(lua_State *L) {
   check_file(L);
   int64_t max = lua_isnoneornil(L, 2) ? CHUNK : check_size(L, 2);
-  token_opt(L, 3);
   lua_settop(L, 3);
   struct job *j = begin_for(L, 3, &read_class, run_read, read_ready);
-  if (j == NULL) return 1;
-  j->limit = max;
+  if (j != NULL) j->limit = max;
   return queue(L, j);
 }
 
@@ -1192,11 +1176,9 @@ static int l_read(lua_State *L) {
 static int l_read_all(lua_State *L) {
   check_file(L);
   int64_t max = lua_isnoneornil(L, 2) ? -1 : check_size(L, 2);
-  token_opt(L, 3);
   lua_settop(L, 3);
   struct job *j = begin_for(L, 3, &read_all_class, run_read_all, NULL);
-  if (j == NULL) return 1;
-  j->limit = max;
+  if (j != NULL) j->limit = max;
   return queue(L, j);
 }
 
@@ -1216,11 +1198,9 @@ static ssize_t run_read_first_line(struct job *j) {
 static int l_read_line(lua_State *L) {
   check_file(L);
   int64_t max = lua_isnoneornil(L, 2) ? -1 : check_size(L, 2);
-  token_opt(L, 3);
   lua_settop(L, 3);
   struct job *j = begin_for(L, 3, &read_line_class, run_read_first_line, line_ready);
-  if (j == NULL) return 1;
-  j->limit = max;
+  if (j != NULL) j->limit = max;
   return queue(L, j);
 }
 
@@ -1253,8 +1233,7 @@ static int l_write(lua_State *L) {
   else
     lua_concat(L, last - 1);
   struct job *j = begin_for(L, 2, &write_class, run_write, NULL);
-  if (j == NULL) return 1;
-  give_data(L, j, 3);
+  if (j != NULL) give_data(L, j, 3);
   return queue(L, j);
 }
 
@@ -1278,22 +1257,20 @@ static int l_seek(lua_State *L) {
   check_file(L);
   int whence = luaL_checkoption(L, 2, "cur", names);
   lua_Integer offset = luaL_optinteger(L, 3, 0);
-  token_opt(L, 4);
   lua_settop(L, 4);
   struct job *j = begin_for(L, 4, &seek_class, run_seek, seek_ready);
-  if (j == NULL) return 1;
-  j->flags = whence;
-  j->offset = (int64_t)offset;
+  if (j != NULL) {
+    j->flags = whence;
+    j->offset = (int64_t)offset;
+  }
   return queue(L, j);
 }
 
 /* f(file, token) */
 static int file_only(lua_State *L, const struct io_class *class, ssize_t (*run)(struct job *)) {
   check_file(L);
-  token_opt(L, 2);
   lua_settop(L, 2);
-  struct job *j = begin_for(L, 2, class, run, NULL);
-  return j == NULL ? 1 : queue(L, j);
+  return queue(L, begin_for(L, 2, class, run, NULL));
 }
 
 static int l_sync(lua_State *L) { return file_only(L, &sync_class, run_sync); }
@@ -1303,11 +1280,9 @@ static int l_fstat(lua_State *L) { return file_only(L, &fstat_class, run_fstat);
 static int l_ftruncate(lua_State *L) {
   check_file(L);
   int64_t size = check_size(L, 2);
-  token_opt(L, 3);
   lua_settop(L, 3);
   struct job *j = begin_for(L, 3, &ftruncate_class, run_ftruncate, NULL);
-  if (j == NULL) return 1;
-  j->offset = size;
+  if (j != NULL) j->offset = size;
   return queue(L, j);
 }
 

@@ -216,12 +216,12 @@ static struct task *start(lua_State *L, struct handle *h, struct request *r, int
 
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
-  const struct verb *v = (const struct verb *)ctx;
   (void)status;
-  if (v->interrupted != NULL && rt->me->flags & TASK_INTERRUPTED && fiber_on_top(L, rt)) {
+  if (rt->me->flags & TASK_INTERRUPTED && lua_isinteger(L, 2) && fiber_on_top(L, rt)) {
     rt->me->flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_DEAF);
     scope_push_error(L, scope_ambient(L, rt));
-    v->interrupted(L, (struct handle *)lua_touserdata(L, 1));
+    lua_pushvalue(L, 2); /* handle_left */
+    lua_setfield(L, -2, "written");
     return lua_error(L);
   }
   if (waiter_resumed(L, rt) == WAITER_STRAY) {
@@ -232,8 +232,21 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   return 1;
 }
 
-int handle_wait(lua_State *L, struct fiber *me, const struct verb *verb, struct link *q) {
-  return waiter_wait(L, me, q, HUGE_VAL, (lua_KContext)verb, wait_k);
+int handle_wait(lua_State *L, struct fiber *me, struct link *q) {
+  return waiter_wait(L, me, q, HUGE_VAL, 0, wait_k);
+}
+
+int64_t handle_left(struct handle *h) { return h->class->left != NULL ? h->class->left(h) : -1; }
+
+void handle_tell_written(lua_State *L, int i) {
+  lua_getiuservalue(L, i, OP_INPUT);
+  const struct holder *h = (const struct holder *)lua_touserdata(L, -1);
+  lua_getiuservalue(L, i, OP_KEYS); /* error holder number */
+  if (h != NULL && h->handle && lua_isinteger(L, -1))
+    lua_setfield(L, -3, "written");
+  else
+    lua_pop(L, 1);
+  lua_pop(L, 1);
 }
 
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k) {
@@ -266,6 +279,6 @@ int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFu
     lua_settop(L, 1);
     lua_pushnil(L);
     if (deaf) me->task.flags |= TASK_DEAF;
-    return handle_wait(L, me, r->verb, r->verb->queue(h));
+    return handle_wait(L, me, r->verb->queue(h));
   }
 }

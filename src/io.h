@@ -84,6 +84,8 @@ struct handle_class {
   void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
   void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
   uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
+  int64_t (*left)(struct handle *h);
+  /* or NULL: who waited has given up: what its error tells as .written, or -1. No Lua. */
 };
 struct handle {
   struct holder holder;
@@ -112,8 +114,6 @@ struct verb {
   bool (*wait)(lua_State *L, struct handle *h, struct request *r);
   /* [-0, +0, -] who asked is about to wait; false: look again */
   struct link *(*queue)(struct handle *h);
-  void (*interrupted)(lua_State *L,
-                      struct handle *h); /* or NULL: [-0, +0, m] adds to the error on top */
 };
 struct request {
   const struct verb *verb;
@@ -129,10 +129,13 @@ void handle_closed(struct handle *h);                  /* by on_close. No Lua. *
 void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
 void handle_news(struct handle *h);                    /* it will land. No Lua. */
 void handle_land(lua_State *L, int i);
+int64_t handle_left(struct handle *h); /* a waiter has given up: a number for it, or -1. No Lua. */
+void handle_tell_written(
+    lua_State *L, int i); /* [-0, +0, m] that number, of the operation at i, to its error on top */
 int handle_ask(lua_State *L, struct handle *h, struct request *r, int k,
                lua_CFunction f); /* x(…) with the arguments 1 … k, the last one the token */
 int handle_wait(
-    lua_State *L, struct fiber *me, const struct verb *verb,
+    lua_State *L, struct fiber *me,
     struct link *q); /* suspends the running fiber, with the handle and nil on its stack */
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
 void handle_answer(
@@ -145,10 +148,10 @@ void handle_push_code(lua_State *L, const char *code, const char *syscall, const
                       ...);                                      /* [-0, +1, m] an IO error */
 void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
 
-/* ---- uvstream.c, listener.c, tcp.c ---- */
+/* ---- uvstream.c, uvread.c, listener.c, tcp.c, udp.c ---- */
 
 struct stream;
-enum stream_kind { STREAM_TCP, STREAM_PIPE };
+enum stream_kind { STREAM_TCP, STREAM_PIPE, STREAM_FD };        /* FD: what libuv cannot poll */
 struct stream *stream_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] not libuv's yet */
 int stream_init(struct stream *s);                              /* a status of libuv. No Lua. */
 int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
@@ -156,7 +159,7 @@ uv_stream_t *stream_uv(struct stream *s);
 int stream_lend(struct stream *s);       /* what a child gets: as file_lend. No Lua. */
 void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
 void stream_open(lua_State *L);
-void stream_free(struct runtime *rt); /* the state is closed */
+void read_free(struct runtime *rt); /* the state is closed */
 struct listener;
 struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] */
 int listener_adopt(
@@ -167,6 +170,14 @@ bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* 
 bool address_push(lua_State *L,
                   const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
 void tcp_open(lua_State *L);
+void udp_open(lua_State *L);
+
+/* ---- stdio.c: the standard streams ---- */
+
+void stdio_guard(void); /* nothing else gets the descriptors 0, 1 and 2 */
+int stdio_end(int fd);  /* what is written to it is over. A status of libuv. No Lua. */
+bool stdio_sends(const struct runtime *rt); /* one of them has something to send yet. No Lua. */
+void stdio_open(lua_State *L);
 
 /* ---- signal.c ---- */
 

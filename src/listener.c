@@ -118,7 +118,7 @@ static int accept_one(const struct listener *l) {
 /* ---- Lua face ---- */
 
 static void land(lua_State *L, struct handle *h, int i);
-static const struct handle_class class = {"listener", changed, land, collected, on_close};
+static const struct handle_class class = {"listener", changed, land, collected, on_close, NULL};
 
 struct listener *listener_new(lua_State *L, enum stream_kind kind) {
   struct listener *l =
@@ -181,8 +181,8 @@ static bool wait_accept(lua_State *L, struct handle *h, struct request *r) {
 
 static struct link *queue_accept(struct handle *h) { return &as_listener(h)->acceptors; }
 
-static const struct verb accept_verb = {"accept",    look_accept,  take_accept,
-                                        wait_accept, queue_accept, NULL};
+static const struct verb accept_verb = {"accept", look_accept, take_accept, wait_accept,
+                                        queue_accept};
 
 static void land(lua_State *L, struct handle *h, int i) {
   struct request r = {.verb = &accept_verb};

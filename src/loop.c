@@ -33,7 +33,8 @@
 enum { SLICE = 256, LOOK = 16, IN_PLACE = 256 };
 #define SLICE_SECONDS 0.001
 #define TRIM_SECONDS 1.0
-#define CLOSE_SECONDS 2.0 /* for threads to let go of what they do when a state closes */
+#define CLOSE_SECONDS                                                                              \
+  2.0 /* to send what was written, and again for threads to let go, when a state closes */
 
 /* ---- time ---- */
 
@@ -322,23 +323,35 @@ void loop_init(struct runtime *rt) {
   link_init(&rt->flights);
   link_init(&rt->handles);
   link_init(&rt->children);
+  stdio_guard();
   rt->closed = false;
 }
 
-/* Cancels what libuv has in hands and waits until it has let go, but not for ever: false if a thread of its
-** pool is stuck in a system call, and may still write where it was told to. */
+/* one turn of libuv's; false: it is later than `end` */
+static bool turn_until(struct runtime *rt, double end) {
+  double left = end - (double)uv_hrtime() / 1e9;
+  if (left <= 0) return false;
+  uv_timer_start(&rt->timer, on_timer, (uint64_t)ceil(left * 1e3), 0);
+  uv_run(&rt->loop, UV_RUN_ONCE);
+  return true;
+}
+
+/* Lets the standard streams send what they have. Then cancels what libuv has in hands and waits until it has let
+** go, but not for ever: false if a thread of its pool is stuck in a system call, and may still write where it was
+** told to. */
 static bool close_uv(struct runtime *rt) {
   uv_handle_t *timer = (uv_handle_t *)&rt->timer;
+  double start = (double)uv_hrtime() / 1e9;
+  uv_unref(timer); /* it bounds each wait, and is no reason for one */
+  while (stdio_sends(rt) && turn_until(rt, start + CLOSE_SECONDS)) continue;
   io_abort_all(rt);
+  uv_ref(timer); /* nothing else may be a reason to poll for the end of children */
   process_end_all(rt);
-  double end = (double)uv_hrtime() / 1e9 + CLOSE_SECONDS;
+  uv_unref(timer);
+  start = (double)uv_hrtime() / 1e9;
   handle_close_all(rt);
   uv_walk(&rt->loop, close_any, timer);
-  uv_unref(timer); /* it bounds each wait, and is no reason for one */
-  while (uv_loop_alive(&rt->loop) && (double)uv_hrtime() / 1e9 < end) {
-    uv_timer_start(&rt->timer, on_timer, (uint64_t)(CLOSE_SECONDS * 1e3), 0);
-    uv_run(&rt->loop, UV_RUN_ONCE);
-  }
+  while (uv_loop_alive(&rt->loop) && turn_until(rt, start + CLOSE_SECONDS)) continue;
   if (uv_loop_alive(&rt->loop)) return false;
   uv_close(timer, on_close);
   uv_run(&rt->loop, UV_RUN_DEFAULT);
@@ -595,7 +608,7 @@ void loop_close(lua_State *L, struct runtime *rt) {
       keep_memory(L, alloc, ud);
     else {
       signal_free(L, rt);
-      stream_free(rt);
+      read_free(rt);
     }
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);

@@ -181,15 +181,18 @@ static bool push_public_name(lua_State *L) {
   return false;
 }
 
-/* Like luaL_argerror for a public function written in Lua, which calls us directly: counts as its
+/* Like luaL_argerror for a public function written in Lua, which calls us, itself or through helpers: counts as its
 ** caller sees the arguments, and blames the line of that caller. */
 int module_blame(lua_State *L, int n, const char *message) {
   lua_Debug ar;
-  if (!lua_getstack(L, 1, &ar)) return luaL_argerror(L, n, message);
+  int level = 1;
+  if (!lua_getstack(L, level, &ar)) return luaL_argerror(L, n, message);
+  for (lua_Debug up; lua_getstack(L, level + 1, &up); level++, ar = up)
+    if (!lua_getinfo(L, "S", &up) || !module_is_ours(runtime(L), up.source)) break;
   lua_getinfo(L, "nf", &ar);
   const char *name = ar.name;
   if (name == NULL) name = push_public_name(L) ? lua_tostring(L, -1) : "?";
-  luaL_where(L, 2);
+  luaL_where(L, level + 1);
   if (strcmp(ar.namewhat, "method") == 0 && --n == 0)
     lua_pushfstring(L, "calling '%s' on bad self (%s)", name, message);
   else
@@ -415,6 +418,8 @@ static const struct {
     {"open_dns", dns_open},
     {"open_net", tcp_open},
     {"open_process", process_open},
+    {"open_udp", udp_open},
+    {"open_standard is_terminal", stdio_open},
     {"configure_await spawn_on detached launch try_execute is_queued release recall is_scheduler "
      "current_scheduler synchronization_context set_synchronization_context",
      schedule_open},

@@ -44,7 +44,8 @@
 ** stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
 ** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
 ** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
-** A handle must know of all that come and go, since it is held while somebody waits (handle_changed).
+** A handle must know of all that come and go, since it is held while somebody waits (handle_changed). One that gives
+** up may be left a number in place of what it brought: how much of its write was sent (handle_left).
 ** A shared lock must know of waiters that give up, since others may be let in then: it is told (sync_left).
 **
 ** Invariants: n->pos != 0 exactly while n is in a queue; then the holder holds its task there.
@@ -120,11 +121,6 @@ static void drop(lua_State *L, int i, struct nap *n) {
   if (h->handle) handle_changed(L, i);
 }
 
-/* [-0, +0, -] a waiter of the holder at i has left without having got anything */
-static inline void left(lua_State *L, int i) {
-  if (((struct holder *)lua_touserdata(L, i))->tag == TAG_SHARED_LOCK) sync_left(L, i);
-}
-
 /* ---- fibers ---- */
 
 /* where f is suspended: in its own coroutine, or in one that it is in; NULL: nowhere, somebody has closed it */
@@ -156,11 +152,27 @@ static bool push_holder(lua_State *L, struct fiber *f) {
   return false;
 }
 
+/* [-0, +0, -] a waiter of the holder on top has left without having got anything: f, or the operation at i */
+static void left(lua_State *L, struct fiber *f, int i) {
+  struct holder *h = (struct holder *)lua_touserdata(L, -1);
+  if (h->tag == TAG_SHARED_LOCK) sync_left(L, -1);
+  int64_t n = h->handle ? handle_left((struct handle *)(void *)h) : -1;
+  if (n < 0) return;
+  if (f != NULL) {
+    lua_State *co = stack_of(f); /* where the holder has been found */
+    lua_pushinteger(co, (lua_Integer)n);
+    lua_replace(co, 2);
+  } else {
+    lua_pushinteger(L, (lua_Integer)n);
+    lua_setiuservalue(L, i, OP_KEYS);
+  }
+}
+
 void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   struct nap *n = &f->u.nap;
   if (n->pos != 0 && push_holder(L, f)) {
     drop(L, -1, n);
-    if (!quiet) left(L, -1);
+    if (!quiet) left(L, f, 0);
     lua_pop(L, 1);
     return;
   }
@@ -255,7 +267,7 @@ void waiter_withdraw(lua_State *L, int i, bool quiet) {
     if (c->task || c->u.nap.pos == 0) continue;
     push_input(L, i, k);
     drop(L, -1, &c->u.nap);
-    if (!quiet) left(L, -1);
+    if (!quiet) left(L, NULL, i);
     lua_pop(L, 1);
   }
 }
@@ -347,6 +359,7 @@ void waiter_land(lua_State *L, int i) {
     task_settle(L, rt, i, 1);
   } else {
     operation_push_interruption(L, i);
+    if (task_is(t, KIND_QUEUED)) handle_tell_written(L, i);
     if (task_done(t)) return; /* by a finalizer */
     finish(L, i, op);
     task_settle_canceled(L, rt, i);

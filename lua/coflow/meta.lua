@@ -1401,9 +1401,10 @@ function flow.net.connect_pipe(path, token) end
 ---@return coflow.Task
 function flow.net.connect_pipe_async(path, token) end
 
----A connection: TCP or a pipe. One task reads and one writes at a time; a second one is refused with
----InvalidOperation, the first unharmed. Whatever waits on it is under the ambient token, and ends at once when that
----is canceled. One that is forgotten is closed when it is collected.
+---A connection, TCP or a pipe, or a standard stream. One task reads and one writes at a time; a second one is refused
+---with InvalidOperation, the first unharmed; but any number may write to standard output and error. Whatever waits on
+---it is under the ambient token, and ends at once when that is canceled. One that is forgotten is closed when it is
+---collected.
 ---@class coflow.Stream
 ---@field local_address string? "127.0.0.1:80", "[::1]:80", or the path of a pipe; nil once it is closed
 ---@field peer_address string? the same, of the other end
@@ -1475,10 +1476,11 @@ function Stream:read_all(max, token) end
 function Stream:read_all_async(max, token) end
 
 ---Writes the strings, in one go, and a token if that is the last argument. Returns when the system has taken them,
----or no more than 64 KiB wait for it; else it suspends until only 16 KiB do.
+---or no more than 64 KiB wait for it; else it suspends until only 16 KiB do. To standard output and error it returns
+---when the system has taken them; what was printed before is first.
 ---Cancellation: nothing is sent if libuv has not begun with it. If it has, the stream is broken and closed: `written`
----in the error (of the direct style under the ambient token), and in the IO errors with code ECANCELED that all
----later use raises, tells how many bytes of it the system took.
+---in the error, and in the IO errors with code ECANCELED that all later use raises, tells how many bytes of it the
+---system took. So does `written` in the error of a suspended write whose stream is closed, or fails.
 ---Raises: IO (EPIPE, ECONNRESET …); InvalidOperation while another task's write is suspended, and after `shutdown`.
 ---@param ... string|number|coflow.CancellationToken
 ---@return true
@@ -1498,7 +1500,8 @@ function Stream:flush(token) end
 ---@return coflow.Task
 function Stream:flush_async(token) end
 
----Ends this direction once all that was written is sent: the peer reads up to the end, and may go on writing.
+---Ends this direction once all that was written is sent: the peer reads up to the end, and may go on writing. Of
+---standard output: print and its like have nobody to write to, either.
 ---Cancellation: ends the wait only.
 ---Raises: InvalidOperation while a write is suspended.
 ---@param token? coflow.CancellationToken
@@ -1511,7 +1514,8 @@ function Stream:shutdown_async(token) end
 
 ---Closes the stream for everybody at once, and suspends until all that was written is sent. Other tasks that read or
 ---write get an IO error with code ECANCELED; if a write was half sent, nothing more is. A second time is harmless.
----As a `<close>` variable it is closed so, or disposed while an error unwinds.
+---As a `<close>` variable it is closed so, or disposed while an error unwinds. A standard stream leaves its descriptor
+---to print and its like.
 ---Cancellation: what has not been sent is dropped.
 ---@param token? coflow.CancellationToken
 ---@return true
@@ -1583,6 +1587,52 @@ local Process = {}
 ---@param signal? string "SIGTERM" by default
 ---@return boolean sent false: it had ended
 function Process:kill(signal) end
+---Sends and receives datagrams: coflow.net's `udp` makes one. `send`, `receive`, `iterate`, `connect` and `disconnect`
+---are in udp.lua. It does not keep the loop alive unless somebody waits. One that is forgotten is closed when it is
+---collected.
+---@class coflow.UdpSocket
+---@field port integer? nil once it is closed
+---@field local_address string? "127.0.0.1:53", "[::1]:53"
+---@field peer_address string? the same, of the peer of `connect`
+---@field is_closed boolean
+local UdpSocket = {}
+
+---Whether it may send to broadcast addresses.
+---Raises: ObjectDisposed once it is closed, and IO. This holds for all options.
+---@param on? boolean true by default
+function UdpSocket:broadcast(on) end
+
+---How many hops a datagram may take.
+---@param hops integer 1 to 255
+function UdpSocket:ttl(hops) end
+
+---The same, of datagrams to groups: 1 by default, which keeps them in the local network; 0: on this host.
+---@param hops integer 0 to 255
+function UdpSocket:multicast_ttl(hops) end
+
+---Whether this host hears what it sends to groups that it has joined.
+---@param on? boolean true by default
+function UdpSocket:multicast_loop(on) end
+
+---By which interface datagrams to groups leave.
+---@param name? string "eth0"; nil: the system's choice
+function UdpSocket:multicast_interface(name) end
+
+---Receives what is sent to the group, too, by the interface of that name, or by one of the system's choice.
+---@param group string a numeric address
+---@param interface? string
+function UdpSocket:join(group, interface) end
+
+---Does so no more.
+---@param group string
+---@param interface? string
+function UdpSocket:leave(group, interface) end
+
+---Closes it at once; other tasks that wait on it get an IO error with code ECANCELED. A second time is harmless.
+function UdpSocket:close() end
+
+---The same.
+function UdpSocket:dispose() end
 
 -- The loop ----------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
--- coflow.net: TCP and pipes. Streams and listeners are in C (handle.c, uvstream.c, listener.c, tcp.c); here is
--- what is best said in Lua: names of hosts, iterating, copying, serving.
+-- coflow.net: TCP, pipes and UDP. Streams, listeners and sockets are in C (handle.c, uvstream.c, listener.c, tcp.c,
+-- udp.c); here, and for UDP in udp.lua, is what is best said in Lua: names of hosts, iterating, copying, serving.
 --
 -- SPDX-License-Identifier: MIT
 
@@ -35,6 +35,11 @@ end
 local function addresses_of(host, family, token)
   if is_address(host) then return { host } end
   return require("coflow.dns").resolve(host, { family = family }, token)
+end
+
+-- The first one.
+local function address_of(host, family, token)
+  return is_address(host) and host or addresses_of(host, family, token)[1]
 end
 
 local families = { ipv4 = true, ipv6 = true, any = true }
@@ -102,7 +107,7 @@ local function check_listen(host, port, options)
 end
 
 local function listen(host, port, backlog, reuse_port)
-  return listen_address(addresses_of(host)[1], port, backlog, reuse_port)
+  return listen_address(address_of(host), port, backlog, reuse_port)
 end
 
 ---Listens for TCP connections at the first address of the host; port 0: one that is free (`listener.port`). With a
@@ -320,4 +325,17 @@ function Listener:stop()
   if state.group then state.group:stop() end
 end
 
-return net
+-- UDP: udp.lua, when it is first used ---------------------------------------------------------------
+
+local shared = {
+  is_integer = is_integer, check_token = check_token, families = families, address_of = address_of,
+  is_closed_error = is_closed_error,
+}
+
+return setmetatable(net, {
+  __index = function(_, key)
+    if key ~= "udp" and key ~= "udp_async" then return nil end
+    for name, fn in pairs(require "coflow.udp"(shared)) do net[name] = fn end
+    return rawget(net, key)
+  end,
+})
