@@ -595,7 +595,9 @@ describe("the coroutine of a task that has ended", function()
     for look, await in pairs {
       await = flow.try_await,
       when_all = function(task) return flow.try_await(flow.when_all(task)) end,
-      await_any = function(task) return pcall(function() return flow.await(flow.await_any(task, flow.TaskCompletionSource().task)) end) end,
+      await_any = function(task)
+        return flow.try_await((flow.await_any(task, flow.TaskCompletionSource().task)))
+      end,
       start = function(task)
         local ok, err = pcall(task.start, task)
         return ok, task.exception and err
@@ -610,7 +612,8 @@ describe("the coroutine of a task that has ended", function()
           local ok, err = await(task)
           if ok == "running" then ok, err = flow.try_await(task) end
           assert.is_false(ok)
-          helper.is_error("InvalidOperation", err, look == "start" and "" or "somebody has closed the coroutine of task")
+          local why = look == "start" and "" or "somebody has closed the coroutine of task"
+          helper.is_error("InvalidOperation", err, why)
         end))
       end
     end
