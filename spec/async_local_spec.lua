@@ -406,6 +406,22 @@ describe("AsyncLocal:with", function()
     assert.is_nil(loc.value)
   end))
 
+  it("tells handlers that are called through __call", in_task(function()
+    local seen
+    local handler = setmetatable({}, { __call = function(_, args) seen = args.current_value end })
+    flow.AsyncLocal({ value_changed = handler }).value = 3
+    assert.equal(3, seen)
+  end))
+
+  it("is not ended by a `<close>` variable of another task", in_task(function()
+    local scope = loc:with(1)
+    local other = flow.spawn(function() local _ <close> = scope end)
+    raises("InvalidOperation", flow.await, other)
+    assert.equal(1, loc.value)
+    scope:dispose()
+    assert.is_nil(loc.value)
+  end))
+
   it("refuses dispose from another task, and changes nothing then", in_task(function()
     local scope = loc:with("mine")
     flow.spawn(function()

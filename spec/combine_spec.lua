@@ -374,6 +374,7 @@ describe("when_each", function()
       local _ = flow.when_each { Task.completed_task, 42 }
     end)
     assert.truthy(err:match("bad argument #1 to 'when_each'.*$"):find("2", 1, true), err)
+    assert.equal(helper.here(-3), err:match("[^/]*:%d+"))
   end))
 end)
 

@@ -1075,7 +1075,7 @@ describe("the execution context of a coroutine", function()
     co.resume(c)
     is_error("InvalidOperation", err)
     raises("InvalidOperation", scope.dispose, scope)
-    do local _ <close> = scope end -- not where it belongs: it puts nothing back
+    raises("InvalidOperation", function() local _ <close> = scope end)
     assert.equal(1, loc.value)
     assert.same({ true, 2 }, { co.resume(c) })
     scope:dispose() -- its coroutine has ended: nothing happens

@@ -478,14 +478,28 @@ static int l_each_close(lua_State *L) {
   return 0;
 }
 
-/* when_each(tasks) -> iterator, its state: to be closed by each_close */
+/* the `<close>` value of a loop */
+static int l_each_leave(lua_State *L) {
+  object_check(L, 1, TAG_EACH);
+  lua_getiuservalue(L, 1, 1);
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  return l_each_close(L);
+}
+
+/* when_each(tasks) -> iterator, its state, nil, what closes it */
 static int l_when_each(lua_State *L) {
   luaL_checkany(L, 1);
   struct combine *c = combine_new(L, KIND_EACH);
+  object_new(L, TAG_EACH, sizeof(uint32_t), 1); /* state close */
+  lua_pushvalue(L, 1);
+  lua_setiuservalue(L, 2, 1);
   watch_inputs(L, c);
   module_push_function(L, l_each_next);
   lua_insert(L, 1);
-  return 2;
+  lua_pushnil(L);
+  lua_insert(L, 3);
+  return 4;
 }
 
 /* the values of the when_all at index 1, one by one; the one error as it is, else the Aggregate */
@@ -853,12 +867,13 @@ static int l_await_any(lua_State *L) {
   return await_several(L, KIND_ANY, any_k, combined_await_any);
 }
 
-static const luaL_Reg functions[] = {{"when_all", l_when_all},
-                                     {"await_all", l_await_all},
-                                     {"await_any", l_await_any},
-                                     {"when_any", l_when_any},
-                                     {"when_each", l_when_each},
-                                     {"each_close", l_each_close},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {{"when_all", l_when_all},   {"await_all", l_await_all},
+                                     {"await_any", l_await_any}, {"when_any", l_when_any},
+                                     {"when_each", l_when_each}, {NULL, NULL}};
 
-void combine_open(lua_State *L) { module_functions(L, functions); }
+static const luaL_Reg each_methods[] = {{"__close", l_each_leave}, {NULL, NULL}};
+
+void combine_open(lua_State *L) {
+  module_class(L, TAG_EACH, "coflow.WhenEach", each_methods, NULL);
+  module_functions(L, functions);
+}

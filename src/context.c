@@ -717,8 +717,11 @@ static int l_local_new(lua_State *L) {
     lua_getfield(L, 1, "value_changed");
     lua_getfield(L, 1, "flow");
     luaL_argcheck(L, lua_isnil(L, 2) || lua_type(L, 2) == LUA_TSTRING, 1, "name must be a string");
-    luaL_argcheck(L, lua_isnil(L, 4) || lua_isfunction(L, 4), 1,
-                  "value_changed must be a function");
+    if (!lua_isnil(L, 4) && !lua_isfunction(L, 4)) {
+      luaL_argcheck(L, luaL_getmetafield(L, 4, "__call") != LUA_TNIL, 1,
+                    "value_changed must be a function");
+      lua_pop(L, 1);
+    }
     if (!lua_isnil(L, 5)) {
       const char *name = lua_type(L, 5) == LUA_TSTRING ? lua_tostring(L, 5) : "";
       while (flows[flow] && strcmp(flows[flow], name) != 0) flow++;
@@ -844,12 +847,18 @@ static void guard_restore(lua_State *L, int i, struct guard *g) {
   lua_pop(L, 1);
 }
 
+static int refuse_stranger(lua_State *L, const struct guard *g) {
+  return error_throw(
+      L, ERROR_OPERATION,
+      g->kind == GUARD_FLOW
+          ? "the flow was suppressed by another task: undo it in the task that suppressed it"
+          : "this scope belongs to another task: dispose of it in the task that opened it");
+}
+
 static void undo_flow(lua_State *L, struct guard *g) {
   struct task *me = runtime(L)->me;
   if (g->done) return;
-  if (!is_own(L, g))
-    error_throw(L, ERROR_OPERATION,
-                "the flow was suppressed by another task: undo it in the task that suppressed it");
+  if (!is_own(L, g)) refuse_stranger(L, g);
   if (!(me->flags & TASK_SUPPRESSED))
     error_throw(L, ERROR_OPERATION, "the flow of the execution context is not suppressed here");
   g->done = true;
@@ -864,10 +873,7 @@ static int l_guard_dispose(lua_State *L) {
     return 0;
   }
   if (g->done) return 0;
-  if (!is_own(L, g))
-    return error_throw(
-        L, ERROR_OPERATION,
-        "this scope belongs to another task: dispose of it in the task that opened it");
+  if (!is_own(L, g)) return refuse_stranger(L, g);
   for (const struct guard *a = g->above; a != NULL; a = a->above)
     if (a->co == g->co)
       return error_throw(
@@ -882,7 +888,8 @@ static int l_guard_close(lua_State *L) {
   lua_settop(L, 1);
   if (g->done) return 0;
   if (!is_own(L, g)) {
-    guard_unlink(g);
+    if (L != g->co) return refuse_stranger(L, g);
+    guard_unlink(g); /* somebody else has closed that coroutine */
     return 0;
   }
   if (g->kind == GUARD_FLOW) {

@@ -91,11 +91,12 @@ enum tag {
   TAG_STREAM = 0xC0F12600,
   TAG_LISTENER = 0xC0F12700,
   TAG_PROCESS = 0xC0F12800,
-  TAG_UDP = 0xC0F12900
+  TAG_UDP = 0xC0F12900,
+  TAG_EACH = 0xC0F12A00 /* the `<close>` value of a loop over when_each */
 };
 #define TAG_CLASS(tag) ((lua_Integer)((tag) >> 8 & 0xff)) /* where the anchors hold its metatable */
 #define TAG_FIRST TAG_CLASS(TAG_TASK)
-#define TAG_LAST TAG_CLASS(TAG_UDP)
+#define TAG_LAST TAG_CLASS(TAG_EACH)
 
 enum task_kind {
   KIND_FIBER,   /* runs a Lua function in a coroutine of its own */
@@ -341,6 +342,7 @@ enum runtime_uservalue {
   RUNTIME_LABELS,      /* list of "file:line" */
   RUNTIME_NAMES,       /* task -> name, weak keys */
   RUNTIME_IDS,         /* task -> id, weak keys */
+  RUNTIME_REPORTER,    /* the default handler of unobserved exceptions */
   RUNTIME_HANDLER,     /* of unobserved exceptions: a function, false, or nil: the default */
   RUNTIME_LOCALS,      /* id -> AsyncLocal, weak values */
   RUNTIME_WATCHED,     /* list of the locals with a handler, weak values */
@@ -918,6 +920,9 @@ void wait_op_land(lua_State *L, int i);
 void timer_push_wait(
     lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
                                     ** or of false after the timeout; it observes nothing */
+int timer_await_with(
+    lua_State *L); /* await_with(task, token): … that ends with the token, too; `none` opts out
+                                     ** of the ambient one */
 int timer_wait_async(lua_State *L);                      /* wait_async(task, timeout, token) */
 void pending_interrupt(lua_State *L, struct pending *p); /* [-0, +0, -] by its token or its scope */
 void pending_hold(lua_State *L, struct pending *p,

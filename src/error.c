@@ -35,7 +35,14 @@ static const char *const error_names[ERROR_COUNT] = {"OperationCanceled",
                                                      "IO",
                                                      "Worker"};
 
-enum record_field { RECORD_TEXT = 1, RECORD_ERROR, RECORD_NAME, RECORD_INNER, RECORD_TASK };
+enum record_field {
+  RECORD_TEXT = 1,
+  RECORD_ERROR,
+  RECORD_NAME,
+  RECORD_INNER, /* of the task that it came from, or nil */
+  RECORD_ROOT,  /* the innermost one, or nil */
+  RECORD_TASK
+};
 enum { FAULT_TASK = 1, FAULT_RECORD };
 enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30 };
 
@@ -209,6 +216,13 @@ static void record_new(lua_State *L, lua_State *from, int level, bool body) {
     } else {
       lua_pop(L, 1);
       lua_pushvalue(L, 4);
+    }
+    if (lua_istable(L, -1)) {
+      if (lua_rawgeti(L, -1, RECORD_ROOT) == LUA_TNIL) {
+        lua_pop(L, 1);
+        lua_pushvalue(L, -1);
+      }
+      lua_rawseti(L, 2, RECORD_ROOT);
     }
     lua_rawseti(L, 2, RECORD_INNER);
   }
@@ -403,8 +417,11 @@ void error_push_root(lua_State *L, int i, int error) {
     push_record(L, i);
   else
     push_trace_of(L, runtime(L)->me, error);
-  while (lua_istable(L, -1) && lua_rawgeti(L, -1, RECORD_INNER) == LUA_TTABLE) lua_remove(L, -2);
-  if (lua_isnil(L, -1) && lua_istable(L, -2)) lua_pop(L, 1);
+  if (!lua_istable(L, -1)) return;
+  if (lua_rawgeti(L, -1, RECORD_ROOT) == LUA_TTABLE)
+    lua_remove(L, -2);
+  else
+    lua_pop(L, 1);
 }
 
 void error_trace(lua_State *L, int i) {
@@ -479,16 +496,30 @@ void error_remember(lua_State *L, int i) {
 }
 
 /* arguments: error, task or nil */
+static int to_text(lua_State *L) {
+  luaL_tolstring(L, 1, NULL);
+  return 1;
+}
+
+/* [-0, +1, -] the error at i as text, which is on top if that can be had */
+static const char *push_text(lua_State *L, int i) {
+  i = lua_absindex(L, i);
+  lua_pushcfunction(L, to_text);
+  lua_pushvalue(L, i);
+  return lua_pcall(L, 1, 1, 0) == LUA_OK ? lua_tostring(L, -1)
+                                         : "(an error whose __tostring fails)";
+}
+
 static int default_handler(lua_State *L) {
   lua_settop(L, 2);
-  luaL_tolstring(L, 1, NULL);
+  const char *text = push_text(L, 1);
   if (lua_isnil(L, 2))
-    fprintf(stderr, "coflow: error in a callback: %s\n", lua_tostring(L, 3));
+    fprintf(stderr, "coflow: error in a callback: %s\n", text);
   else {
     task_push_name(L, 2);
     error_trace(L, 2);
-    fprintf(stderr, "coflow: unobserved error in task '%s': %s\n%s\n", lua_tostring(L, 4),
-            lua_tostring(L, 3), lua_tostring(L, 5));
+    fprintf(stderr, "coflow: unobserved error in task '%s': %s\n%s\n", lua_tostring(L, 4), text,
+            lua_tostring(L, 5));
   }
   fflush(stderr);
   return 0;
@@ -506,7 +537,7 @@ void error_report(lua_State *L, int error, int task) {
   }
   if (lua_isnil(L, -1)) {
     lua_pop(L, 1);
-    module_push_function(L, default_handler);
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_REPORTER);
   }
   lua_pushvalue(L, error);
   if (task != 0)
@@ -517,7 +548,7 @@ void error_report(lua_State *L, int error, int task) {
   rt->me = rt->outside;
   rt->depth++;
   if (lua_pcall(L, 2, 0, 0) != LUA_OK) {
-    const char *text = luaL_tolstring(L, -1, NULL);
+    const char *text = push_text(L, -1);
     fprintf(stderr, "coflow: error in the handler of unobserved exceptions: %s\n", text);
   }
   rt->depth--;
@@ -588,8 +619,8 @@ static int l_error_is(lua_State *L) {
 }
 
 static int l_on_unobserved(lua_State *L) {
-  if (lua_isnone(L, 1) ||
-      !(lua_isnil(L, 1) || lua_isfunction(L, 1) || (lua_isboolean(L, 1) && !lua_toboolean(L, 1))))
+  bool none = lua_isnil(L, 1) || (lua_isboolean(L, 1) && !lua_toboolean(L, 1));
+  if (!none && !lua_isfunction(L, 1) && luaL_getmetafield(L, 1, "__call") == LUA_TNIL)
     return luaL_typeerror(L, 1, "function, false or nil");
   lua_settop(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);
@@ -620,7 +651,15 @@ static int l_is_observed(lua_State *L) {
   return 1;
 }
 
+/* error_text(value) -> a string, whatever its __tostring does */
+static int l_error_text(lua_State *L) {
+  luaL_checkany(L, 1);
+  lua_pushstring(L, push_text(L, 1));
+  return 1;
+}
+
 static const luaL_Reg functions[] = {{"on_unobserved_exception", l_on_unobserved},
+                                     {"error_text", l_error_text},
                                      {"report", l_report},
                                      {"failure_root", l_failure_root},
                                      {"is_observed", l_is_observed},
@@ -632,6 +671,8 @@ void error_open(lua_State *L) {
   module_functions(L, functions);
   module_push_function(L, error_handler);
   lua_setfield(L, -2, "trace_handler");
+  module_push_function(L, default_handler);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_REPORTER);
   module_class(L, TAG_FAULT, "coflow.Fault", fault_methods, NULL);
   module_push_function(L, leaver);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LEAVER);

@@ -244,11 +244,18 @@ static int l_stop(lua_State *L) {
   return 0;
 }
 
-/* group:wait_stopping() */
+/* group:wait_stopping(token) */
 static int l_wait_stopping(lua_State *L) {
+  struct runtime *rt = runtime(L);
   struct group *g = check_group(L);
-  lua_settop(L, 1);
+  struct token *k = token_opt(L, 2);
+  struct scope *s = ((struct fiber *)rt->me)->member.scope;
+  lua_settop(L, 2);
+  if ((k != NULL && token_canceled(k)) || (s->canceled && !token_none(L, 2)))
+    return operation_throw_canceled(L, k, 2, s);
   if (g->stopping) return 0;
+  if (g->ended)
+    return error_throw(L, ERROR_OPERATION, "the task group has ended: it will never be stopped");
   if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
     lua_pop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
@@ -257,7 +264,7 @@ static int l_wait_stopping(lua_State *L) {
     lua_setiuservalue(L, 1, GROUP_STOPPING);
   }
   lua_replace(L, 1);
-  return fiber_await_value(L);
+  return timer_await_with(L);
 }
 
 static int l_is_stopping(lua_State *L) {

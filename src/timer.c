@@ -405,8 +405,7 @@ static int await_with_k(lua_State *L, int status, lua_KContext ctx) {
   return task_push_outcome(L, 1, on);
 }
 
-/* await_with(task, token): await that ends with the token, too; `none` opts out of the ambient one */
-static int l_await_with(lua_State *L) {
+int timer_await_with(lua_State *L) {
   struct runtime *rt = runtime(L);
   task_check(L, 1);
   bool given = token_opt(L, 2) != NULL, deaf = token_none(L, 2);
@@ -429,7 +428,7 @@ static int l_await_with(lua_State *L) {
 static const luaL_Reg functions[] = {{"delay", l_delay},
                                      {"sleep", l_sleep},
                                      {"wait_async", timer_wait_async},
-                                     {"await_with", l_await_with},
+                                     {"await_with", timer_await_with},
                                      {NULL, NULL}};
 
 void timer_open(lua_State *L) { module_functions(L, functions); }

@@ -16,7 +16,7 @@ local take, late = core.take, core.late
 core.library()
 
 ---@class coflow
-local flow = take([[errors loop run spawn async await try_await pcall yield sleep delay when_all when_any
+local flow = take([[errors loop run spawn async await try_await pcall yield sleep delay when_all when_any when_each
   await_all await_any current_task is_awaitable_here on_unobserved_exception cancellation_token deadline
   AsyncLocal TaskCompletionSource]], {})
 
@@ -26,12 +26,10 @@ flow.ExecutionContext = late(
 late(core.methods "coflow.ExecutionContext", "run=context")
 late(core.methods "coflow.AsyncLocal", "run=context")
 
-flow.Task = late(
-  take("new yield delay when_all when_any from_result from_exception from_canceled", {
-    run = core.spawn,
-    completed_task = core.from_result(),
-  }),
-  "when_each=task")
+flow.Task = take("new yield delay when_all when_any when_each from_result from_exception from_canceled", {
+  run = core.spawn,
+  completed_task = core.from_result(),
+})
 late(
   take("await try_await start run_synchronously wait wait_async cancel", core.methods "coflow.Task"),
   "continue_with=task configure_await=task")
@@ -42,7 +40,7 @@ flow.CancellationTokenSource = setmetatable({ linked = core.linked_source }, {
 })
 
 return late(flow, [[
-  call=context when_each=task Timer=core PeriodicTimer=core with_cancellation=scope
+  call=context Timer=core PeriodicTimer=core with_cancellation=scope
   with_timeout=scope shield=scope main=main task_group=group race=group TaskScheduler=scheduler
   SynchronizationContext=scheduler spawn_on=scheduler lazy=lazy AsyncLazy=lazy cache=cache
   AsyncCache=cache async_state=async_state AsyncState=async_state pipeline=pipeline

@@ -27,9 +27,9 @@ function flow.main(fn, ...)
     if not canceled then core.report(problems) end
     ok, result = pcall(core.await, task)
   end
-  if ok then return math.type(result) == "integer" and result or 0 end
+  if ok then return type(result) == "number" and math.tointeger(result) or 0 end
   if signal and core.errors.is(result, "OperationCanceled") then return 128 + signal end
-  io.stderr:write(tostring(result), "\n")
+  io.stderr:write(core.error_text(result), "\n")
   if task.is_faulted then io.stderr:write(task:traceback(), "\n") end
   return 1
 end

@@ -3,7 +3,7 @@
 -- coflow.meta: declarations of what is written in C, for editors and readers. Never loaded.
 --
 -- The functions written in Lua have theirs beside them: flow.call, ExecutionContext.run and wrap, AsyncLocal:run in
--- context.lua, flow.when_each and Task:continue_with in task.lua, flow.main in main.lua, and so on (init.lua).
+-- context.lua, Task:continue_with in task.lua, flow.main in main.lua, and so on (init.lua).
 --
 -- What holds everywhere: time is in seconds. A wrong type or range, a negative time or NaN, raises Lua's usual
 -- "bad argument" string; everything else raises an error object (coflow.Error). A `token` is always optional.
@@ -122,6 +122,15 @@ function flow.when_all(...) end
 ---@param ... coflow.Awaitable|table<any, coflow.Awaitable>
 ---@return coflow.Task
 function flow.when_any(...) end
+
+---Iterates over tasks in order of completion, faulted and canceled ones included:
+---`for task, key in flow.when_each(tasks) do`. Those complete at the call come first, in input order.
+---Leaving the loop early leaves the other tasks running.
+---Raises: at once, if an element is not awaitable.
+---Source: .NET Task.WhenEach.
+---@param ... coflow.Awaitable|table<any, coflow.Awaitable> as when_all takes them
+---@return fun(): coflow.Task, any
+function flow.when_each(...) end
 
 ---Waits for all: the direct form of `when_all`. Returns the first values one by one; for a table with keys, the table.
 ---Raises: the one error as it is, or an Aggregate when several failed.

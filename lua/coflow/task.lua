@@ -1,25 +1,8 @@
--- coflow.task: flow.when_each and Task:continue_with. Loaded when one of them is first used (init.lua).
+-- coflow.task: Task:continue_with and Task:configure_await. Loaded when one of them is first used (init.lua).
 --
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
-
----@class coflow
-local flow = {}
-
-local closing_each = { __close = function(each) core.each_close(each.state) end }
-
----Iterates over tasks in order of completion, faulted and canceled ones included:
----`for task, key in flow.when_each(tasks) do`. Those complete at the call come first, in input order.
----Leaving the loop early leaves the other tasks running.
----Raises: at once, if an element is not awaitable.
----Source: .NET Task.WhenEach.
----@param tasks table awaitables: a list (`n` counts) or any keys
----@return fun(): coflow.Task, any
-function flow.when_each(...)
-  local next, state = core.when_each(...)
-  return next, state, nil, setmetatable({ state = state }, closing_each)
-end
 
 local Task = core.methods("coflow.Task")
 
@@ -83,4 +66,4 @@ function Task:continue_with(fn, options)
   return continuation
 end
 
-return flow
+return {}
