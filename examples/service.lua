@@ -127,7 +127,7 @@ local function parse(line)
   }
 end
 
--- One connection. `stopping` interrupts it between two requests, never within one.
+-- One connection. `stopping` interrupts it between two requests when the listener stops, never within one.
 local function converse(stream, stopping)
   while true do
     local ok, line = flow.pcall(stream.read_line, stream, nil, stopping)
@@ -141,7 +141,7 @@ end
 local function server(listener)
   return flow.BackgroundService(function(stopping)
     stopping:register(function() listener:stop() end)
-    flow.shield(listener.serve, listener, function(stream) converse(stream, stopping) end, {
+    flow.shield(listener.serve, listener, converse, {
       grace = 5,
       on_error = function(err) complain("%s", err) end,
     })

@@ -799,6 +799,37 @@ describe("a listener", function()
 end)
 
 describe("listener:serve", function()
+  it("tells its connections by a token that it is to stop", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local log, last = {}, nil
+    local server = listener:serve_async(function(s, stopping)
+      repeat
+        local ok, line = pcall(s.read_line, s, nil, stopping)
+        if ok and line then
+          last = line
+          flow.sleep(0.01) -- not interrupted
+          s:write("re: ", line, "\n")
+        end
+      until not ok or not line
+      log[#log + 1] = stopping.reason
+    end, { grace = 60 })
+    local busy <close> = net.connect("127.0.0.1", listener.port)
+    local idle <close> = net.connect("127.0.0.1", listener.port)
+    for _, c in ipairs { busy, idle } do
+      c:write("hello\n")
+      assert.equal("re: hello", c:read_line())
+    end
+    busy:write("last\n")
+    until_true(function() return last == "last" end)
+    listener:stop()
+    listener:stop()
+    flow.await(server)
+    assert.same({ "the listener is stopping", "the listener is stopping" }, log)
+    assert.equal("re: last", busy:read_line())
+    assert.is_nil(busy:read_line())
+    assert.is_nil(idle:read_line())
+  end))
+
   it("runs a task per connection, contained and reported, in contexts of their own", connected(function()
     local listener <close> = net.listen("127.0.0.1", 0)
     local loc = flow.AsyncLocal { default = "empty" }

@@ -224,8 +224,8 @@ function Listener:iterate(token)
   end
 end
 
--- listener -> what its `serve` knows: group, running, stopping, and free: a completion source, while it waits for
--- a connection to end
+-- listener -> what its `serve` knows: group, running, stopping (a source, whose token the connections get), and free: a
+-- completion source, while it waits for a connection to end
 local serving = setmetatable({}, { __mode = "k" })
 
 local leaving = {
@@ -236,20 +236,20 @@ local leaving = {
   end,
 }
 
-local function talk(fn, stream)
+local function talk(fn, stream, stopping)
   local s <close> = stream -- after an error what was not sent is dropped, else it is
-  fn(s)
+  fn(s, stopping)
 end
 
 local function connection(state, fn, stream)
   local _ <close> = setmetatable({ state = state }, leaving)
-  local ok, err = core.pcall(talk, fn, stream)
+  local ok, err = core.pcall(talk, fn, stream, state.stopping.token)
   if not ok and not core.errors.is(err, "OperationCanceled") then state.on_error(err, stream) end
 end
 
 local function accept_all(listener, state, group, fn, max)
   local short = false
-  while not state.stopping do
+  while not state.stopping.is_cancellation_requested do
     if state.running >= max then
       state.free = core.TaskCompletionSource()
       core.await(state.free.task)
@@ -275,13 +275,15 @@ end
 
 local serve_options = { max_connections = true, grace = true, on_error = true }
 
----Calls `fn(stream)` in a task of its own for each connection, and closes the stream when it returns. Returns when
----`listener:stop()` or `close` has been called and the last connection has ended. An error in a connection ends
----that one only: it is told to `on_error(err, stream)`, by default to the handler of `on_unobserved_exception`. So
----is a want of descriptors (`IO` with code EMFILE, without a stream); then connections wait until some are free. One
----that ends canceled (by a token of yours that it reads with) has not failed, and is told to nobody.
+---Calls `fn(stream, stopping)` in a task of its own for each connection, and closes the stream when it returns.
+---`stopping` is a token that `listener:stop()` cancels: `stream:read_line(nil, stopping)` waits for a next request no
+---longer than that. Returns when `stop` or `close` has been called and the last connection has ended. An error in a
+---connection ends that one only: it is told to `on_error(err, stream)`, by default to the handler of
+---`on_unobserved_exception`. So is a want of descriptors (`IO` with code EMFILE, without a stream); then connections
+---wait until some are free. One that ends canceled (by a token of yours that it reads with) has not failed, and is
+---told to nobody.
 ---Cancellation: cancels the connections, and raises when they have ended. The listener stays open.
----@param fn fun(stream: coflow.Stream)
+---@param fn fun(stream: coflow.Stream, stopping: coflow.CancellationToken)
 ---@param options? { max_connections?: integer, grace?: number, on_error?: fun(err: any, stream?: coflow.Stream) }
 ---max_connections: at the same time; the others wait. grace: seconds for the connections to end after `stop`, before
 ---they are canceled; none: at once.
@@ -301,10 +303,16 @@ function Listener:serve(fn, options)
   end
   local state = {
     running = 0,
+    stopping = core.call_source(),
     on_error = on_error or function(err) report_failure(err, core.current_task()) end,
   }
   serving[self] = state
-  local _ <close> = setmetatable({}, { __close = function() serving[self] = nil end })
+  local _ <close> = setmetatable({}, {
+    __close = function()
+      serving[self] = nil
+      state.stopping:dispose()
+    end,
+  })
   require("coflow.group").task_group(function(group)
     state.group = group
     accept_all(self, state, group, fn, max or math.huge)
@@ -313,16 +321,18 @@ end
 
 Listener.serve_async = core.async(Listener.serve)
 
----Closes the listener; connections that `serve` has begun may end within its `grace`. Returns at once: `serve` returns
----when they have ended.
+---Closes the listener and cancels the token that its connections got; those that `serve` has begun may end within its
+---`grace`. Returns at once: `serve` returns when they have ended.
+---Raises: an Aggregate of the errors of callbacks of that token.
 function Listener:stop()
   core.check_class(1, self, "coflow.Listener")
-  local state = serving[self]
-  if state then state.stopping = true end
   self:close()
-  if not state then return end
+  local state = serving[self]
+  if not state or state.stopping.is_cancellation_requested then return end
+  local ok, err = pcall(state.stopping.cancel, state.stopping, "the listener is stopping")
   if state.free then state.free:try_set_result() end
   if state.group then state.group:stop() end
+  if not ok then error(err, 0) end
 end
 
 -- UDP: udp.lua, when it is first used ---------------------------------------------------------------
