@@ -34,6 +34,7 @@ build = {
         "src/fiber_await.c",
         "src/fs.c",
         "src/group.c",
+        "src/guard.c",
         "src/handle.c",
         "src/io.c",
         "src/listener.c",

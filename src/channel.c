@@ -906,10 +906,7 @@ void channel_open(lua_State *L) {
   module_class(L, TAG_READER, "coflow.ChannelReader", reading, reader_properties);
   module_class(L, TAG_WRITER, "coflow.ChannelWriter", writing, NULL);
   module_class(L, TAG_CHANNEL, "coflow.Channel", methods, properties);
-  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CHANNEL));
-  lua_getfield(L, -1, "methods"); /* a channel has those of both halves */
-  module_functions(L, reading);
-  module_functions(L, writing);
-  lua_pop(L, 2);
+  module_methods(L, TAG_CHANNEL, reading); /* a channel has those of both halves */
+  module_methods(L, TAG_CHANNEL, writing);
   module_functions(L, functions);
 }

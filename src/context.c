@@ -28,10 +28,6 @@
 ** Values of locals with flow = "none" live in a second map. A *pair* then stands in TASK_CONTEXT:
 ** { what flows, what stays }; captures and children take the first half.
 **
-** A *guard* is the scope made by with(), enter() and call(): it remembers what to put back. The open
-** guards of a task, or of a coroutine with a context of its own (coroutine.c), form a stack. `dispose` insists on that order; `__close`, which Lua calls while errors
-** unwind, also closes the guards above that nobody closed.
-**
 ** Handlers (value_changed): the runtime remembers the context whose values the handlers saw last.
 ** Only when that one or the new one holds a local with a handler are the two compared.
 **
@@ -70,22 +66,6 @@ struct local {
   struct runtime *rt; /* at hand sooner than by the upvalue */
 };
 enum { LOCAL_NAME = 1, LOCAL_DEFAULT, LOCAL_HANDLER };
-
-enum guard_kind { GUARD_VALUE, GUARD_CONTEXT, GUARD_FLOW };
-struct guard {
-  uint32_t tag;
-  uint8_t kind;
-  bool done;
-  uint16_t suppressed;         /* TASK_SUPPRESSED of the owner before */
-  void *owner;                 /* the task, or the coroutine's record, that it belongs to */
-  struct guard **home;         /* the owner's stack of guards; NULL once its end has come */
-  lua_State *co;               /* where it was opened: order is kept per coroutine */
-  struct guard *below, *above; /* in that stack */
-  char place[];                /* where it was opened, if a yield could leave it; else not there */
-};
-enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
-/* of GUARD_CONTEXT: the synchronization context before, which is the task's and no part of a context */
-enum { GUARD_SYNCHRONIZATION = GUARD_LOCAL };
 
 /* ---- the map ---- */
 
@@ -655,11 +635,17 @@ static void local_assign(lua_State *L, int l, struct local *o, int v) {
   lua_setiuservalue(L, task, TASK_CONTEXT);
 }
 
-/* [-0, +0, me] the same */
-static void local_set(lua_State *L, int l, int v) {
+void context_set_local(lua_State *L, int l, int v) {
   int top = lua_gettop(L);
   local_assign(L, l, (struct local *)lua_touserdata(L, l), v);
   lua_settop(L, top);
+}
+
+void context_push_local(lua_State *L, int i) {
+  int top = lua_gettop(L);
+  local_get(L, check_local(L, i));
+  lua_replace(L, top + 1);
+  lua_settop(L, top + 1);
 }
 
 static int l_local_get(lua_State *L) {
@@ -756,194 +742,14 @@ static int l_local_new(lua_State *L) {
   return 1;
 }
 
-/* ---- guards ---- */
-
-/* the scope belongs to the code that runs now, not to another task or coroutine */
-static bool is_own(lua_State *L, const struct guard *g) {
-  struct runtime *rt = runtime(L);
-  const struct level *own = coroutine_own(rt);
-  return g->owner == (own != NULL ? (void *)own->record : (void *)rt->me);
-}
-
-/* [-0, +1, m] a guard of the running code, on its stack of guards; its user values are still nil */
-static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
-  struct runtime *rt = runtime(L);
-  size_t size = sizeof(struct guard), length = 0;
-  bool shares = coroutine_shares(L, rt);
-  if (shares) {
-    coroutine_push_place(L, 1);
-    length = lua_rawlen(L, -1) + 1;
-  }
-  struct guard *g = (struct guard *)object_new(L, TAG_GUARD, size + length, GUARD_LOCAL);
-  if (shares) {
-    memcpy(g->place, lua_tostring(L, -2), length);
-    lua_remove(L, -2);
-  }
-  g->kind = (uint8_t)kind;
-  g->suppressed = rt->me->flags & TASK_SUPPRESSED;
-  const struct level *own = coroutine_own(rt);
-  struct guard **home =
-      own ? coroutine_guards(own->record) : &scope_own(L, rt, (struct fiber *)rt->me)->guards;
-  if (own)
-    coroutine_push_record(L, own);
-  else
-    task_push(L, rt->me);
-  g->owner = lua_touserdata(L, -1);
-  lua_setiuservalue(L, -2, GUARD_OWNER);
-  g->home = home;
-  g->co = L;
-  if (kind == GUARD_FLOW) return g; /* not ordered with the others */
-  g->below = *home;
-  if (g->below) g->below->above = g;
-  *home = g;
-  return g;
-}
-
-static void guard_unlink(struct guard *g) {
-  g->done = true;
-  if (g->home == NULL || g->kind == GUARD_FLOW) return;
-  if (g->above)
-    g->above->below = g->below;
-  else
-    *g->home = g->below;
-  if (g->below) g->below->above = g->above;
-  g->above = g->below = NULL;
-}
-
-void context_drop_guards(struct guard **home) {
-  for (struct guard *g = *home, *below; g != NULL; g = below) {
-    below = g->below;
-    g->done = true;
-    g->home = NULL;
-    g->above = g->below = NULL;
-  }
-  *home = NULL;
-}
-
-/* [-0, +0, -] the guard at i remembers the synchronization context of the running task */
-static void guard_save_synchronization(lua_State *L, int i, struct task *me) {
-  if (!(me->traits & TRAIT_PLAN)) return;
-  schedule_push_context(L, me);
-  lua_setiuservalue(L, i, GUARD_SYNCHRONIZATION);
-}
-
-/* [-0, +0, me] puts back what the guard at i, whose owner is running, remembers */
-static void guard_restore(lua_State *L, int i, struct guard *g) {
-  struct task *me = runtime(L)->me;
-  guard_unlink(g);
-  lua_getiuservalue(L, i, GUARD_SAVED);
-  if (g->kind == GUARD_VALUE) {
-    lua_getiuservalue(L, i, GUARD_LOCAL);
-    local_set(L, lua_gettop(L), lua_gettop(L) - 1);
-    lua_pop(L, 1);
-  } else {
-    me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | g->suppressed);
-    context_swap(L);
-    if (me->traits & TRAIT_PLAN) {
-      lua_getiuservalue(L, i, GUARD_SYNCHRONIZATION);
-      schedule_set_context(L, me);
-    }
-  }
-  lua_pop(L, 1);
-}
-
-static int refuse_stranger(lua_State *L, const struct guard *g) {
-  return error_throw(
-      L, ERROR_OPERATION,
-      g->kind == GUARD_FLOW
-          ? "the flow was suppressed by another task: undo it in the task that suppressed it"
-          : "this scope belongs to another task: dispose of it in the task that opened it");
-}
-
-static void undo_flow(lua_State *L, struct guard *g) {
-  struct task *me = runtime(L)->me;
-  if (g->done) return;
-  if (!is_own(L, g)) refuse_stranger(L, g);
-  if (!(me->flags & TASK_SUPPRESSED))
-    error_throw(L, ERROR_OPERATION, "the flow of the execution context is not suppressed here");
-  g->done = true;
-  me->flags &= (uint16_t)~TASK_SUPPRESSED;
-}
-
-static int l_guard_dispose(lua_State *L) {
-  struct guard *g = (struct guard *)object_check(L, 1, TAG_GUARD);
-  lua_settop(L, 1);
-  if (g->kind == GUARD_FLOW) {
-    undo_flow(L, g);
-    return 0;
-  }
-  if (g->done) return 0;
-  if (!is_own(L, g)) return refuse_stranger(L, g);
-  for (const struct guard *a = g->above; a != NULL; a = a->above)
-    if (a->co == g->co)
-      return error_throw(
-          L, ERROR_OPERATION,
-          "scopes must be disposed of in reverse order: one opened later is still open");
-  guard_restore(L, 1, g);
-  return 0;
-}
-
-static int l_guard_close(lua_State *L) {
-  struct guard *g = (struct guard *)object_check(L, 1, TAG_GUARD);
-  lua_settop(L, 1);
-  if (g->done) return 0;
-  if (!is_own(L, g)) {
-    if (L != g->co) return refuse_stranger(L, g);
-    guard_unlink(g); /* somebody else has closed that coroutine */
-    return 0;
-  }
-  if (g->kind == GUARD_FLOW) {
-    if (runtime(L)->me->flags & TASK_SUPPRESSED) undo_flow(L, g);
-    g->done = true;
-    return 0;
-  }
-  for (struct guard *a = g->above, *next; a != NULL; a = next) {
-    next = a->above; /* left open by their blocks: their values go with this scope */
-    if (a->co == g->co) guard_unlink(a);
-  }
-  guard_restore(L, 1, g);
-  return 0;
-}
-
-static int l_guard_gc(lua_State *L) {
-  struct guard *g = (struct guard *)object_test(L, 1, TAG_GUARD);
-  if (g != NULL && !g->done) guard_unlink(g);
-  return 0;
-}
-
-static int l_local_with(lua_State *L) {
-  struct local *o = check_local(L, 1);
-  luaL_checkany(L, 2);
-  lua_settop(L, 2);
-  guard_new(L, GUARD_VALUE);
-  local_get(L, o); /* local value guard … saved */
-  lua_setiuservalue(L, 3, GUARD_SAVED);
-  lua_settop(L, 3);
-  lua_pushvalue(L, 1);
-  lua_setiuservalue(L, 3, GUARD_LOCAL);
-  local_set(L, 1, 2);
-  return 1;
-}
-
-void context_refuse_yield(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  if (!coroutine_shares(L, rt)) return;
-  const struct level *own = coroutine_own(rt);
-  const struct guard *g =
-      own ? *coroutine_guards(own->record) : scope_own(L, rt, (struct fiber *)rt->me)->guards;
-  for (; g != NULL; g = g->below) {
-    if (g->co == L) coroutine_refuse(L, g->place);
-  }
-}
-
 /* ---- ExecutionContext ---- */
 
-static struct context *check_context(lua_State *L, int i) {
+void context_check(lua_State *L, int i) {
   luaL_checkany(L, i);
   if (lua_isnil(L, i))
     error_throw(L, ERROR_OPERATION,
                 "there is no context: it was captured while the flow was suppressed");
-  return (struct context *)object_check(L, i, TAG_CONTEXT);
+  object_check(L, i, TAG_CONTEXT);
 }
 
 static int l_capture(lua_State *L) {
@@ -954,64 +760,11 @@ static int l_capture(lua_State *L) {
   return 1;
 }
 
-/* enter(ctx) -> guard */
-static int l_enter(lua_State *L) {
-  check_context(L, 1);
-  lua_settop(L, 1);
-  guard_new(L, GUARD_CONTEXT);
-  struct task *me = runtime(L)->me;
-  me->flags &= (uint16_t)~TASK_SUPPRESSED;
-  guard_save_synchronization(L, 2, me);
-  lua_pushvalue(L, 1);
-  context_swap(L); /* ctx guard old */
-  lua_setiuservalue(L, 2, GUARD_SAVED);
-  return 1;
-}
-
-static int l_context_enter(lua_State *L) {
-  object_check(L, 1, TAG_CONTEXT);
-  return l_enter(L);
-}
-
-/* isolate() -> guard: whatever happens to the context until it is closed is undone */
-static int l_isolate(lua_State *L) {
-  lua_settop(L, 0);
-  guard_new(L, GUARD_CONTEXT);
-  struct task *me = runtime(L)->me;
-  guard_save_synchronization(L, 1, me);
-  push_of(L, me);
-  lua_setiuservalue(L, 1, GUARD_SAVED);
-  return 1;
-}
-
 static int l_restore(lua_State *L) {
-  check_context(L, 1);
+  context_check(L, 1);
   lua_settop(L, 1);
   context_swap(L);
   return 0;
-}
-
-static int l_suppress(lua_State *L) {
-  struct task *me = runtime(L)->me;
-  struct guard *g = guard_new(L, GUARD_FLOW);
-  if (me->flags & TASK_SUPPRESSED)
-    g->done = true; /* a second one is inert */
-  else
-    me->flags |= TASK_SUPPRESSED;
-  return 1;
-}
-
-static int l_restore_flow(lua_State *L) {
-  struct task *me = runtime(L)->me;
-  if (!(me->flags & TASK_SUPPRESSED))
-    return error_throw(L, ERROR_OPERATION, "the flow of the execution context is not suppressed");
-  me->flags &= (uint16_t)~TASK_SUPPRESSED;
-  return 0;
-}
-
-static int l_is_suppressed(lua_State *L) {
-  lua_pushboolean(L, runtime(L)->me->flags & TASK_SUPPRESSED);
-  return 1;
 }
 
 static int l_context_get(lua_State *L) {
@@ -1036,19 +789,11 @@ static int l_context_pairs(lua_State *L) {
   return 2;
 }
 
-static const luaL_Reg functions[] = {{"AsyncLocal", l_local_new},
-                                     {"capture", l_capture},
-                                     {"enter", l_enter},
-                                     {"isolate", l_isolate},
-                                     {"restore", l_restore},
-                                     {"suppress_flow", l_suppress},
-                                     {"restore_flow", l_restore_flow},
-                                     {"is_flow_suppressed", l_is_suppressed},
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"AsyncLocal", l_local_new}, {"capture", l_capture}, {"restore", l_restore}, {NULL, NULL}};
 
 static const luaL_Reg local_methods[] = {{"get", l_local_get},
                                          {"set", l_local_set},
-                                         {"with", l_local_with},
                                          {"__newindex", l_local_newindex},
                                          {"__tostring", l_local_tostring},
                                          {NULL, NULL}};
@@ -1056,21 +801,14 @@ static const luaL_Reg local_properties[] = {
     {"value", l_local_get}, {"name", l_local_name}, {NULL, NULL}};
 
 static const luaL_Reg context_methods[] = {
-    {"get", l_context_get}, {"enter", l_context_enter}, {"__pairs", l_context_pairs}, {NULL, NULL}};
+    {"get", l_context_get}, {"__pairs", l_context_pairs}, {NULL, NULL}};
 static const luaL_Reg pair_methods[] = {{NULL, NULL}};
-
-static const luaL_Reg guard_methods[] = {{"dispose", l_guard_dispose},
-                                         {"undo", l_guard_dispose},
-                                         {"__close", l_guard_close},
-                                         {"__gc", l_guard_gc},
-                                         {NULL, NULL}};
 
 void context_open(lua_State *L) {
   module_functions(L, functions);
   module_class(L, TAG_LOCAL, "coflow.AsyncLocal", local_methods, local_properties);
   module_class(L, TAG_CONTEXT, "coflow.ExecutionContext", context_methods, NULL);
   module_class(L, TAG_PAIR, "coflow.ContextPair", pair_methods, NULL);
-  module_class(L, TAG_GUARD, "coflow.Scope", guard_methods, NULL);
   module_push_function(L, call_handler);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_TELLER);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */

@@ -276,7 +276,7 @@ struct scope {
   struct scope *outer;  /* in which its owner was before, which it holds; of a base: NULL */
   struct scope *origin; /* canceled: the one whose cancellation it is */
   struct token *token;  /* that of the scope, if somebody has asked for it */
-  struct guard *guards; /* of a base: the innermost open guard of its owner (context.c) */
+  struct guard *guards; /* of a base: the innermost open guard of its owner (guard.c) */
   lua_State *co;        /* the coroutine in which it was opened */
   double due, seconds;  /* HUGE_VAL: no deadline of its own */
   struct deadline deadline;
@@ -491,6 +491,8 @@ static inline bool module_is_ours(const struct runtime *rt, const char *source) 
 }
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
                   const luaL_Reg *properties); /* [-0, +0, m] */
+void module_methods(lua_State *L, uint32_t tag,
+                    const luaL_Reg *methods); /* [-0, +0, m] more of them */
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin,
                       lua_CFunction gc); /* [-0, +0, m] the class once more, with a finalizer */
 void module_functions(lua_State *L,
@@ -715,9 +717,18 @@ void context_show(lua_State *L, struct runtime *rt, struct task *t);
 static inline void context_switched(lua_State *L, struct runtime *rt, struct task *t) {
   if (rt->shown_watched || t->flags & TASK_WATCHED) context_show(L, rt, t);
 }
-void context_drop_guards(struct guard **home); /* [-0, +0, -] whose end has come */
-void context_refuse_yield(lua_State *L); /* [-0, +0, e] out of a guard opened in the coroutine L */
+void context_push_local(lua_State *L,
+                        int i); /* [-0, +1, -] its value there, or nil: of the local at i */
+void context_set_local(lua_State *L, int l,
+                       int v);           /* [-0, +0, m] the local at l to the value at v */
+void context_check(lua_State *L, int i); /* [-0, +0, e] there is a context */
 void context_open(lua_State *L);
+
+/* ---- guard.c: scopes of the context ---- */
+
+void guard_drop_all(struct guard **home); /* [-0, +0, -] of an owner whose end has come */
+void guard_refuse_yield(lua_State *L);    /* [-0, +0, e] out of a guard opened in the coroutine L */
+void guard_open(lua_State *L);
 
 /* ---- coroutine.c: the coroutine library, with awaits that pass through ---- */
 

@@ -7,7 +7,7 @@
 **
 ** - Its execution context, captured when it was made. Resuming exchanges it with that of the running
 **   task, and the end of the resume exchanges them back: what the coroutine writes stays with it. So
-**   do its open guards (context.c) and the suppression of flow. A coroutine made with
+**   do its open guards (guard.c) and the suppression of flow. A coroutine made with
 **   { context = "caller" } exchanges nothing, and must not yield out of a guard, which would then be
 **   open in its caller; nor must any out of a cancellation scope (scope.c), which belongs to the task.
 ** - Whether it is entered: being resumed by us, on the C stack (struct level); or held: the task has
@@ -147,7 +147,7 @@ static void exchange(lua_State *L, struct runtime *rt, struct coroutine *c, int 
 
 /* [-0, +0, -] the coroutine of the record at i has come to its end: it keeps nothing */
 static void drop(lua_State *L, struct coroutine *c, int i) {
-  context_drop_guards(&c->guards);
+  guard_drop_all(&c->guards);
   c->suppressed = 0;
   c->failing = false;
   if (!c->has_context) return;
@@ -483,7 +483,7 @@ static int l_yield(lua_State *L) {
       lua_pushliteral(L, "attempt to yield across a C-call boundary");
       return lua_error(L);
     }
-    context_refuse_yield(L);
+    guard_refuse_yield(L);
     scope_refuse_yield(L);
   }
   return lua_yield(L, lua_gettop(L));

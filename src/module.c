@@ -116,6 +116,13 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
   lua_rawseti(L, UP_ANCHORS, TAG_CLASS(tag));
 }
 
+void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods) {
+  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
+  lua_getfield(L, -1, "methods");
+  module_functions(L, methods);
+  lua_pop(L, 2);
+}
+
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc) {
   lua_newtable(L);
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
@@ -453,6 +460,7 @@ static int open_all(lua_State *L) {
   module_functions(L, functions);
   error_open(L);
   context_open(L);
+  guard_open(L);
   task_open(L);
   fiber_abandon_open(L);
   scope_open_all(L);

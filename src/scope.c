@@ -264,7 +264,7 @@ void scope_end_owner(lua_State *L, struct runtime *rt, struct fiber *f, struct s
     scope_left(L, rt, s);
     return;
   }
-  if (s->base->guards) context_drop_guards(&s->base->guards);
+  if (s->base->guards) guard_drop_all(&s->base->guards);
   while (s != NULL) {
     struct scope *outer = s->outer;
     if (outer != NULL) outer->refs++;

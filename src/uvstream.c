@@ -350,9 +350,6 @@ static const luaL_Reg properties[] = {{"local_address", l_local_address},
 
 void stream_open(lua_State *L) {
   module_class(L, TAG_STREAM, "coflow.Stream", methods, properties);
-  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_STREAM));
-  lua_getfield(L, -1, "methods");
-  module_functions(L, read_methods);
-  module_functions(L, write_methods);
-  lua_pop(L, 2);
+  module_methods(L, TAG_STREAM, read_methods);
+  module_methods(L, TAG_STREAM, write_methods);
 }
