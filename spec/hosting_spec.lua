@@ -107,6 +107,68 @@ describe("Host", function()
     assert.equal(5, flow.loop.now())
   end))
 
+  it("keeps what a start has started out of reach of the starter's tokens", in_task(function()
+    local log, note = recorder()
+    local host = flow.Host():add {
+      start = function(self)
+        self.gate = flow.ManualResetEvent(false)
+        self.task = flow.spawn(function()
+          self.gate:wait()
+          note("drained", flow.loop.now(), flow.deadline())
+        end)
+      end,
+      stop = function(self)
+        flow.sleep(1)
+        self.gate:set()
+        self.task:await()
+      end,
+    }
+    flow.with_timeout(5, host.run, host)
+    local source = flow.CancellationTokenSource()
+    host = flow.Host():add { start = function(self) self.task = flow.delay(3) end, stop = function(self)
+      self.task:await()
+      note("waited", flow.loop.now())
+    end }
+    flow.with_cancellation(source.token, function()
+      host:start(source.token)
+      source:cancel()
+    end)
+    host:stop()
+    assert.same({ "drained 6.0 nil", "waited 9.0" }, log)
+  end))
+
+  it("cancels what a start has started that fails, or is canceled", in_order(function()
+    local log, note = recorder()
+    local function begin(name)
+      flow.spawn(function()
+        local _ <close> = helper.closing(function() note(name, flow.loop.now()) end)
+        flow.sleep(100)
+      end)
+    end
+    local failure = {}
+    local host = flow.Host():add { start = function()
+      begin "of the one that fails"
+      flow.sleep(1)
+      error(failure)
+    end }
+    assert.equal(failure, raised(host.start, host))
+    flow.yield()
+    host = flow.Host():add { start = function(_, token)
+      begin "of the one that is canceled"
+      local ok = pcall(flow.sleep, 50)
+      note("slept", ok, token.is_cancellation_requested, token.reason)
+      flow.shield(flow.sleep, 2) -- which the starter waits for
+      token:throw_if_cancellation_requested()
+    end, stop = function() note "not reached" end }
+    local starting = host:start_async()
+    flow.sleep(1)
+    starting:cancel("no time")
+    assert.equal("no time", raises("OperationCanceled", flow.await, starting).reason)
+    assert.equal(4, flow.loop.now())
+    host:stop()
+    assert.same({ "of the one that fails 1.0", "slept false true no time", "of the one that is canceled 2.0" }, log)
+  end))
+
   it("keeps what a start does to the context from everybody else", in_order(function()
     local loc = flow.AsyncLocal()
     local seen = {}
@@ -621,6 +683,41 @@ describe("a host that gets a signal", function()
       end), true)
     ]]
     assert.equal("start a\nstop a\nstopped a\nreturned\n", out)
+    assert.equal("0", tostring(code) .. err)
+  end)
+
+  it("lets services that started a server serve on in flow.main until they are stopped", function()
+    local out, code, err = run [[
+      os.exit(flow.main(function()
+        local listener = flow.net.listen("127.0.0.1", 0)
+        local client <close> = flow.net.connect("127.0.0.1", listener.port)
+        local host = flow.Host { shutdown_timeout = 30 }
+        host:add {
+          start = function(self)
+            self.serving = listener:serve_async(function(stream)
+              for line in stream:lines() do
+                send()
+                flow.sleep(0.05)
+                stream:write("done ", line, "\n")
+              end
+            end, { grace = 30 })
+          end,
+          stop = function(self)
+            print("stop", self.serving.is_completed)
+            listener:stop()
+            self.serving:await()
+          end,
+        }
+        local asking = flow.spawn(flow.shield, function()
+          client:write("work\n")
+          print(client:read_line())
+          client:close()
+        end)
+        host:run()
+        asking:await()
+      end), true)
+    ]]
+    assert.equal("stop\tfalse\ndone work\n", out)
     assert.equal("0", tostring(code) .. err)
   end)
 
