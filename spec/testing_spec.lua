@@ -1070,6 +1070,91 @@ describe("what happens outside", function()
     assert.is_true(outside.done(thing)) -- only then
   end)
 
+  describe("that is ours and idle", function()
+    local kept, line
+
+    local function connect()
+      local listener <close> = flow.net.listen("127.0.0.1", 0)
+      local accepted = listener:accept_async()
+      local _ <close> = flow.net.connect("127.0.0.1", listener.port)
+      return flow.await(accepted)
+    end
+
+    local directory = os.tmpname():match("^(.*)/") or "."
+    local cases = {
+      ["a listener"] = { function()
+        line = helper.here(1)
+        kept = flow.net.listen("127.0.0.1", 0)
+      end, "an open coflow.Listener (tcp)" },
+      ["a listener on a pipe"] = { function()
+        local path = os.tmpname()
+        os.remove(path)
+        line = helper.here(1)
+        kept = flow.net.listen_pipe(path)
+      end, "an open coflow.Listener (pipe)" },
+      ["a connection"] = { function()
+        local listener <close> = flow.net.listen("127.0.0.1", 0)
+        line = helper.here(1)
+        kept = flow.net.connect("127.0.0.1", listener.port)
+      end, "an open coflow.Stream (tcp)" },
+      ["a UDP socket"] = { function()
+        line = helper.here(1)
+        kept = flow.net.udp({ host = "127.0.0.1" })
+      end, "an open coflow.UdpSocket" },
+      ["a listener that is read from by somebody who is left, too"] = { function()
+        line = helper.here(1)
+        kept = flow.net.listen("127.0.0.1", 0)
+        flow.spawn(function() kept:accept() end)
+        flow.yield()
+      end, "task '" },
+    }
+
+    for what, case in pairs(cases) do
+      it("fails it: " .. what .. ", which is closed then", function()
+        local err = is_error("InvalidOperation", raised(testing.run, case[1]), "left something behind", case[2],
+          "made at ", line)
+        assert.is_true(kept.is_closed, err.message)
+        assert.is_false(flow.loop.is_alive())
+        kept = nil
+        testing.run(nothing)
+      end)
+    end
+
+    it("fails it: a watcher of files, which is closed then", function()
+      local watcher
+      is_error("InvalidOperation", raised(testing.run, function() watcher = flow.fs.watch(directory) end),
+        "left something behind", "an open coflow.Watcher '" .. directory .. "'")
+      assert.is_nil(watcher:next())
+      watcher:dispose()
+      testing.run(nothing)
+    end)
+
+    it("does not fail it when it was there before, or was closed, or is garbage", function()
+      kept = flow.run(connect)
+      testing.run(nothing)
+      testing.run(function()
+        kept:close()
+        flow.net.listen("127.0.0.1", 0)
+        flow.fs.watch(directory)
+        flow.stdio.stderr:flush() -- everybody's, made when it is first used
+        local _ <close> = flow.net.listen("127.0.0.1", 0)
+        connect():write_async("not sent yet")
+        connect():close()
+      end)
+    end)
+
+    it("is told among all that is left, each with its place", function()
+      local all = {}
+      local err = raised(testing.run, function()
+        for i = 1, 3 do all[i] = flow.net.listen("127.0.0.1", 0) end
+        kept = flow.spawn(flow.sleep, 10)
+      end)
+      local _, lines = err.message:gsub("\n", "")
+      assert.equal(4, lines, err.message)
+      for i = 1, 3 do assert.is_true(all[i].is_closed) end
+    end)
+  end)
+
   it("is found when a handle is left open, and not when it was open before", function()
     local before = outside.listen()
     local socket
