@@ -172,12 +172,10 @@ local function describe_left(list)
   return table.concat(lines, "\n\t")
 end
 
--- A failure under a seed is worth nothing without the seed. It is written to standard error, whatever the
--- error is; a string also has it in it. Any other value is the caller's own, and stays the same.
-local function tell_seed(err, seed)
+-- A failure under a seed is worth nothing without the seed. The error is the caller's own, and stays the same.
+local function tell_seed(seed)
   io.stderr:write(("coflow.testing: failed under seed %d; the same course again: seed = %d, or COFLOW_SEED=%d\n")
     :format(seed, seed, seed))
-  return type(err) == "string" and ("%s (seed %d)"):format(err, seed) or err
 end
 
 local function ended(seed, ok, ...)
@@ -188,7 +186,8 @@ local function ended(seed, ok, ...)
   end
   if #list > 0 then clean_up() end
   if ok then return ... end
-  error(seed and tell_seed(err, seed) or err, 0)
+  if seed then tell_seed(seed) end
+  error(err, 0)
 end
 
 ---@class coflow.testing.Options
@@ -206,9 +205,9 @@ local ending = setmetatable({}, { __close = finish })
 ---signals, which may wait for ever, until no task became ready for `autojump_threshold` real seconds.
 ---
 ---`seed`: any task that is ready comes next, and equal deadlines fire in any order, as the seed decides; the same
----seed gives the same course, every time. A failure writes the seed to standard error; an error that is a
----string also ends with it, any other value is raised as it is. nil: the order of production, first in, first
----out, unless the environment has COFLOW_SEED; false: that order, whatever the environment has.
+---seed gives the same course, every time. A failure writes the seed to standard error. nil: the order of
+---production, first in, first out, unless the environment has COFLOW_SEED; false: that order, whatever the
+---environment has.
 ---
 ---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
 ---
@@ -261,7 +260,7 @@ end
 local explore_options = { runs = true, seed = true, start_time = true, autojump_threshold = true }
 
 ---Runs `fn(clock)` under many seeds, one after the other, as `testing.run` does; ends with the first failure, which
----tells its seed. So a failure is found again by `testing.run(fn, { seed = … })`.
+---writes its seed to standard error. So a failure is found again by `testing.run(fn, { seed = … })`.
 ---@param fn fun(clock: coflow.testing.Clock)
 ---@param options? coflow.testing.ExploreOptions
 function testing.explore(fn, options)
