@@ -234,6 +234,28 @@ describe("Host", function()
       gate:set_result()
     end))
 
+    it("reports, where nobody has asked for reports, which service it is about and where it hangs", function()
+      local result = helper.child [[
+        local flow = require "coflow"
+        flow.run(function()
+          local host = flow.Host { shutdown_timeout = 0.01 }
+          local gate = flow.TaskCompletionSource()
+          host:add { name = "deaf", stop = function() flow.shield(flow.await, gate.task) end }
+          host:add(flow.BackgroundService(function() flow.shield(flow.await, gate.task) end))
+          host:start()
+          flow.yield()
+          host:stop()
+          gate:set_result()
+        end)
+      ]]
+      assert.equal(0, result.code)
+      local first, second = result.err:match("^(.+)\n(coflow: .*)$")
+      assert.truthy(first:find("': Timeout: a service did not stop within 0.01 s\n", 1, true), first)
+      assert.truthy(first:find(result.file .. ":6:", 1, true), first)
+      assert.truthy(second:find("': Timeout: service 'deaf' did not stop within 0.01 s\n", 1, true), second)
+      assert.truthy(second:find(result.file .. ":5:", 1, true), second)
+    end)
+
     it("raises what a late stop raises when it is canceled", in_order(function()
       local host = start_host({ shutdown_timeout = 1 }, { stop = function()
         pcall(flow.sleep, 100)
@@ -612,6 +634,22 @@ describe("host:run", function()
     raises("InvalidOperation", host.run, host)
     flow.await(task)
     assert.same({ "start a 0.0", "stop a 2.0" }, log)
+  end))
+
+  it("refuses a host that has been stopped", in_task(function()
+    local log, note = recorder()
+    local host = start_host(nil, service(note, "a"))
+    host:stop()
+    helper.is_error("InvalidOperation", raised(host.run, host), "a host runs once")
+    host = flow.Host():add(service(note, "b"))
+    host:run(flow.CancellationTokenSource(1).token)
+    helper.is_error("InvalidOperation", raised(host.run, host), "a host runs once")
+    host = start_host(nil, service(note, "c", { stop = 3 }))
+    local stopping = host:stop_async()
+    host:run() -- the stop under way is its end
+    assert.equal(4, flow.loop.now())
+    flow.await(stopping)
+    assert.equal(6, #log)
   end))
 
   it("leaves nobody's failure unreported when nobody runs the host", in_task(function()

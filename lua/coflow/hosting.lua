@@ -236,6 +236,7 @@ end
 -- Waits for its end, whatever comes: a cancellation of the starter is one of the start.
 local function start_service(self, entry)
   local task = detached(nil, entry.service.start, start_in_task, self, entry)
+  self._start = { service = entry.service, task = task }
   core.launch(task, true)
   if not task.is_completed then
     local waited, err = pcall(await_end, task)
@@ -328,7 +329,9 @@ end
 local function stop_services(self)
   local timeout = self._shutdown_timeout
   if not ends_within(timeout, self._start_over.task) then
-    core.report(errors.Timeout(("the host was to stop, but the start of a service went on for %g s"):format(timeout)))
+    local hung = self._start
+    core.report(errors.Timeout(("the host was to stop, but the start of %s went on for %g s")
+      :format(hung and name_of(hung.service) or "a service", timeout)), hung and hung.task)
   end
   local stops, late = {}, false
   for i = #self._started, 1, -1 do
@@ -348,7 +351,8 @@ local function stop_services(self)
     if task.is_faulted then
       self._failed[#self._failed + 1] = task
     elseif not task.is_completed or (background and not background.execute_task.is_completed) then
-      core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)))
+      local hung = task.is_completed and background.execute_task or task
+      core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)), hung)
     end
   end
   self._state = "stopped"
@@ -376,7 +380,7 @@ end
 ---Cancellation: ends the wait; the stopping goes on.
 ---Raises: what the services raised that failed, in the background or when they were stopped: one as it is, several
 ---as an Aggregate, in the order in which it happened. A service that was canceled has not failed. One that does
----not stop in time is reported as unobserved.
+---not stop in time is reported as unobserved, with the task that still runs.
 ---@param token? coflow.CancellationToken
 function Host:stop(token)
   check(self, "stop")
@@ -442,7 +446,8 @@ end
 ---process.
 ---Cancellation: a request to stop, after which it returns. Canceled before the call: raises, and starts nothing.
 ---Raises: what the start of a service raised (then background services are canceled, nobody else is stopped); what
----services raised that failed, as `host:stop()`.
+---services raised that failed, as `host:stop()`. InvalidOperation while it runs already, and when it has been
+---stopped: a host runs once.
 ---@param token? coflow.CancellationToken
 function Host:run(token)
   check(self, "run")
@@ -450,7 +455,9 @@ function Host:run(token)
   if wrong then core.argument_error(2, wrong) end
   if not core.current_task() then return core.run(Host.run, self, token) end
   core.throw_if_canceled(token)
-  if self._running then
+  if self._state == "stopped" then
+    error(errors.InvalidOperation("the host has been stopped: a host runs once"), 0)
+  elseif self._running then
     error(errors.InvalidOperation("the host runs already"), 0)
   end
   self._running = true
@@ -503,6 +510,7 @@ local function new_host(options)
     _asked = core.TaskCompletionSource(), -- to stop
     _starting = core.call_source(nil), -- canceled when it is to stop, for who starts it
     _start_over = core.TaskCompletionSource(),
+    _start = nil, -- the last start of a service: { service =, task = }
   }, host_class)
 end
 
