@@ -186,6 +186,7 @@ local function ended(seed, ok, ...)
   end
   if #list > 0 then clean_up() end
   if ok then return ... end
+  core.testing.settle() -- the task of fn may have been collected meanwhile, and is closed then
   if seed then tell_seed(seed) end
   error(err, 0)
 end
