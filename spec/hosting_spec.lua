@@ -107,6 +107,68 @@ describe("Host", function()
     assert.equal(5, flow.loop.now())
   end))
 
+  it("keeps what a start has started out of reach of the starter's tokens", in_task(function()
+    local log, note = recorder()
+    local host = flow.Host():add {
+      start = function(self)
+        self.gate = flow.ManualResetEvent(false)
+        self.task = flow.spawn(function()
+          self.gate:wait()
+          note("drained", flow.loop.now(), flow.deadline())
+        end)
+      end,
+      stop = function(self)
+        flow.sleep(1)
+        self.gate:set()
+        self.task:await()
+      end,
+    }
+    flow.with_timeout(5, host.run, host)
+    local source = flow.CancellationTokenSource()
+    host = flow.Host():add { start = function(self) self.task = flow.delay(3) end, stop = function(self)
+      self.task:await()
+      note("waited", flow.loop.now())
+    end }
+    flow.with_cancellation(source.token, function()
+      host:start(source.token)
+      source:cancel()
+    end)
+    host:stop()
+    assert.same({ "drained 6.0 nil", "waited 9.0" }, log)
+  end))
+
+  it("cancels what a start has started that fails, or is canceled", in_order(function()
+    local log, note = recorder()
+    local function begin(name)
+      flow.spawn(function()
+        local _ <close> = helper.closing(function() note(name, flow.loop.now()) end)
+        flow.sleep(100)
+      end)
+    end
+    local failure = {}
+    local host = flow.Host():add { start = function()
+      begin "of the one that fails"
+      flow.sleep(1)
+      error(failure)
+    end }
+    assert.equal(failure, raised(host.start, host))
+    flow.yield()
+    host = flow.Host():add { start = function(_, token)
+      begin "of the one that is canceled"
+      local ok = pcall(flow.sleep, 50)
+      note("slept", ok, token.is_cancellation_requested, token.reason)
+      flow.shield(flow.sleep, 2) -- which the starter waits for
+      token:throw_if_cancellation_requested()
+    end, stop = function() note "not reached" end }
+    local starting = host:start_async()
+    flow.sleep(1)
+    starting:cancel("no time")
+    assert.equal("no time", raises("OperationCanceled", flow.await, starting).reason)
+    assert.equal(4, flow.loop.now())
+    host:stop()
+    assert.same({ "of the one that fails 1.0", "slept false true no time", "of the one that is canceled 2.0" }, log)
+  end))
+
   it("keeps what a start does to the context from everybody else", in_order(function()
     local loc = flow.AsyncLocal()
     local seen = {}
@@ -171,6 +233,28 @@ describe("Host", function()
       assert.same({ "stop deaf 0.0", "stop good 5.0" }, table.move(log, 3, 4, 1, {}))
       gate:set_result()
     end))
+
+    it("reports, where nobody has asked for reports, which service it is about and where it hangs", function()
+      local result = helper.child [[
+        local flow = require "coflow"
+        flow.run(function()
+          local host = flow.Host { shutdown_timeout = 0.01 }
+          local gate = flow.TaskCompletionSource()
+          host:add { name = "deaf", stop = function() flow.shield(flow.await, gate.task) end }
+          host:add(flow.BackgroundService(function() flow.shield(flow.await, gate.task) end))
+          host:start()
+          flow.yield()
+          host:stop()
+          gate:set_result()
+        end)
+      ]]
+      assert.equal(0, result.code)
+      local first, second = result.err:match("^(.+)\n(coflow: .*)$")
+      assert.truthy(first:find("': Timeout: a service did not stop within 0.01 s\n", 1, true), first)
+      assert.truthy(first:find(result.file .. ":6:", 1, true), first)
+      assert.truthy(second:find("': Timeout: service 'deaf' did not stop within 0.01 s\n", 1, true), second)
+      assert.truthy(second:find(result.file .. ":5:", 1, true), second)
+    end)
 
     it("raises what a late stop raises when it is canceled", in_order(function()
       local host = start_host({ shutdown_timeout = 1 }, { stop = function()
@@ -552,6 +636,22 @@ describe("host:run", function()
     assert.same({ "start a 0.0", "stop a 2.0" }, log)
   end))
 
+  it("refuses a host that has been stopped", in_task(function()
+    local log, note = recorder()
+    local host = start_host(nil, service(note, "a"))
+    host:stop()
+    helper.is_error("InvalidOperation", raised(host.run, host), "a host runs once")
+    host = flow.Host():add(service(note, "b"))
+    host:run(flow.CancellationTokenSource(1).token)
+    helper.is_error("InvalidOperation", raised(host.run, host), "a host runs once")
+    host = start_host(nil, service(note, "c", { stop = 3 }))
+    local stopping = host:stop_async()
+    host:run() -- the stop under way is its end
+    assert.equal(4, flow.loop.now())
+    flow.await(stopping)
+    assert.equal(6, #log)
+  end))
+
   it("leaves nobody's failure unreported when nobody runs the host", in_task(function()
     local list = reports(function()
       start_host(nil, flow.BackgroundService(function() error("alone", 0) end))
@@ -621,6 +721,41 @@ describe("a host that gets a signal", function()
       end), true)
     ]]
     assert.equal("start a\nstop a\nstopped a\nreturned\n", out)
+    assert.equal("0", tostring(code) .. err)
+  end)
+
+  it("lets services that started a server serve on in flow.main until they are stopped", function()
+    local out, code, err = run [[
+      os.exit(flow.main(function()
+        local listener = flow.net.listen("127.0.0.1", 0)
+        local client <close> = flow.net.connect("127.0.0.1", listener.port)
+        local host = flow.Host { shutdown_timeout = 30 }
+        host:add {
+          start = function(self)
+            self.serving = listener:serve_async(function(stream)
+              for line in stream:lines() do
+                send()
+                flow.sleep(0.05)
+                stream:write("done ", line, "\n")
+              end
+            end, { grace = 30 })
+          end,
+          stop = function(self)
+            print("stop", self.serving.is_completed)
+            listener:stop()
+            self.serving:await()
+          end,
+        }
+        local asking = flow.spawn(flow.shield, function()
+          client:write("work\n")
+          print(client:read_line())
+          client:close()
+        end)
+        host:run()
+        asking:await()
+      end), true)
+    ]]
+    assert.equal("stop\tfalse\ndone work\n", out)
     assert.equal("0", tostring(code) .. err)
   end)
 

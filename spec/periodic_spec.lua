@@ -800,7 +800,9 @@ describe("PeriodicTimer", function()
       for _, wrong in ipairs { 0, -1, 0 / 0, "x", {} } do
         local ok, err = pcall(function() timer.period = wrong end)
         assert.is_false(ok)
-        assert.truthy(tostring(err):find "bad argument")
+        local what = type(wrong) == "number" and "a period must be greater than 0 seconds"
+          or "number expected, got " .. type(wrong)
+        assert.truthy(err:find(helper.here(-4) .. ": bad argument #1 to 'period' (" .. what .. ")", 1, true), err)
         assert.equal(3, timer.period)
       end
       assert.is_false((pcall(function() timer.other = 1 end)))

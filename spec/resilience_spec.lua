@@ -225,16 +225,26 @@ describe("retry", function()
     assert.equal(4, calls)
   end))
 
-  it("lets an OperationCanceled out, unless should_handle wants it", in_task(function()
+  it("lets an OperationCanceled out, whatever should_handle says", in_task(function()
     local canceled = flow.errors.OperationCanceled("mine")
-    local calls = 0
+    local calls, asked = 0, 0
     local function fn() calls = calls + 1 error(canceled) end
     local strategy = resilience.retry()
     assert.equal(canceled, raised(strategy.execute, strategy, fn))
     assert.equal(1, calls)
-    strategy = resilience.retry { should_handle = function() return true end }
+    strategy = resilience.retry { should_handle = function() asked = asked + 1 return true end }
     assert.equal(canceled, raised(strategy.execute, strategy, fn))
-    assert.equal(5, calls)
+    assert.same({ 2, 0 }, { calls, asked })
+  end))
+
+  it("retries after the Timeout of a strategy further in", in_task(function()
+    local calls = 0
+    local strategy = resilience.pipeline {
+      resilience.retry { should_handle = function(err) return flow.errors.is(err, "Timeout") end },
+      resilience.timeout { seconds = 1 },
+    }
+    raises("Timeout", strategy.execute, strategy, function() calls = calls + 1 flow.sleep(9) end)
+    assert.equal(4, calls)
   end))
 
   it("is canceled at any time", in_task(function()
@@ -494,12 +504,15 @@ describe("circuit_breaker", function()
     raises("OperationCanceled", execute_canceled, breaker, print)
     assert.equal("half_open", breaker.state)
     assert.equal("closed", run(breaker, "+"))
-    breaker = resilience.circuit_breaker { minimum_throughput = 1 }
-    pcall(breaker.execute, breaker, fail, flow.errors.OperationCanceled("mine"))
-    assert.equal("open", run(breaker, "-"))
-    flow.sleep(5)
-    pcall(breaker.execute, breaker, fail, flow.errors.OperationCanceled("mine"))
-    assert.equal("half_open", breaker.state)
+    for _, should_handle in ipairs { function() return true end, false } do
+      breaker = resilience.circuit_breaker { minimum_throughput = 1, should_handle = should_handle or nil }
+      pcall(breaker.execute, breaker, fail, flow.errors.OperationCanceled("mine"))
+      assert.equal("closed", breaker.state)
+      assert.equal("open", run(breaker, "-"))
+      flow.sleep(5)
+      pcall(breaker.execute, breaker, fail, flow.errors.OperationCanceled("mine"))
+      assert.equal("half_open", breaker.state)
+    end
   end))
 
   it("is not kept half open by a call that was abandoned", helper.in_order(function()
@@ -1139,9 +1152,13 @@ describe("hedging", function()
     assert.equal(2, calls)
     assert.equal(2, ended)
     assert.equal(1.5, now())
-    strategy = resilience.hedging { delay = 1 }
     local canceled = flow.errors.OperationCanceled("mine")
-    assert.equal(canceled, raised(strategy.execute, strategy, fail, canceled))
+    for _, should_handle in ipairs { function() return true end, false } do
+      strategy = resilience.hedging { delay = 1, should_handle = should_handle or nil }
+      calls = 0
+      assert.equal(canceled, raised(strategy.execute, strategy, function() calls = calls + 1 error(canceled) end))
+      assert.equal(1, calls)
+    end
     assert.equal(1.5, now())
   end))
 
@@ -1276,7 +1293,7 @@ describe("fallback", function()
     raises("Timeout", flow.with_timeout, 1, strategy.execute, strategy, flow.sleep, 9)
     raises("OperationCanceled", execute_canceled, strategy, print)
     local canceled = flow.errors.OperationCanceled("mine")
-    assert.equal(1, strategy:execute(fail, canceled))
+    assert.equal(canceled, raised(strategy.execute, strategy, fail, canceled))
     strategy = resilience.fallback { action = one }
     assert.equal(canceled, raised(strategy.execute, strategy, fail, canceled))
   end))

@@ -484,6 +484,34 @@ describe("a stream", function()
     for _ in tree(30):iterate() do break end
   end))
 
+  it("is over after an error for whoever steps it as `for` does, and closed", in_task(function()
+    local log, note = recorder()
+    local function failing_producer()
+      return stream.new(function(emit)
+        local _ <close> = closing(function() note("closed") end)
+        emit(1)
+        error("broken", 0)
+      end)
+    end
+    local function failing_function()
+      return counter(3, nil, note):map(function(v) return v < 2 and v or error("broken", 0) end)
+    end
+    for _, make in ipairs { failing_producer, failing_function } do
+      local f, s, control = make():iterate()
+      control = f(s, control)
+      assert.equal(1, control)
+      assert.equal("broken", raised(f, s, control))
+      note("raised")
+      for _ = 1, 2 do assert.is_nil(f(s, control)) end
+      f:dispose()
+    end
+    local f, s = counter(3, 5, note):iterate()
+    raises("Timeout", flow.with_timeout, 1, f, s, nil)
+    assert.is_nil(f(s, nil))
+    local canceled = "counter closed OperationCanceled true"
+    assert.same({ "closed", "raised", "counter starts", canceled, "raised", "counter starts", canceled }, log)
+  end))
+
   it("composes to any depth without a C call a level", in_task(function()
     local s = stream.from(list(3))
     local n = many(1000, 250)

@@ -699,6 +699,30 @@ describe("Lock", function()
     bad_argument(1, "run", function() local _ = lock.run({}, print) end)
   end))
 
+  it("runs a function in a task of its own while it is held", in_order(function()
+    local lock = flow.Lock()
+    local log, note = helper.recorder()
+    local function job(name, ...)
+      note(name, "in", tostring(lock):find("free", 1, true))
+      flow.sleep(1)
+      note(name, "out")
+      return name, nil, ...
+    end
+    local a, b, c = lock:run_async(job, "a", 3), lock:run_async(job, "b"), lock:run_async(job, "c")
+    assert.same({ "a in nil" }, log)
+    b:cancel()
+    assert.same({ "a", nil, 3, n = 3 }, table.pack(a:await()))
+    helper.raises("OperationCanceled", flow.await, b)
+    c:await()
+    assert.same({ "a in nil", "a out", "c in nil", "c out" }, log)
+    local err = {}
+    local failing = lock:run_async(error, err)
+    assert.equal(err, helper.raised(flow.await, failing))
+    assert.truthy(tostring(lock):find("free", 1, true))
+    bad_argument(1, "run_async", function() local _ = lock:run_async(1) end)
+    bad_argument(1, "run_async", function() local _ = lock.run_async({}, print) end)
+  end))
+
   it("costs no C call level: many different locks inside each other", in_task(function()
     local n = many(10000)
     local locks = {}

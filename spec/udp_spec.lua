@@ -561,7 +561,7 @@ describe("under virtual time", function()
 
   it("one that is left waiting fails the test", function()
     local err = helper.raises("InvalidOperation", testing.run, function() socket():receive_async() end)
-    assert.matches("an open poll handle", err.message)
+    assert.matches("an open coflow.UdpSocket", err.message)
     helper.collect()
     flow.loop.run()
   end)

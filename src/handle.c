@@ -63,7 +63,11 @@ void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, s
   h->task.state = TASK_WAITING;
   lua_pushlightuserdata(L, &h->task);
   h->task.slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
-  h->rt = rt; /* from now on it has a finalizer */
+  h->rt = rt;               /* from now on it has a finalizer */
+  if (rt->births != NULL) { /* if the test leaves it, it is to be found */
+    testing_born(L, rt, h->task.slot);
+    task_weaken(L, -1);
+  }
   return h;
 }
 

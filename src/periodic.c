@@ -540,8 +540,10 @@ static int l_wait_async(lua_State *L) {
 
 /* ---- PeriodicTimer: Lua face ---- */
 
+static const char not_positive[] = "a period must be greater than 0 seconds";
+
 static void check_period(lua_State *L, int i) {
-  luaL_argcheck(L, luaL_checknumber(L, i) > 0, i, "a period must be greater than 0 seconds");
+  luaL_argcheck(L, luaL_checknumber(L, i) > 0, i, not_positive);
 }
 
 /* PeriodicTimer(period) */
@@ -561,11 +563,17 @@ static int l_period(lua_State *L) {
 }
 
 static int l_newindex(lua_State *L) {
+  static const char bad[] =
+      "bad argument #1 to 'period' (%s)"; /* which is what the user calls it */
   struct periodic *p = check_periodic(L);
   const char *key = luaL_tolstring(L, 2, NULL);
   if (strcmp(key, "period") != 0)
     return luaL_error(L, "field '%s' of a PeriodicTimer cannot be assigned", key);
-  check_period(L, 3);
+  if (!lua_isnumber(L, 3)) {
+    const char *type = luaL_typename(L, 3);
+    return luaL_error(L, bad, lua_pushfstring(L, "number expected, got %s", type));
+  }
+  if (!(lua_tonumber(L, 3) > 0)) return luaL_error(L, bad, not_positive);
   if (p->closed) return error_throw(L, ERROR_DISPOSED, "the PeriodicTimer has been disposed");
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);

@@ -549,14 +549,17 @@ static int l_detached(lua_State *L) {
   return 1;
 }
 
-/* launch(task) -> false: that detached task does not wait for it any more */
+/* launch(task, hot) -> false: that detached task does not wait for it any more. Hot: it runs at once, up to
+** its first suspension, instead of on a later turn. */
 static int l_launch(lua_State *L) {
   struct fiber *f = (struct fiber *)task_check(L, 1);
+  bool hot = lua_toboolean(L, 2);
   bool waits = f->task.traits & TRAIT_QUEUED && !(f->task.flags & TASK_LINKED) &&
                !task_done(&f->task) && f->co != NULL;
   if (waits) {
     task_hold(L, 1, &f->task);
     f->task.traits &= (uint8_t)~TRAIT_QUEUED;
+    if (hot) return fiber_run_hot(L, f, executed_k);
     loop_ready(runtime(L), &f->task);
   }
   lua_pushboolean(L, waits);

@@ -107,6 +107,7 @@ static int l_open_standard(lua_State *L) {
     return lua_error(L);
   }
   s->standard = (uint8_t)(fd + 1);
+  task_forget_weak(L, s); /* it outlives whoever asked for it first: no test has left it behind */
   if (fd != 0) s->read_status = UV_EBADF;
   return 1;
 }

@@ -13,6 +13,9 @@
 **   the slots of the anchors, and for Timers one over the indices of deadlines, so it grows with what is there
 **   at a time, not with what there ever was; and no object of Lua's, so that noting a birth creates nothing
 **   and may happen in the middle of making a task.
+** - a stream, listener or the like (handle.c) says so, too: one that is open in the end is left, though it keeps
+**   no loop alive while nobody waits. Nothing of ours refers to an idle one; so that it can be closed,
+**   RUNTIME_WEAK knows those that were made meanwhile by their addresses, and watchers of files by their handles'.
 **
 ** With no test running this costs one untaken branch for each slice of ready tasks, each fiber made and
 ** each deadline set.
@@ -200,7 +203,51 @@ static void hold_ready(lua_State *L, struct runtime *rt) {
   }
 }
 
+/* [-0, +0 or +1, -] that stream, listener …, if the running test has left it open */
+static bool push_left_open(lua_State *L, const struct handle *h) {
+  if (h->uv == NULL || h->closing || h->disposed || h->pinned ||
+      born_at(runtime(L)->births, BIRTH_SLOT, (size_t)h->task.slot) == 0)
+    return false;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  bool alive = lua_rawgetp(L, -1, h) != LUA_TNIL; /* else its finalizer is about to run */
+  lua_remove(L, -2);
+  if (!alive) lua_pop(L, 1);
+  return alive;
+}
+
+/* [-0, +0 or +1, -] the open watcher of files with that handle, if it was made in a test */
+static bool push_watcher(lua_State *L, const uv_handle_t *h) {
+  if (h->type != UV_FS_EVENT || uv_is_closing(h)) return false;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  bool found = lua_rawgetp(L, -1, h) != LUA_TNIL;
+  lua_remove(L, -2);
+  if (!found) lua_pop(L, 1);
+  return found;
+}
+
+struct open {
+  lua_State *L;
+  lua_Integer count;
+};
+
+static void list_watcher(uv_handle_t *h, void *arg) {
+  struct open *list = (struct open *)arg;
+  if (push_watcher(list->L, h)) lua_rawseti(list->L, -2, ++list->count);
+}
+
+/* [-0, +1, m] a list of all these */
+static void list_open(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct open list = {L, 0};
+  lua_newtable(L); /* which may have run finalizers; from here on nothing is created */
+  for (struct link *l = rt->handles.next; l != &rt->handles; l = l->next)
+    if (push_left_open(L, container_of(l, struct handle, link))) lua_rawseti(L, -2, ++list.count);
+  if (rt->loop_open) uv_walk(&rt->loop, list_watcher, &list);
+}
+
+/* The other handles, while they keep the loop alive, and the children that run. */
 struct handles {
+  struct runtime *rt;
   size_t count, size;
   uv_handle_t **at;
 };
@@ -208,15 +255,16 @@ struct handles {
 static void note_handle(uv_handle_t *h, void *arg) {
   struct handles *list = (struct handles *)arg;
   if (uv_is_closing(h) || !(uv_has_ref(h) || process_is_child(h))) return;
+  for (struct link *l = list->rt->handles.next; l != &list->rt->handles; l = l->next)
+    if (container_of(l, struct handle, link)->uv == h) return;
   if (list->count < list->size) list->at[list->count] = h;
   list->count++;
 }
 
-/* [-0, +1, m] the open handles that keep a loop alive, and the children that run; without our timer. The userdata
-** keeps the list. */
+/* [-0, +1, m] a list of these, without our timer; the userdata keeps it */
 static struct handles list_handles(lua_State *L) {
   struct runtime *rt = runtime(L);
-  struct handles list = {0, 0, NULL};
+  struct handles list = {rt, 0, 0, NULL};
   if (rt->loop_open) uv_walk(&rt->loop, note_handle, &list);
   list.size = list.count;
   list.count = 0;
@@ -334,42 +382,70 @@ static void push_place(lua_State *L, const struct births *b, enum birth of, size
   lua_pushfstring(L, "%s:%d", p->source, p->line);
 }
 
-/* left() -> a list of what the test has left behind, in words */
+/* left() -> a list of what the test has left behind, in words, without what is open */
 static int l_left(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_Integer count = 0;
   lua_settop(L, 0);
   lua_newtable(L);
-  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE) != LUA_TTABLE) lua_newtable(L);
   hold_ready(L, rt);
   lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
-  for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 2)) {
+  for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 1)) {
     struct task *t = push_left(L, slot);
     if (t == NULL) continue;
     push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
-    task_push_name(L, 3); /* list before task place name */
+    task_push_name(L, 2); /* list task place name */
     if (task_is(t, KIND_FIBER)) {
-      loop_push_wait(L, 3);
+      loop_push_wait(L, 2);
       lua_pushfstring(L, "task '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
     } else if (task_is(t, KIND_IO))
       lua_pushfstring(L, "operation '%s'", lua_tostring(L, -1));
     else
       lua_pushfstring(L, "timer '%s', due in %f s", lua_tostring(L, -1),
                       (LUAI_UACNUMBER)(deadline_due(rt, deadline_of(t)) - rt->virtual_now));
-    lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 4));
+    lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 3));
     lua_rawseti(L, 1, ++count);
   }
   double due;
-  for (uint32_t index = 1; index < timer_end(rt); index++, lua_settop(L, 2)) {
+  for (uint32_t index = 1; index < timer_end(rt); index++, lua_settop(L, 1)) {
     if (!push_left_timer(L, index, &due)) continue;
     push_place(L, rt->births, BIRTH_TIMER, index);
     lua_pushfstring(L, "a Timer, due in %f s, made at %s", (LUAI_UACNUMBER)(due - rt->virtual_now),
                     lua_tostring(L, -1));
     lua_rawseti(L, 1, ++count);
   }
+  lua_settop(L, 1);
+  return 1;
+}
+
+/* of the stream, listener … at i; 0: it has none, as a watcher of files */
+static int slot_of(lua_State *L, int i) {
+  if (object_test(L, i, TAG_WATCHER) != NULL) return 0;
+  return ((const struct handle *)lua_touserdata(L, i))->task.slot;
+}
+
+/* left_open() -> the same of what is open: streams, listeners, handles of libuv */
+static int l_left_open(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_Integer count = 0;
+  lua_settop(L, 0);
+  lua_newtable(L);
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE) != LUA_TTABLE) lua_newtable(L);
+  list_open(L);
+  while (lua_rawgeti(L, 3, count + 1) != LUA_TNIL) { /* list before open handle */
+    lua_pushfstring(L, "an open %s", luaL_tolstring(L, 4, NULL));
+    int slot = slot_of(L, 4);
+    if (born_at(rt->births, BIRTH_SLOT, (size_t)slot) != 0) { /* else it was closed meanwhile */
+      push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
+      lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -2), lua_tostring(L, -1));
+    }
+    lua_rawseti(L, 1, ++count);
+    lua_settop(L, 3);
+  }
+  lua_settop(L, 2);
   struct handles list = list_handles(L);
   for (size_t i = 0; i < list.count; i++, lua_settop(L, 3)) {
-    if (lua_rawgetp(L, 2, list.at[i]) != LUA_TNIL) continue;
+    if (lua_rawgetp(L, 2, list.at[i]) != LUA_TNIL || push_watcher(L, list.at[i])) continue;
     if (process_is_child(list.at[i]))
       lua_pushfstring(L, "process %d runs", uv_process_get_pid((uv_process_t *)list.at[i]));
     else
@@ -380,17 +456,31 @@ static int l_left(lua_State *L) {
   return 1;
 }
 
+/* [-0, +0, m] closes what is open */
+static void close_left(lua_State *L) {
+  int top = lua_gettop(L);
+  list_open(L);
+  for (lua_Integer i = 1; lua_rawgeti(L, top + 1, i) != LUA_TNIL; i++, lua_settop(L, top + 1)) {
+    lua_getfield(L, -1, "dispose");
+    lua_insert(L, -2);
+    lua_pcall(L, 1, 0, 0);
+  }
+  lua_settop(L, top);
+}
+
 /* give_up(): tasks that are left are closed on a later turn; what the others wait for is canceled, Timers
-** are disarmed, children killed */
+** are disarmed, children killed. Without tasks left: what is open is closed. */
 static int l_give_up(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_settop(L, 0);
   lua_pushliteral(L, "its test is over");
+  bool tasks = false;
   hold_ready(L, rt);
   lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
   for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 1)) {
     struct task *t = push_left(L, slot);
     if (t == NULL) continue;
+    tasks = true;
     t->flags |= TASK_OBSERVED;
     if (task_is(t, KIND_FIBER))
       fiber_abandon(L, 2, (struct fiber *)t);
@@ -407,6 +497,7 @@ static int l_give_up(lua_State *L) {
   for (size_t i = 0; running && i < list.count; i++, lua_settop(L, 3))
     if (lua_rawgetp(L, 2, list.at[i]) == LUA_TNIL && process_is_child(list.at[i]))
       uv_process_kill((uv_process_t *)list.at[i], SIGKILL);
+  if (!tasks) close_left(L);
   while (rt->idlers != NULL) {
     struct task *t = rt->idlers;
     rt->idlers = t->next;
@@ -416,9 +507,10 @@ static int l_give_up(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"begin", l_begin},     {"finish", l_finish}, {"idle", l_idle},
-                                     {"step", l_step},       {"settle", l_settle}, {"left", l_left},
-                                     {"give_up", l_give_up}, {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"begin", l_begin},     {"finish", l_finish},       {"idle", l_idle},
+    {"step", l_step},       {"settle", l_settle},       {"left", l_left},
+    {"give_up", l_give_up}, {"left_open", l_left_open}, {NULL, NULL}};
 
 void testing_open(lua_State *L) {
   lua_newtable(L);

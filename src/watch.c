@@ -234,14 +234,22 @@ static int l_watch(lua_State *L) {
     return lua_error(L);
   }
   object->watch = w;
+  if (rt->births != NULL) { /* if the test leaves it, it is to be found */
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+    lua_pushvalue(L, -2);
+    lua_rawsetp(L, -2, w);
+    lua_pop(L, 1);
+  }
   return 1;
 }
 
 static int l_close(lua_State *L) {
   struct watcher *object = check_watcher(L);
   struct watch *w = object->watch;
+  if (w == NULL) return 0;
   object->watch = NULL;
-  if (w != NULL) close_watch(w);
+  task_forget_weak(L, w);
+  close_watch(w);
   return 0;
 }
 

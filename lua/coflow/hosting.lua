@@ -1,10 +1,13 @@
 -- coflow.hosting: a host: services that are started in order, run until something asks them to stop, and are stopped
 -- in reverse.
 --
--- Who runs where. A start runs in the task that starts the host, so its token and deadline are that one's, and those
--- of whoever asks the host to stop meanwhile. What runs in the background, and each stop, is a detached task: its
--- life is the host's business, not that of who happened to start it. The stopping as a whole is one such task, which
--- all who stop the host, or wait for it, await: it runs once and to its end, whoever gives up waiting.
+-- Who runs where. Each start, what runs in the background, and each stop, is a detached task: its life is the host's
+-- business, not that of who happened to start it. So what a service starts in its `start`, say a server, is under no
+-- ambient token of the starter: a signal that cancels flow.main's, or the end of a deadline, leaves it alone until the
+-- service's `stop` has its turn. The start itself is another matter: whoever starts the host waits for it, and while
+-- they do, what cancels them, or asks the host to stop, cancels the start, and with it what it has started so far.
+-- A start that fails cancels that, too: nobody would stop it. The stopping as a whole is one such task, which all who
+-- stop the host, or wait for it, await: it runs once and to its end, whoever gives up waiting.
 --
 -- A request to stop is not the stopping: a signal, a token or the failure of a service only completes `_asked`, which
 -- may happen in callbacks and from inside the services. host:run waits for it, and then stops the host.
@@ -19,9 +22,14 @@ local core = require "coflow.core"
 
 local errors = core.errors
 
--- Starts fn(...) at once, out of reach of the caller's token, in its context. `over(task)` is called in the end.
+-- A task for fn(...), out of reach of the caller's token, in its context. `over(task)` is called in the end.
+local function detached(over, named, fn, ...)
+  return core.detached({ _ended = function(_, task) if over then over(task) end end }, named, fn, ...)
+end
+
+-- The same, started, on a later turn.
 local function start_detached(over, named, fn, ...)
-  local task = core.detached({ _ended = function(_, task) if over then over(task) end end }, named, fn, ...)
+  local task = detached(over, named, fn, ...)
   core.launch(task)
   return task
 end
@@ -205,14 +213,43 @@ end
 
 -- Starting.
 
--- What a service's start changes in the context counts for what it starts, and for nobody else.
-local function start_service(self, entry)
-  local _ <close> = core.isolate()
+-- A start that does not return takes along what it has started: those tasks are under the token of its task.
+local ending_service_start = {}
+function ending_service_start.__close(guard)
+  if guard.returned then return end
+  local ok, problems = pcall(core.cancel, guard.task, "the service has not started")
+  if not ok then core.report(problems) end
+end
+
+-- In a task of its own, so what a start changes in the context counts for what it starts, and for nobody else.
+local function start_in_task(self, entry)
+  core.throw_if_canceled()
+  local guard <close> = setmetatable({ task = core.current_task() }, ending_service_start)
   local service, background = entry.service, entry.background
   if service ~= background and service.start then service:start(core.cancellation_token()) end
   self._started[#self._started + 1] = entry
+  guard.returned = true
   core.throw_if_canceled()
   if background then background:start() end
+end
+
+-- Waits for its end, whatever comes: a cancellation of the starter is one of the start.
+local function start_service(self, entry)
+  local task = detached(nil, entry.service.start, start_in_task, self, entry)
+  self._start = { service = entry.service, task = task }
+  core.launch(task, true)
+  if not task.is_completed then
+    local waited, err = pcall(await_end, task)
+    if not waited then
+      local ok, problems = pcall(core.cancel, task, core.cancellation_token().reason)
+      if not ok then core.report(problems) end
+      if not errors.is(err, "OperationCanceled") then error(err, 0) end -- here nobody can wait
+      local _ <close> = core.open_shield()
+      await_end(task)
+    end
+  end
+  if task.is_canceled then core.throw_if_canceled() end -- by ours
+  core.await(task)
 end
 
 local function start_services(self, token)
@@ -242,7 +279,10 @@ local function start(self, token)
 end
 
 ---Starts the services, in the order in which they were added, each once the one before has started.
----Cancellation: reaches the service that is being started, by its token and its waits; no other is started then.
+---Each start runs in a task of its own, and what it starts is under no token of the caller: it lives until the
+---service's `stop` ends it.
+---Cancellation: reaches the service that is being started, by its token and its waits, and what it has started; no
+---other is started then.
 ---Raises: what the start of a service raised, as it is. No other service is started then, and those that have been
 ---are left to `host:stop()`. OperationCanceled when the host was asked to stop meanwhile. InvalidOperation the
 ---second time: a host runs once.
@@ -289,7 +329,9 @@ end
 local function stop_services(self)
   local timeout = self._shutdown_timeout
   if not ends_within(timeout, self._start_over.task) then
-    core.report(errors.Timeout(("the host was to stop, but the start of a service went on for %g s"):format(timeout)))
+    local hung = self._start
+    core.report(errors.Timeout(("the host was to stop, but the start of %s went on for %g s")
+      :format(hung and name_of(hung.service) or "a service", timeout)), hung and hung.task)
   end
   local stops, late = {}, false
   for i = #self._started, 1, -1 do
@@ -309,7 +351,8 @@ local function stop_services(self)
     if task.is_faulted then
       self._failed[#self._failed + 1] = task
     elseif not task.is_completed or (background and not background.execute_task.is_completed) then
-      core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)))
+      local hung = task.is_completed and background.execute_task or task
+      core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)), hung)
     end
   end
   self._state = "stopped"
@@ -337,7 +380,7 @@ end
 ---Cancellation: ends the wait; the stopping goes on.
 ---Raises: what the services raised that failed, in the background or when they were stopped: one as it is, several
 ---as an Aggregate, in the order in which it happened. A service that was canceled has not failed. One that does
----not stop in time is reported as unobserved.
+---not stop in time is reported as unobserved, with the task that still runs.
 ---@param token? coflow.CancellationToken
 function Host:stop(token)
   check(self, "stop")
@@ -403,7 +446,8 @@ end
 ---process.
 ---Cancellation: a request to stop, after which it returns. Canceled before the call: raises, and starts nothing.
 ---Raises: what the start of a service raised (then background services are canceled, nobody else is stopped); what
----services raised that failed, as `host:stop()`.
+---services raised that failed, as `host:stop()`. InvalidOperation while it runs already, and when it has been
+---stopped: a host runs once.
 ---@param token? coflow.CancellationToken
 function Host:run(token)
   check(self, "run")
@@ -411,7 +455,9 @@ function Host:run(token)
   if wrong then core.argument_error(2, wrong) end
   if not core.current_task() then return core.run(Host.run, self, token) end
   core.throw_if_canceled(token)
-  if self._running then
+  if self._state == "stopped" then
+    error(errors.InvalidOperation("the host has been stopped: a host runs once"), 0)
+  elseif self._running then
     error(errors.InvalidOperation("the host runs already"), 0)
   end
   self._running = true
@@ -464,6 +510,7 @@ local function new_host(options)
     _asked = core.TaskCompletionSource(), -- to stop
     _starting = core.call_source(nil), -- canceled when it is to stop, for who starts it
     _start_over = core.TaskCompletionSource(),
+    _start = nil, -- the last start of a service: { service =, task = }
   }, host_class)
 end
 

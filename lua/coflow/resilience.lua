@@ -12,7 +12,7 @@
 --       timeout { seconds = 2 },       the limit for one attempt; not for its waiting above
 --     }
 --
--- Cancellation is no failure for any of them: an OperationCanceled under a canceled token goes through at once.
+-- Cancellation is no failure for any of them: an OperationCanceled, whoever was canceled, goes through at once.
 -- A Timeout from a strategy further in is an error like any other.
 --
 -- Source: Polly 8, with ambient cancellation in place of its tokens.
@@ -46,7 +46,7 @@ resilience.timeout = strategy.constructor(Timeout, { { "seconds", kind.seconds_o
 local function with_fallback(self, ok, ...)
   if ok then return ... end
   local err = ...
-  if strategy.is_cancellation(err) or not strategy.handles(self, err) then error(err, 0) end
+  if not strategy.handles(self, err) then error(err, 0) end
   return strategy.call(self._action, err)
 end
 
@@ -58,7 +58,7 @@ end)
 ---Cancellation: does not call `action`.
 ---Raises: what `action` raises.
 ---@param options { action: (fun(err: any): ...), should_handle?: (fun(err: any): boolean?) } should_handle: which
----errors to replace; by default all but OperationCanceled
+---errors to replace; by default all. Not asked about OperationCanceled
 ---@return coflow.Strategy
 resilience.fallback = strategy.constructor(Fallback, {
   { "action", kind.callable, required = true },

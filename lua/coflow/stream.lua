@@ -116,7 +116,7 @@ end
 local Iteration = {}
 local iteration = { __index = Iteration, __name = "coflow.StreamIteration" }
 
--- _open: not closed yet. _busy: nil before the first pull, true during one.
+-- _open: not closed yet. _busy: nil before the first pull, true during one. _guard: closed at the end of each pull.
 
 local function finish(it)
   it._open = false
@@ -125,23 +125,16 @@ local function finish(it)
   if close then close() end
 end
 
-local failing = {}
-function failing.__close(guard)
+-- One for all pulls of an iteration, and for no other: a pull during a pull is refused before.
+local pulling = {}
+function pulling.__close(guard)
   local it = guard[1]
-  if not it then return end
-  it._busy = false
+  if not it._busy then return end
+  it._busy = false -- it was left by an error
   if it._open then finish(it) end
 end
 
-local function pull_alone(it)
-  local guard <close> = setmetatable({ it }, failing)
-  local value, second = it._next()
-  guard[1] = nil
-  return value, second
-end
-
--- `in_loop`: a for loop closes the iteration itself when the pull raises.
-function iteration.__call(it, in_loop)
+function iteration.__call(it)
   local busy = it._busy
   if not it._open then
     return nil
@@ -151,7 +144,8 @@ function iteration.__call(it, in_loop)
     core.throw_if_canceled(it._token)
   end
   it._busy = true
-  local value, second = (in_loop and it._next or pull_alone)(it)
+  local _ <close> = it._guard
+  local value, second = it._next()
   it._busy = false
   if value == nil and it._open then finish(it) end
   return value, second
@@ -202,7 +196,8 @@ end
 local function iterate(self, token)
   local next, close = self._open(token)
   if token ~= nil then next = within(under_token, token, next) end
-  local it = setmetatable({ _next = next, _close = close, _open = true, _token = token }, iteration)
+  local it = setmetatable({ _next = next, _close = close, _open = true, _token = token, _guard = false }, iteration)
+  it._guard = setmetatable({ it }, pulling)
   return it, it, nil, it
 end
 

@@ -23,6 +23,17 @@ function Lock:run(fn, ...)
   return fn(...)
 end
 
+local run_in_task = core.async(Lock.run)
+
+---Starts `run`, as a task.
+---@param fn function
+---@return coflow.Task
+function Lock:run_async(fn, ...)
+  core.check_class(1, self, "coflow.Lock")
+  core.check_function(2, fn)
+  return run_in_task(self, fn, ...)
+end
+
 local wait_in_task = core.async(function(condition, token, owner)
   local notified = core.condition_wait(condition, token, owner)
   return notified

@@ -113,9 +113,8 @@ end
 -- suspend, the task was abandoned.
 local function verdict(self, passage, err)
   if passage.returned then return "success" end
-  if strategy.is_cancellation(err) or err == nil and not core.is_awaitable_here() then return nil end
-  if strategy.handles(self, err) then return "failure" end
-  return not errors.is(err, "OperationCanceled") and "success" or nil
+  if errors.is(err, "OperationCanceled") or err == nil and not core.is_awaitable_here() then return nil end
+  return strategy.handles(self, err) and "failure" or "success"
 end
 
 local passing = {}
@@ -161,8 +160,8 @@ end
 ---@field sampling_duration? number seconds over which calls are counted (30), to a tenth of it
 ---@field minimum_throughput? integer calls in that time below which it does not open (10)
 ---@field break_duration? number seconds that it stays open (5)
----@field should_handle? fun(err: any): boolean? which errors are failures; by default all but OperationCanceled.
----Others count as successes: whoever answers with them is there
+---@field should_handle? fun(err: any): boolean? which errors are failures; by default all. Others count as
+---successes: whoever answers with them is there. Not asked about OperationCanceled
 
 ---A strategy that refuses calls, with BrokenCircuit, for `break_duration` after too many have failed. Then it lets
 ---one through at a time: a success closes the circuit, a failure opens it again.

@@ -81,8 +81,8 @@ local class = strategy.class("hedging", run)
 ---@field delay? number seconds from one attempt to the next (2); 0: all at once; math.huge: the next one only after
 ---a failure
 ---@field max_hedged_attempts? integer attempts besides the first (1)
----@field should_handle? fun(err: any): boolean? after which errors to go on; by default all but OperationCanceled.
----Others end the race with that error
+---@field should_handle? fun(err: any): boolean? after which errors to go on; by default all. Others end the race
+---with that error, and so does OperationCanceled, about which it is not asked
 
 ---A strategy that starts further attempts while the first ones have not answered: one after each `delay`, and one
 ---at once for each that failed. The first success wins; the other attempts are canceled, and their end is awaited. All

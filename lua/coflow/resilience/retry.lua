@@ -61,7 +61,7 @@ local function run(self, fn, ...)
     local outcome = table.pack(strategy.try(fn, ...))
     if outcome[1] then return table.unpack(outcome, 2, outcome.n) end
     local err = outcome[2]
-    if strategy.is_cancellation(err) or not strategy.handles(self, err) then error(err, 0) end
+    if not strategy.handles(self, err) then error(err, 0) end
     local delay = delay_after(self, state, attempt, err)
     if self._on_retry then call(self._on_retry, { attempt_number = attempt, delay = delay, error = err }) end
     core.sleep(delay) -- which raises if the token was canceled meanwhile
@@ -80,7 +80,8 @@ local class = strategy.class("retry", run)
 ---@field use_jitter? boolean makes the delays vary: by a quarter up or down; exponential ones more
 ---@field delay_generator? fun(args: { attempt_number: integer, error: any }): number? gives the delay itself; nil or
 ---a negative number: the computed one
----@field should_handle? fun(err: any): boolean? which errors to retry after; by default all but OperationCanceled
+---@field should_handle? fun(err: any): boolean? which errors to retry after; by default all. Not
+---asked about OperationCanceled
 ---@field on_retry? fun(args: { attempt_number: integer, delay: number, error: any }) called before each delay
 ---@field random? fun(): number the source of jitter, giving numbers from 0 to 1 (math.random)
 

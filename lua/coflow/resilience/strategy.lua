@@ -30,16 +30,12 @@ function strategy.try(fn, ...)
   return xpcall(strategy.call, core.trace_handler, fn, ...)
 end
 
----Whether the error is a cancellation of the calling task, which no strategy deals with.
-function strategy.is_cancellation(err)
-  return errors.is(err, "OperationCanceled") and core.cancellation_token().is_cancellation_requested
-end
-
----Whether the error is a failure for the strategy: what its `should_handle` says, without one any error but
----OperationCanceled.
+---Whether the error is a failure for the strategy: what its `should_handle` says, without one any. OperationCanceled
+---is none for anybody, and `should_handle` is not asked.
 function strategy.handles(self, err)
-  if self._should_handle then return strategy.call(self._should_handle, err) and true or false end
-  return not errors.is(err, "OperationCanceled")
+  if errors.is(err, "OperationCanceled") then return false end
+  if not self._should_handle then return true end
+  return strategy.call(self._should_handle, err) and true or false
 end
 
 ---Whether the time `due` has come. Somebody who slept for `due - now` may wake a few units in the last place of the
