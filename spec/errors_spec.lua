@@ -61,6 +61,12 @@ describe("an error object", function()
     assert.is_nil(err.token)
   end)
 
+  it("is joined to a string as its text", function()
+    local err = flow.errors.IO("no such file")
+    assert.equal("failed: IO: no such file", "failed: " .. err)
+    assert.equal("IO: no such file!", err .. "!")
+  end)
+
   it("prints as its text when it ends a script", function()
     local result = helper.child [[
       local flow = require "coflow"
@@ -223,6 +229,13 @@ describe("a value raised by user code", function()
     assert.is_nil(task:traceback():find("coflow/group.lua", 1, true))
     assert.truthy(task:traceback():find("spec/errors_spec.lua", 1, true))
   end))
+
+  it("tell for an unknown option which ones there are", function()
+    local _, err = pcall(flow.AsyncLocal, { nam = "x" })
+    assert.truthy(err:find("(unknown option 'nam': known are default, flow, name, value_changed)", 1, true), err)
+    _, err = pcall(flow.task_group, function() end, { limt = 2 })
+    assert.truthy(err:find("(unknown option 'limt': known are grace, limit, policy)", 1, true), err)
+  end)
 
   it("names the public function in an argument error, whoever calls it", function()
     assert.equal("bad argument #1 to 'coflow.with_timeout' (seconds must not be negative)",

@@ -270,6 +270,20 @@ describe("a faulted task that nobody observed", function()
 end)
 
 describe("the default handler", function()
+  it("shows what is in an Aggregate, and in a table", function()
+    local err = helper.child([[
+      local flow = require "coflow"
+      flow.run(function()
+        local function fail(err) return function() error(err, 0) end end
+        flow.spawn(flow.await_all, flow.spawn(fail("no db")), flow.spawn(fail { code = 5 }))
+        flow.sleep(0.001)
+      end)
+    ]]).err
+    local report = "error in task 'coflow.await_all': Aggregate: 2 tasks failed\n  1. no db\n  2. table: "
+    assert.truthy(err:find(report, 1, true), err)
+    assert.truthy(err:find(" { code = 5 }\n", 1, true), err)
+  end)
+
   it("writes the error and its async traceback to standard error", function()
     local result = helper.child [[
       local flow = require "coflow"

@@ -37,6 +37,7 @@
 
 #include <lauxlib.h>
 #include <lua.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -497,8 +498,10 @@ void module_finalized(lua_State *L, uint32_t tag, uint32_t twin,
                       lua_CFunction gc); /* [-0, +0, m] the class once more, with a finalizer */
 void module_functions(lua_State *L,
                       const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
-double module_seconds(lua_State *L, int i);       /* [-0, +0, v] >= 0, no NaN */
-void module_check_call(lua_State *L, int i);      /* [-0, +0, v] it has __call */
+void module_push_name(
+    lua_State *L); /* [-0, +1, m] that of the function of C on top: "string.rep" */
+double module_seconds(lua_State *L, int i);  /* [-0, +0, v] >= 0, no NaN */
+void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }
@@ -973,6 +976,10 @@ void periodic_open(lua_State *L);
 uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
 uv_loop_t *loop_check_uv(lua_State *L); /* [-0, +0, e] … or raises */
 double loop_now(struct runtime *rt);
+static inline double loop_after(double now, double seconds) { /* later, however short that is */
+  double due = now + seconds;
+  return due > now || seconds <= 0 ? due : nextafter(now, HUGE_VAL);
+}
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
 void loop_push_wait(lua_State *L,

@@ -44,11 +44,12 @@ enum record_field {
   RECORD_TASK
 };
 enum { FAULT_TASK = 1, FAULT_RECORD };
-enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30 };
+enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30, FIELDS = 20 };
 
 /* ---- objects ---- */
 
 static int l_error_tostring(lua_State *L);
+static int l_error_concat(lua_State *L);
 
 /* [-0, +1, m] the metatable of such errors, made when it is first needed */
 static void push_metatable(lua_State *L, enum error_kind kind) {
@@ -56,9 +57,11 @@ static void push_metatable(lua_State *L, enum error_kind kind) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_ERRORS); /* errors */
   if (lua_rawgeti(L, top + 1, kind + 1) == LUA_TNIL) {
     luaL_checkstack(L, 8, NULL);
-    lua_createtable(L, 0, 2);
+    lua_createtable(L, 0, 3);
     module_push_function(L, l_error_tostring);
     lua_setfield(L, -2, "__tostring");
+    module_push_function(L, l_error_concat);
+    lua_setfield(L, -2, "__concat");
     lua_pushfstring(L, "coflow.%s", error_names[kind]);
     lua_setfield(L, -2, "__name");                       /* errors nil metatable */
     if (lua_rawgeti(L, top + 1, kind + 1) == LUA_TNIL) { /* still: no finalizer has made one */
@@ -496,8 +499,59 @@ void error_remember(lua_State *L, int i) {
 }
 
 /* arguments: error, task or nil */
+static const char *push_text(lua_State *L, int i);
+
+/* [-1, +1, m] the text on top goes on with the fields of the table at i, which has no metatable */
+static void add_fields(lua_State *L, int i) {
+  int text = lua_gettop(L), shown = 0;
+  lua_pushnil(L);
+  while (shown < FIELDS && lua_next(L, i)) { /* text key value */
+    if (lua_type(L, -2) == LUA_TSTRING) {
+      luaL_tolstring(L, -1, NULL);
+      lua_pushfstring(L, "%s%s %s = %s", lua_tostring(L, text), shown++ > 0 ? "," : " {",
+                      lua_tostring(L, -3), lua_tostring(L, -1));
+      lua_replace(L, text);
+      lua_pop(L, 1);
+    }
+    lua_pop(L, 1);
+  }
+  lua_settop(L, text);
+  if (shown == 0) return;
+  lua_pushliteral(L, " }");
+  lua_concat(L, 2);
+}
+
+/* [-1, +1, m] … with the errors of the Aggregate at i, a line each */
+static void add_inner(lua_State *L, int i) {
+  int text = lua_gettop(L), list = text + 1;
+  if (lua_getfield(L, i, "inner_exceptions") == LUA_TTABLE) {
+    lua_Integer n = (lua_Integer)lua_rawlen(L, list);
+    if (lua_getfield(L, list, "n") == LUA_TNUMBER) n = lua_tointeger(L, -1);
+    for (lua_Integer k = 1; k <= n && k <= FIELDS; k++) {
+      lua_rawgeti(L, list, k);
+      const char *inner = push_text(L, -1);
+      lua_pushfstring(L, "%s\n  %d. %s", lua_tostring(L, text), (int)k, inner);
+      lua_replace(L, text);
+      lua_settop(L, list);
+    }
+  }
+  lua_settop(L, text);
+}
+
 static int to_text(lua_State *L) {
+  lua_settop(L, 1);
   luaL_tolstring(L, 1, NULL);
+  if (!lua_istable(L, 1)) return 1;
+  if (!lua_getmetatable(L, 1)) {
+    add_fields(L, 1);
+    return 1;
+  }
+  lua_pop(L, 1);
+  lua_pushliteral(L, "name");
+  lua_rawget(L, 1);
+  bool many = lua_type(L, -1) == LUA_TSTRING && strcmp(lua_tostring(L, -1), "Aggregate") == 0;
+  lua_pop(L, 1);
+  if (many) add_inner(L, 1);
   return 1;
 }
 
@@ -569,6 +623,15 @@ static int l_fault_gc(lua_State *L) {
 }
 
 /* ---- Lua face ---- */
+
+/* "it failed: " .. err */
+static int l_error_concat(lua_State *L) {
+  lua_settop(L, 2);
+  luaL_tolstring(L, 1, NULL);
+  luaL_tolstring(L, 2, NULL);
+  lua_concat(L, 2);
+  return 1;
+}
 
 static int l_error_tostring(lua_State *L) {
   luaL_checktype(L, 1, LUA_TTABLE);
@@ -651,7 +714,7 @@ static int l_is_observed(lua_State *L) {
   return 1;
 }
 
-/* error_text(value) -> a string, whatever its __tostring does */
+/* error_text(value) -> what a person is shown, whatever its __tostring does */
 static int l_error_text(lua_State *L) {
   luaL_checkany(L, 1);
   lua_pushstring(L, push_text(L, 1));

@@ -151,31 +151,44 @@ void fiber_hold(lua_State *L, int i, struct fiber *f) {
 
 /* ---- labels ---- */
 
-/* [-1, +0, m] sets the label of t, "file:line" of the function on top; the few labels that are used
-** again and again are found by a look */
-static void label(lua_State *L, struct task *t) {
+/* [-1, +0, m] the label with the text on top */
+static uint32_t label_of(lua_State *L) {
   struct runtime *rt = runtime(L);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LABELS); /* text labels */
+  lua_pushvalue(L, -2);
+  if (lua_rawget(L, -2) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_pushvalue(L, -2);
+    lua_rawseti(L, -2, ++rt->label_count);
+    lua_pushvalue(L, -2);
+    lua_pushinteger(L, rt->label_count);
+    lua_rawset(L, -3);
+    lua_pushinteger(L, rt->label_count);
+  }
+  uint32_t found = (uint32_t)lua_tointeger(L, -1);
+  lua_pop(L, 3);
+  return found;
+}
+
+/* [-1, +0, m] sets the label of t: "file:line" of the function on top, or the name of one of C. The few labels that
+** are used again and again are found by a look. */
+static void label(lua_State *L, struct task *t) {
   lua_Debug ar;
+  if (lua_iscfunction(L, -1)) {
+    module_push_name(L);
+    lua_remove(L, -2);
+    t->label = label_of(L);
+    return;
+  }
   lua_getinfo(L, ">S", &ar);
   size_t at = ((size_t)ar.linedefined * 31 + (size_t)(uintptr_t)ar.source / 16) % LABEL_CACHE;
-  struct label_cache *c = &rt->labels[at];
+  struct label_cache *c = &runtime(L)->labels[at];
   if (c->label == 0 || c->line != ar.linedefined || strcmp(c->source, ar.short_src) != 0) {
     if (ar.linedefined > 0)
       lua_pushfstring(L, "%s:%d", ar.short_src, ar.linedefined);
     else
       lua_pushstring(L, ar.short_src);
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LABELS); /* text labels */
-    lua_pushvalue(L, -2);
-    if (lua_rawget(L, -2) == LUA_TNIL) {
-      lua_pushvalue(L, -3);
-      lua_rawseti(L, -3, ++rt->label_count);
-      lua_pushvalue(L, -3);
-      lua_pushinteger(L, rt->label_count);
-      lua_rawset(L, -4);
-      c->label = rt->label_count;
-    } else
-      c->label = (uint32_t)lua_tointeger(L, -1);
-    lua_pop(L, 3);
+    c->label = label_of(L);
     c->line = ar.linedefined;
     memcpy(c->source, ar.short_src, sizeof c->source);
   }

@@ -150,6 +150,27 @@ void module_check_call(lua_State *L, int i) {
   lua_pop(L, 1);
 }
 
+/* [-0, +1, m] the message for the key on top, which is none of these n names */
+static const char *push_unknown(lua_State *L, const char **names, int n) {
+  luaL_Buffer b;
+  const char *key = luaL_tolstring(L, -1, NULL);
+  for (int i = 1; i < n; i++) /* in order */
+    for (int k = i; k > 0 && strcmp(names[k - 1], names[k]) > 0; k--) {
+      const char *name = names[k];
+      names[k] = names[k - 1];
+      names[k - 1] = name;
+    }
+  luaL_buffinit(L, &b);
+  for (int i = 0; i < n; i++) {
+    luaL_addstring(&b, i == 0 ? ": known are " : ", ");
+    luaL_addstring(&b, names[i]);
+  }
+  luaL_pushresult(&b);
+  return lua_pushfstring(L, "unknown option '%s'%s", key, lua_tostring(L, -1));
+}
+
+enum { MAX_OPTIONS = 32 }; /* that are listed */
+
 void module_check_options(lua_State *L, int i, const char *const names[]) {
   luaL_checktype(L, i, LUA_TTABLE);
   for (lua_pushnil(L); lua_next(L, i); lua_pop(L, 1)) {
@@ -159,8 +180,11 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
     else
       while (*name) name++;
     if (*name == NULL) {
+      const char *known[MAX_OPTIONS];
+      int n = 0;
+      for (; names[n] != NULL && n < MAX_OPTIONS; n++) known[n] = names[n];
       lua_pushvalue(L, -2);
-      luaL_argerror(L, i, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -1, NULL)));
+      luaL_argerror(L, i, push_unknown(L, known, n));
     }
   }
 }
@@ -186,6 +210,31 @@ static bool push_public_name(lua_State *L) {
       }
   }
   return false;
+}
+
+void module_push_name(lua_State *L) {
+  int fn = lua_gettop(L);
+  bool found = push_public_name(L);
+  if (!found) {
+    lua_settop(L, fn);
+    luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
+    for (lua_pushnil(L); !found && lua_next(L, fn + 1);) { /* loaded name module */
+      if (lua_type(L, fn + 2) == LUA_TSTRING && lua_istable(L, fn + 3))
+        for (lua_pushnil(L); !found && lua_next(L, fn + 3);) { /* … key value */
+          found = lua_type(L, fn + 4) == LUA_TSTRING && lua_rawequal(L, -1, fn);
+          if (!found) lua_pop(L, 1);
+        }
+      if (!found) lua_settop(L, fn + 2);
+    }
+    if (found && strcmp(lua_tostring(L, fn + 2), LUA_GNAME) == 0)
+      lua_pushvalue(L, fn + 4);
+    else if (found)
+      lua_pushfstring(L, "%s.%s", lua_tostring(L, fn + 2), lua_tostring(L, fn + 4));
+    else
+      lua_pushliteral(L, "[C]");
+  }
+  lua_replace(L, fn + 1);
+  lua_settop(L, fn + 1);
 }
 
 /* Like luaL_argerror for a public function written in Lua, which calls us, itself or through helpers: counts as its
@@ -381,9 +430,18 @@ static int l_check_options(lua_State *L) {
   if (!lua_istable(L, 2)) return module_blame_type(L, n, "table of options", 2);
   for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
     lua_pushvalue(L, -2);
-    if (lua_rawget(L, 3) == LUA_TNIL)
-      return module_blame(L, n,
-                          lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -3, NULL)));
+    if (lua_rawget(L, 3) == LUA_TNIL) {
+      const char *known[MAX_OPTIONS];
+      int count = 0;
+      lua_settop(L, 4); /* n options known key */
+      lua_pushnil(L);
+      while (count < MAX_OPTIONS && lua_next(L, 3)) {
+        known[count++] = lua_tostring(L, -2); /* held by that table */
+        lua_pop(L, 1);
+      }
+      lua_settop(L, 4);
+      return module_blame(L, n, push_unknown(L, known, count));
+    }
     lua_pop(L, 1);
   }
   lua_settop(L, 2);

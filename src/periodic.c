@@ -326,7 +326,7 @@ static int l_timer_change(lua_State *L) {
   if (due == HUGE_VAL)
     disarm(L, UP_TIMERS, t);
   else if (deadline_is_set(&t->deadline))
-    deadline_move(rt, &t->deadline, loop_now(rt) + due);
+    deadline_move(rt, &t->deadline, loop_after(loop_now(rt), due));
   else
     arm(L, 1, t, due);
   t->period = period;
@@ -580,7 +580,7 @@ static int l_newindex(lua_State *L) {
   double now = loop_now(rt);
   p->pending = has_tick(p, now);
   p->period = (double)lua_tonumber(L, 3);
-  p->next = now + p->period;
+  p->next = loop_after(now, p->period);
   aim(L, p, now);
   return 0;
 }

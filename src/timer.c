@@ -301,7 +301,7 @@ static int l_sleep(lua_State *L) {
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
   double now = loop_now(rt);
-  timer_nap(L, me, k, deaf, now, now + seconds);
+  timer_nap(L, me, k, deaf, now, loop_after(now, seconds));
   return fiber_suspend(L, me, 0, sleep_k);
 }
 
