@@ -670,3 +670,94 @@ describe("watch", function()
     assert.is_true(kinds.rename)
   end))
 end)
+
+describe("a FIFO, where nobody may ever come,", function()
+  local function fifo(dir)
+    os.execute("mkfifo '" .. dir .. "/fifo'")
+    return dir .. "/fifo"
+  end
+
+  it("is copied, and its copying ends when it is canceled", in_task(function(dir)
+    local path = fifo(dir)
+    local from, to = fs.copy_async(path, dir .. "/x"), fs.write_file_async(path, "through")
+    flow.await_all(from, to)
+    assert.equal("through", content(dir .. "/x"))
+    put(dir .. "/y", ("y"):rep(1000))
+    fs.rename(path, dir .. "/unread")
+    local unread = dir .. "/unread"
+    path = fifo(dir)
+    for _ = 1, 6 do -- more than there are threads
+      raises("Timeout", flow.with_timeout, 0.01, fs.copy, path, dir .. "/z")
+      raises("Timeout", flow.with_timeout, 0.01, fs.copy, dir .. "/y", unread)
+    end
+    assert.equal("file", fs.stat(dir .. "/y").type)
+    assert.equal("fifo", fs.stat(path).type)
+  end))
+
+  it("is closed while another task waits for it, which is told", in_task(function(dir)
+    local path = fifo(dir)
+    local file = fs.open(path, "r+")
+    local reading, next = file:read_async(), file:read_line_async()
+    flow.sleep(0.001)
+    file:close()
+    io_error("ECANCELED", flow.await, reading)
+    io_error("ECANCELED", flow.await, next)
+    local full = fs.open(path, "r+")
+    local writing = full:write_async(("x"):rep(1000000))
+    flow.sleep(0.001)
+    full:close()
+    io_error("ECANCELED", flow.await, writing)
+  end))
+
+  it("does not keep a process that exits", in_task(function(dir)
+    local path = fifo(dir)
+    for _, wait in ipairs {
+      "fs.open(path, 'r+'):read_async()", "fs.open_async(path, 'w')", "fs.read_file_async(path)",
+    } do
+      assert.equal("gone", helper.output(([[
+        local fs, path = require("coflow").fs, %q
+        require("coflow").run(function()
+          kept = %s
+          require("coflow").sleep(0.01)
+          io.write("gone")
+          io.stdout:flush()
+          os.exit(0, false)
+        end)
+      ]]):format(path, wait)))
+    end
+  end))
+
+  it("stays one when it is written atomically", in_task(function(dir)
+    local path = fifo(dir)
+    local reading = fs.read_file_async(path)
+    fs.write_file(path, "x", { atomic = true })
+    assert.equal("x", flow.await(reading))
+    assert.equal("fifo", fs.stat(path).type)
+  end))
+end)
+
+describe("write_file, atomic,", function()
+  it("makes what a link to nothing refers to, and leaves the link", in_task(function(dir)
+    fs.symlink(dir .. "/target", dir .. "/link")
+    fs.write_file(dir .. "/link", "x", { atomic = true })
+    assert.equal("link", fs.lstat(dir .. "/link").type)
+    assert.equal("x", content(dir .. "/target"))
+  end))
+end)
+
+describe("read_dir", function()
+  it("is scandir by its other name", in_task(function(dir)
+    put(dir .. "/a", "")
+    local found = {}
+    for name, type in fs.read_dir(dir) do found[#found + 1] = name .. " " .. type end
+    assert.same({ "a file" }, found)
+    assert.equal("a", flow.await(fs.read_dir_async(dir))())
+  end))
+end)
+
+describe("chmod", function()
+  it("takes numbers, not their text, which would be decimal", in_task(function(dir)
+    put(dir .. "/x", "")
+    bad_argument("number", fs.chmod, dir .. "/x", "755")
+  end))
+end)

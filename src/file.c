@@ -25,7 +25,7 @@
 /* reads ahead: one read more into the buffer, whose start it may move */
 static ssize_t fill(struct job *j, size_t wanted) {
   struct file *f = j->file;
-  if (atomic_load(&j->stop)) return UV_ECANCELED;
+  if (job_stops(j)) return UV_ECANCELED;
   if (f->at > 0) {
     memmove(f->buffer, f->buffer + f->at, f->length);
     f->at = 0;
@@ -453,6 +453,11 @@ static int l_close(lua_State *L) {
   struct job *j = begin_for(L, 2, &close_class, run_close, closed ? always : NULL);
   if (j != NULL) j->certain = true;
   f->closing = true;
+  if (!f->seekable) { /* those that wait for others do so no longer */
+    if (f->running != NULL) atomic_store(&f->running->stop, true);
+    for (struct job *before = f->first; before != NULL; before = before->next)
+      atomic_store(&before->stop, true);
+  }
   return queue(L, j);
 }
 

@@ -19,27 +19,28 @@
 
 /* ---- in the thread: no Lua, no loop ---- */
 
-/* Opening the writing end of a FIFO would wait for a reader, where nobody can be told to leave. */
-static ssize_t open_fifo(struct job *j) {
-  for (;;) {
-    int fd = open(j->path, j->flags | O_NONBLOCK | O_CLOEXEC);
-    if (fd >= 0) {
-      int flags = fcntl(fd, F_GETFL);
-      if (flags >= 0) fcntl(fd, F_SETFL, flags & ~O_NONBLOCK);
-      return fd;
-    }
+/* a descriptor, or an error. Opening one end of a FIFO would wait for the other, where nobody can be told to leave. */
+static int open_path(struct job *j, const char *path, int flags, mode_t mode) {
+  struct stat s;
+  int fd;
+  if (stat(path, &s) != 0 || !S_ISFIFO(s.st_mode)) {
+    do fd = open(path, flags | O_CLOEXEC, mode);
+    while (fd < 0 && errno == EINTR);
+    return fd >= 0 ? fd : job_error();
+  }
+  while ((fd = open(path, flags | O_NONBLOCK | O_CLOEXEC)) < 0) {
     if (errno != ENXIO) return job_error();
-    if (atomic_load(&j->stop)) return UV_ECANCELED;
+    if (job_stops(j)) return UV_ECANCELED;
     poll(NULL, 0, LOOK_MS / 5);
   }
+  int now = fcntl(fd, F_GETFL);
+  if (now >= 0) fcntl(fd, F_SETFL, now & ~O_NONBLOCK);
+  return fd;
 }
 
 static ssize_t run_open(struct job *j) {
   struct stat s;
-  if (stat(j->path, &s) == 0 && S_ISFIFO(s.st_mode))
-    j->fd = (int)open_fifo(j);
-  else
-    j->fd = uv_fs_open(NULL, &j->fs, j->path, j->flags, 0666, NULL);
+  j->fd = open_path(j, j->path, j->flags, 0666);
   if (j->fd < 0) {
     int error = j->fd;
     j->fd = -1;
@@ -124,12 +125,16 @@ static ssize_t replace(struct job *j, const char *target) {
   char *name;
   ssize_t status = open_beside(j, target, &name);
   if (status < 0) return status;
-  if (stat(target, &old) == 0 && fchmod(j->fd, old.st_mode & 07777) != 0)
-    status = job_checked(j, "chmod", -1);
+  if (stat(target, &old) == 0) {
+    bool owned = (old.st_uid == geteuid() && old.st_gid == getegid()) ||
+                 fchown(j->fd, old.st_uid, old.st_gid) == 0;
+    if (fchmod(j->fd, old.st_mode & (owned ? 07777 : 0777)) != 0) /* no setuid of another user */
+      status = job_checked(j, "chmod", -1);
+  }
   if (status >= 0) status = job_write_all(j, j->fd, j->data, j->length, -1, true);
   if (status >= 0 && fsync(j->fd) != 0) status = job_checked(j, "fsync", -1);
   status = close_own(j, status);
-  if (status >= 0 && atomic_load(&j->stop)) status = UV_ECANCELED;
+  if (status >= 0 && job_stops(j)) status = UV_ECANCELED;
   if (status >= 0) status = job_checked(j, "rename", rename(name, target));
   if (status < 0)
     unlink(name);
@@ -140,8 +145,14 @@ static ssize_t replace(struct job *j, const char *target) {
 }
 
 static ssize_t run_replace(struct job *j) {
+  struct stat now;
   char *real = realpath(j->path, NULL); /* a link stays one */
-  ssize_t status = replace(j, real ? real : j->path);
+  ssize_t status;
+  if (real != NULL ? stat(real, &now) == 0 && !S_ISREG(now.st_mode) : lstat(j->path, &now) == 0)
+    status = run_write_file(
+        j); /* a device, a FIFO, a link to nothing: there is nothing to be replaced */
+  else
+    status = replace(j, real ? real : j->path);
   free(real);
   return status;
 }
@@ -199,7 +210,7 @@ static ssize_t run_mkdir(struct job *j) {
     while (*end != '/' && *end != '\0') end++;
     char c = *end;
     *end = '\0';
-    if (atomic_load(&j->stop))
+    if (job_stops(j))
       status = UV_ECANCELED;
     else if (mkdir(path, (mode_t)j->mode) != 0 && !(errno == EEXIST && is_directory(path))) {
       status = job_error();
@@ -230,7 +241,7 @@ static bool path_append(struct bytes *path, const char *name) {
 /* Removes `name` in the directory dir and all that is below. By descriptors: a directory that somebody
 ** replaces by a link meanwhile leads nowhere else. j->bytes is its path, for errors. */
 static ssize_t remove_below(struct job *j, int dir, const char *name) {
-  if (atomic_load(&j->stop)) return UV_ECANCELED;
+  if (job_stops(j)) return UV_ECANCELED;
   if (unlinkat(dir, name, 0) == 0) return 0;
   int error = errno;
   if (error != EISDIR && error != EPERM) return refused(j, "unlink");
@@ -277,10 +288,42 @@ static ssize_t run_remove(struct job *j) {
   return job_checked(j, errno == error ? "unlink" : "rmdir", -1);
 }
 
+/* from one to the other, of which one at least is no plain file */
+static ssize_t copy_bytes(struct job *j, int in, bool plain_in, bool plain_out) {
+  char *buffer = malloc(CHUNK);
+  ssize_t status = buffer != NULL ? 0 : UV_ENOMEM;
+  while (status >= 0) {
+    if (job_stops(j)) status = UV_ECANCELED;
+    if (status >= 0 && !plain_in) status = job_wait(j, in, POLLIN);
+    if (status < 0) break;
+    status = job_checked(j, "read", job_read_some(in, buffer, CHUNK, -1));
+    if (status == 0) break;
+    if (status > 0) status = job_write_all(j, j->fd, buffer, (size_t)status, -1, plain_out);
+  }
+  free(buffer);
+  return status;
+}
+
+/* … of plain files */
+static ssize_t copy_file(struct job *j, int in) {
+  for (;;) {
+    uv_fs_t fs;
+    if (job_stops(j)) return UV_ECANCELED;
+    int n = uv_fs_sendfile(NULL, &fs, j->fd, in, j->offset, 8 * BIG_CHUNK, NULL);
+    uv_fs_req_cleanup(&fs);
+    if (n < 0) j->io.syscall = "sendfile";
+    if (n <= 0) return n;
+    j->offset += n;
+  }
+}
+
 static ssize_t run_copy(struct job *j) {
   struct stat from, to;
-  int in = open(j->path, O_RDONLY | O_CLOEXEC);
-  if (in < 0) return job_checked(j, "open", -1);
+  int in = open_path(j, j->path, O_RDONLY, 0);
+  if (in < 0) {
+    j->io.syscall = "open";
+    return in;
+  }
   ssize_t status = job_checked(j, "fstat", fstat(in, &from));
   if (status >= 0 && S_ISDIR(from.st_mode)) {
     errno = EISDIR;
@@ -289,35 +332,26 @@ static ssize_t run_copy(struct job *j) {
   bool same = status >= 0 && stat(j->to, &to) == 0 && to.st_dev == from.st_dev &&
               to.st_ino == from.st_ino; /* nothing to do, and truncating it would be the end */
   if (status >= 0 && !same) {
-    j->fd = open(j->to, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, from.st_mode & 0777);
-    if (j->fd < 0) {
-      status = job_checked(j, "open", -1);
+    int out = open_path(j, j->to, O_WRONLY | O_CREAT | O_TRUNC, from.st_mode & 0777);
+    if (out < 0) {
+      status = out;
+      j->io.syscall = "open";
       j->where = strdup(j->to);
-    }
+    } else
+      j->fd = out;
   }
   if (j->fd >= 0) {
-    bool made = true;
-    if (fstat(j->fd, &to) == 0 && S_ISREG(to.st_mode)) {
-      if (fchmod(j->fd, from.st_mode & 07777) != 0 && errno != EPERM)
-        status = job_checked(j, "chmod", -1);
-    } else
-      made = false; /* a device: nothing to remove */
-    for (ssize_t n = 1; status >= 0 && n > 0;) {
-      uv_fs_t fs;
-      if (atomic_load(&j->stop)) {
-        status = UV_ECANCELED;
-        break;
-      }
-      n = uv_fs_sendfile(NULL, &fs, j->fd, in, j->offset, 8 * BIG_CHUNK, NULL);
-      uv_fs_req_cleanup(&fs);
-      if (n < 0) {
-        status = n;
-        j->io.syscall = "sendfile";
-      } else
-        j->offset += n;
-    }
+    status = job_checked(j, "fstat", fstat(j->fd, &to));
+    bool regular = status >= 0 && S_ISREG(to.st_mode); /* else there is nothing to remove */
+    if (regular && S_ISREG(from.st_mode) && fchmod(j->fd, from.st_mode & 07777) != 0 &&
+        errno != EPERM)
+      status = job_checked(j, "chmod", -1);
+    if (status >= 0)
+      status = regular && S_ISREG(from.st_mode)
+                   ? copy_file(j, in)
+                   : copy_bytes(j, in, job_is_plain(from.st_mode), job_is_plain(to.st_mode));
     status = close_own(j, status);
-    if (status < 0 && made) unlink(j->to);
+    if (status < 0 && regular) unlink(j->to);
   }
   close(in);
   return status < 0 ? status : 0;
@@ -521,6 +555,7 @@ static int l_access(lua_State *L) {
 }
 
 static int check_permissions(lua_State *L, int i) {
+  luaL_checktype(L, i, LUA_TNUMBER); /* "755" would be a decimal number */
   lua_Integer mode = luaL_checkinteger(L, i);
   luaL_argcheck(L, mode >= 0 && mode <= 07777, i, "permissions are between 0 and 0xFFF");
   return (int)mode;

@@ -22,6 +22,13 @@
 
 /* ---- in the thread: no Lua, no loop ---- */
 
+/* The process ends, by os.exit, with the state open: libuv then waits for its threads. This is set first, as that
+** which depends on another library is taken down before it. */
+static atomic_bool exiting;
+__attribute__((destructor)) static void leave(void) { atomic_store(&exiting, true); }
+
+bool job_stops(struct job *j) { return atomic_load(&j->stop) || atomic_load(&exiting); }
+
 /* what `call` returned, as libuv's errors */
 ssize_t job_checked(struct job *j, const char *syscall, ssize_t result) {
   if (result >= 0) return result;
@@ -49,7 +56,7 @@ ssize_t job_read_some(int fd, char *to, size_t n, int64_t offset) {
 /* waits until something that is no plain file can be read, or written */
 int job_wait(struct job *j, int fd, short events) {
   struct pollfd p = {.fd = fd, .events = events};
-  while (!atomic_load(&j->stop)) {
+  while (!job_stops(j)) {
     int n = poll(&p, 1, LOOK_MS);
     if (n > 0) return 0;
     if (n < 0 && errno != EINTR) return job_error();
@@ -63,7 +70,7 @@ ssize_t job_write_all(struct job *j, int fd, const char *data, size_t n, int64_t
   size_t done = 0;
   while (done < n) {
     size_t chunk = n - done < BIG_CHUNK ? n - done : BIG_CHUNK;
-    if (atomic_load(&j->stop)) return UV_ECANCELED;
+    if (job_stops(j)) return UV_ECANCELED;
     if (!plain) {
       int status = job_wait(j, fd, POLLOUT);
       if (status < 0) return status;
@@ -91,7 +98,7 @@ ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, 
     if ((int64_t)hint > limit) hint = (size_t)limit + 1;
   }
   for (;; hint = 1) {
-    if (atomic_load(&j->stop)) return UV_ECANCELED;
+    if (job_stops(j)) return UV_ECANCELED;
     if (!bytes_reserve(b, hint)) return UV_ENOMEM;
     if (!plain) {
       int status = job_wait(j, fd, POLLIN);
@@ -110,7 +117,7 @@ ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, 
 
 static void on_run(uv_work_t *work) {
   struct job *j = container_of(work, struct job, work);
-  j->result = atomic_load(&j->stop) ? UV_ECANCELED : j->run(j);
+  j->result = job_stops(j) ? UV_ECANCELED : j->run(j);
 }
 
 static void on_job(uv_work_t *work, int status) {

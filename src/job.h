@@ -72,6 +72,7 @@ static inline int job_error(void) { return uv_translate_sys_error(errno); }
 static inline bool job_is_plain(mode_t mode) {
   return S_ISREG(mode) || S_ISBLK(mode) || S_ISDIR(mode);
 }
+bool job_stops(struct job *j); /* nobody wants the result any more */
 ssize_t job_checked(struct job *j, const char *syscall,
                     ssize_t result); /* what `call` returned, as libuv's errors */
 bool bytes_reserve(struct bytes *b, size_t more);

@@ -643,6 +643,10 @@ static bool close_block(lua_State *L, struct scope *s) {
   scope_finish(L, runtime(L), s);
   if (!late || seconds == HUGE_VAL || !error_is(L, error, ERROR_CANCELED)) return false;
   push_timeout(L, seconds);
+  if (lua_getfield(L, error, "written") != LUA_TNIL) /* of a write that it has cut short */
+    lua_setfield(L, -2, "written");
+  else
+    lua_pop(L, 1);
   lua_replace(L, error);
   return true;
 }

@@ -40,4 +40,6 @@ function Watcher:iterate(token)
   return function() return next(self, token) end
 end
 
+fs.read_dir, fs.read_dir_async = fs.scandir, fs.scandir_async
+
 return fs

@@ -1155,6 +1155,12 @@ function flow.fs.realpath_async(path, token) end
 ---@return fun(): string?, coflow.FileType
 function flow.fs.scandir(path, token) end
 
+---`scandir` by its other name.
+---@param path string
+---@param token? coflow.CancellationToken
+---@return fun(): string?, string?
+function flow.fs.read_dir(path, token) end
+
 ---`scandir` as a task.
 ---@return coflow.Task
 function flow.fs.scandir_async(path, token) end

@@ -170,7 +170,7 @@ local function copy(from, to, token)
   while true do
     local chunk = from:read(nil, token)
     if chunk == nil then return count end
-    to:write(chunk, token)
+    if token == nil then to:write(chunk) else to:write(chunk, token) end
     count = count + #chunk
   end
 end
