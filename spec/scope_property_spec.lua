@@ -264,16 +264,14 @@ local function model_world()
     if coroutine.yield() then error(canceled_error(), 0) end
   end
 
-  -- Queued children that are canceled never start.
+  -- Queued children of a canceled group never start; one that is canceled itself does, in its turn.
   local function discard(group)
+    if not canceled(group.scope) then return end
     for i = #group.queue, 1, -1 do
-      local child = group.queue[i]
-      if canceled(child.scope) then
-        table.remove(group.queue, i)
-        child.done, child.ok, child.value = true, false, canceled_error()
-        for _, waiter in ipairs(child.waiters) do
-          if waiter.waits == child then push(waiter) end
-        end
+      local child = table.remove(group.queue, i)
+      child.done, child.ok, child.value = true, false, canceled_error()
+      for _, waiter in ipairs(child.waiters) do
+        if waiter.waits == child then push(waiter) end
       end
     end
   end
