@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 enum { LISTENER_STREAM = HOLDER_WAITERS + 1 };
@@ -28,7 +29,9 @@ struct listener {
   struct handle handle;
   struct link acceptors;
   int fd;
-  char *path;     /* of a pipe: the file goes with the listener */
+  char *path;   /* of a pipe: the file goes with the listener, … */
+  dev_t device; /* … if it is this one still */
+  ino_t number;
   int status;     /* of the poll: an error, or 0 */
   bool connected; /* the stream in LISTENER_STREAM is; else it is a blank one, or nil */
   bool polling, awaited;
@@ -66,7 +69,10 @@ static bool changed(struct handle *h) {
     handle_close(h);
     close(l->fd); /* libuv has let go of it */
     l->fd = -1;
-    if (l->path != NULL) unlink(l->path);
+    struct stat now;
+    if (l->path != NULL && lstat(l->path, &now) == 0 && now.st_dev == l->device &&
+        now.st_ino == l->number)
+      unlink(l->path);
   }
   if (awaited != l->awaited && h->uv != NULL && !h->closing) {
     l->awaited = awaited;
@@ -96,6 +102,8 @@ int listener_adopt(struct listener *l, int fd, const char *path) {
     l->path = NULL;
     return status;
   }
+  struct stat made;
+  if (path != NULL && lstat(path, &made) == 0) l->device = made.st_dev, l->number = made.st_ino;
   l->fd = fd;
   handle_opened(&l->handle, (uv_handle_t *)&l->poll);
   return 0;

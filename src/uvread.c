@@ -169,7 +169,10 @@ static void take_part(struct stream *s, const char *base, size_t n) {
 static void on_read(uv_stream_t *uv, ssize_t n, const uv_buf_t *buf) {
   struct stream *s = of_uv(uv);
   if (n == 0) return;
-  if (n < 0)
+  if (n == UV_EOF && s->write_status == UV_ECONNRESET)
+    s->read_status =
+        UV_ECONNRESET; /* the system has told it once, to who wrote: this is no clean end */
+  else if (n < 0)
     s->read_status = n == UV_ENOBUFS ? UV_ENOMEM : (int)n;
   else if (s->in.end > s->in.start)
     s->in.end += (size_t)n;

@@ -33,7 +33,7 @@ end
 
 -- The numeric addresses of a host.
 local function addresses_of(host, family, token)
-  if is_address(host) then return { host } end
+  if is_address(host) and (family or "any") == "any" then return { host } end
   return require("coflow.dns").resolve(host, { family = family }, token)
 end
 
