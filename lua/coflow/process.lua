@@ -19,19 +19,24 @@ local native
 
 -- Options ------------------------------------------------------------------------------------------
 
--- What is wrong with a list of a program and its arguments, or nil.
-local function wrong_args(args, name)
+-- What is wrong with a list of a program and its arguments, or nil. `place`: where options go, should some be in it.
+local function wrong_args(args, place)
   if type(args) ~= "table" then
-    return ("%s: list of a program and its arguments expected, got %s"):format(name, type(args))
-  elseif #args == 0 then
-    return ("%s is empty: a program expected"):format(name)
+    return "args: list of a program and its arguments expected, got " .. type(args)
   end
-  for i = 1, #args do
+  local n = #args
+  for key in next, args do
+    if key ~= "n" and not (math.type(key) == "integer" and key >= 1 and key <= n) then
+      return ("args: unknown key '%s': %s"):format(tostring(key), place)
+    end
+  end
+  if n == 0 then return "args is empty: a program expected" end
+  for i = 1, n do
     local arg = args[i]
     if type(arg) ~= "string" then
-      return ("%s[%d]: string expected, got %s"):format(name, i, type(arg))
+      return ("args[%d]: string expected, got %s"):format(i, type(arg))
     elseif arg:find("\0", 1, true) then
-      return ("%s[%d] has a zero byte"):format(name, i)
+      return ("args[%d] has a zero byte"):format(i)
     end
   end
 end
@@ -192,8 +197,11 @@ local spawn_options = {
 ---@param options coflow.ProcessOptions
 ---@return coflow.Process
 function process.spawn(options)
+  if type(options) == "table" and options.args == nil and #options > 0 then
+    core.argument_error(1, "the list goes into a field: spawn { args = { … }, cwd = … }")
+  end
   options = core.check_options(1, options, spawn_options)
-  local wrong = wrong_args(options.args, "args") or wrong_options(options)
+  local wrong = wrong_args(options.args, "options go beside it: spawn { args = { … }, cwd = … }") or wrong_options(options)
   if wrong then core.argument_error(1, wrong) end
   return start(options.args, options, options.stdin or "inherit", options.stdout or "inherit",
     options.stderr or "inherit")
@@ -246,7 +254,9 @@ local run_options = { cwd = true, env = true, clear_env = true, stderr = true, g
 
 -- Which argument is wrong, and what is; or nil.
 local function wrong_run(args, input, options, token)
-  local max, wrong = options.max, wrong_args(args, "args")
+  local listed = type(args) == "table" and args.args == nil
+  local max, wrong = options.max, wrong_args(args, listed and "options come third: run({ … }, input, { cwd = … })"
+    or "run takes the list itself, spawn a table with args")
   if wrong then
     return 1, wrong
   elseif input ~= nil and type(input) ~= "string" then
