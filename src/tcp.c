@@ -224,20 +224,46 @@ static int l_is_address(lua_State *L) {
   return 1;
 }
 
-/* report_failure(error, task): to the handler of unobserved exceptions */
-static int l_report_failure(lua_State *L) {
+/* name_after(task, fn): one that has not started is named after that function */
+static int l_name_after(lua_State *L) {
+  struct task *t = task_check(L, 1);
   lua_settop(L, 2);
-  error_report(L, 1, lua_isnil(L, 2) ? 0 : 2);
+  if (!lua_isfunction(L, 2) || !task_is(t, KIND_FIBER) || task_done(t) || t->flags & TASK_STARTED)
+    return 0;
+  struct fiber *f = (struct fiber *)t;
+  if (f->co != NULL) fiber_name(L, f);
+  return 0;
+}
+
+/* report_failure(error): to the handler of unobserved exceptions, as if the running task had failed with it, but that
+** goes on. So a task stands for it that has failed: with its name, and what it has recorded of the error. */
+static int l_report_failure(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  struct task *me = rt->me;
+  lua_settop(L, 1);
+  task_push(L, me);
+  task_push_name(L, 2);
+  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* error me name task */
+  struct task *t = (struct task *)lua_touserdata(L, 4);
+  lua_pushvalue(L, 3);
+  lua_setfield(L, 4, "name");
+  t->slot = me->slot; /* where the record is */
+  t->flags |= me->flags & TASK_TRACED;
+  lua_pushvalue(L, 1);
+  task_settle_faulted(L, rt, 4, 0);
+  t->slot = 0;
+  t->flags &= (uint16_t)~TASK_TRACED;
+  t->flags |= TASK_OBSERVED;
+  error_report(L, 1, 4);
   return 0;
 }
 
 static const luaL_Reg operations[] = {
     {"connect_address", l_connect_address}, {"connect_pipe", l_connect_pipe}, {NULL, NULL}};
-static const luaL_Reg plain[] = {{"listen_address", l_listen_address},
-                                 {"listen_pipe", l_listen_pipe},
-                                 {"is_address", l_is_address},
-                                 {"report_failure", l_report_failure},
-                                 {NULL, NULL}};
+static const luaL_Reg plain[] = {
+    {"listen_address", l_listen_address}, {"listen_pipe", l_listen_pipe},
+    {"is_address", l_is_address},         {"name_after", l_name_after},
+    {"report_failure", l_report_failure}, {NULL, NULL}};
 
 /* open_net() -> the functions that coflow.net is made of; makes the classes */
 static int l_open_net(lua_State *L) {

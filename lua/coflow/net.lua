@@ -8,7 +8,7 @@ local core = require "coflow.core"
 local net = core.open_net()
 
 local connect_address, listen_address, listen_pipe = net.connect_address, net.listen_address, net.listen_pipe
-local is_address, report_failure = net.is_address, net.report_failure
+local is_address, name_after, report_failure = net.is_address, net.name_after, net.report_failure
 local Stream, Listener = core.methods "coflow.Stream", core.methods "coflow.Listener"
 
 local BACKLOG = 1024
@@ -144,7 +144,7 @@ function net.listen_pipe(path, options)
 end
 
 net.connect_address, net.connect_address_async, net.listen_address = nil, nil, nil
-net.is_address, net.report_failure = nil, nil
+net.is_address, net.name_after, net.report_failure = nil, nil, nil
 
 -- Streams ------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ end
 
 local function connection(state, fn, stream)
   local _ <close> = setmetatable({ state = state }, leaving)
-  local ok, err = core.pcall(talk, fn, stream, state.stopping.token)
+  local ok, err = xpcall(talk, core.trace_handler, fn, stream, state.stopping.token)
   if not ok and not core.errors.is(err, "OperationCanceled") then state.on_error(err, stream) end
 end
 
@@ -259,7 +259,7 @@ local function accept_all(listener, state, group, fn, max)
       if ok then
         short = false
         state.running = state.running + 1
-        group:spawn(connection, state, fn, stream)
+        name_after(group:spawn(connection, state, fn, stream), fn)
       elseif is_closed_error(listener, stream) then
         return
       elseif core.errors.is(stream, "IO") then -- the system is short of something: EMFILE, ENFILE, ENOBUFS …
@@ -271,6 +271,24 @@ local function accept_all(listener, state, group, fn, max)
       end
     end
   end
+end
+
+local function serve(listener, fn, max, grace, on_error)
+  if serving[listener] then
+    error(core.errors.InvalidOperation("serve: this listener is served already"), 0)
+  end
+  local state = { running = 0, stopping = core.call_source(), grace = grace, on_error = on_error }
+  serving[listener] = state
+  local _ <close> = setmetatable({}, {
+    __close = function()
+      serving[listener] = nil
+      state.stopping:dispose()
+    end,
+  })
+  require("coflow.group").task_group(function(group)
+    state.group = group
+    accept_all(listener, state, group, fn, max)
+  end, { policy = "supervise", grace = grace })
 end
 
 local serve_options = { max_connections = true, grace = true, on_error = true }
@@ -298,25 +316,10 @@ function Listener:serve(fn, options)
     core.argument_error(3, "grace must be a number of seconds")
   elseif on_error ~= nil and not core.is_callable(on_error) then
     core.argument_error(3, "on_error must be a function")
-  elseif serving[self] then
-    error(core.errors.InvalidOperation("serve: this listener is served already"), 0)
   end
-  local state = {
-    running = 0,
-    stopping = core.call_source(),
-    on_error = on_error or function(err) report_failure(err, core.current_task()) end,
-  }
-  serving[self] = state
-  local _ <close> = setmetatable({}, {
-    __close = function()
-      serving[self] = nil
-      state.stopping:dispose()
-    end,
-  })
-  require("coflow.group").task_group(function(group)
-    state.group = group
-    accept_all(self, state, group, fn, max or math.huge)
-  end, { policy = "supervise", grace = grace })
+  max, on_error = max or math.huge, on_error or report_failure
+  if core.current_task() then return serve(self, fn, max, grace, on_error) end
+  return core.await(core.spawn(serve, self, fn, max, grace, on_error))
 end
 
 Listener.serve_async = core.async(Listener.serve)
@@ -331,7 +334,11 @@ function Listener:stop()
   if not state or state.stopping.is_cancellation_requested then return end
   local ok, err = pcall(state.stopping.cancel, state.stopping, "the listener is stopping")
   if state.free then state.free:try_set_result() end
-  if state.group then state.group:stop() end
+  if state.group and (state.grace or 0) > 0 then
+    state.group:stop()
+  elseif state.group then
+    state.group:cancel("the listener was stopped")
+  end
   if not ok then error(err, 0) end
 end
 

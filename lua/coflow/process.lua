@@ -201,7 +201,8 @@ function process.spawn(options)
     core.argument_error(1, "the list goes into a field: spawn { args = { … }, cwd = … }")
   end
   options = core.check_options(1, options, spawn_options)
-  local wrong = wrong_args(options.args, "options go beside it: spawn { args = { … }, cwd = … }") or wrong_options(options)
+  local wrong = wrong_args(options.args, "options go beside it: spawn { args = { … }, cwd = … }")
+    or wrong_options(options)
   if wrong then core.argument_error(1, wrong) end
   return start(options.args, options, options.stdin or "inherit", options.stdout or "inherit",
     options.stderr or "inherit")
