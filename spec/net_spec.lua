@@ -369,6 +369,21 @@ describe("writing", function()
     assert.matches("bad argument #3", helper.raised(client.write, client, "a", {}, "b"))
   end))
 
+  it("takes a nil at the end for a token, but not for a string", connected(function()
+    local client, server = pair()
+    local function refuses(n, fn)
+      assert.truthy(helper.raised(fn):find("bad argument #" .. n .. " to 'write", 1, true))
+      assert.truthy(helper.raised(fn):find("(string expected, got nil)", 1, true))
+    end
+    refuses(1, function() client:write(nil) end)
+    refuses(1, function() client:write_async(nil) end)
+    refuses(1, function() client:write(nil, nil) end)
+    refuses(2, function() client:write("a", nil, nil) end)
+    client:write("a", nil)
+    client:write_async("b", nil):await()
+    assert.equal("ab", server:read_exactly(2))
+  end))
+
   it("suspends while the peer is slow, and goes on in order", connected(function()
     local client, server = pair()
     local total, log = 0, {}

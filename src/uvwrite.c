@@ -425,12 +425,12 @@ static struct link *queue_write(struct handle *h) { return &as_stream(h)->writer
 
 static const struct verb write_verb = {"write", look_write, NULL, wait_write, queue_write};
 
-/* write(s, …, token) */
+/* write(s, …, token): a nil after strings is a token that is not given; after nothing it is no string */
 static int write_any(lua_State *L, lua_CFunction f) {
   struct stream *s = stream_check(L);
   struct request r = {.verb = &write_verb};
   int n = lua_gettop(L);
-  if (n > 1 && (object_test(L, n, TAG_TOKEN) != NULL || lua_isnil(L, n)))
+  if (n > 1 && (object_test(L, n, TAG_TOKEN) != NULL || (n > 2 && lua_isnil(L, n))))
     n--;
   else {
     luaL_checkstack(L, 8, NULL);
