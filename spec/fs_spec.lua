@@ -65,7 +65,7 @@ describe("open", function()
       io_error("EBADF", reader.read, reader)
     end
     for _, mode in ipairs { "", "z", "rw", "rx", "r++z" } do
-      bad_argument("invalid mode", fs.open, path, mode)
+      bad_argument("invalid mode: \"r\", \"w\" or \"a\"", fs.open, path, mode)
     end
   end))
 

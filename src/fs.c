@@ -481,7 +481,10 @@ static int check_mode(lua_State *L, int i) {
       case 'b': break;
       default: known = false;
     }
-  luaL_argcheck(L, known && !(exclusive && *mode == 'r'), i, "invalid mode");
+  luaL_argcheck(
+      L, known && !(exclusive && *mode == 'r'), i,
+      "invalid mode: \"r\", \"w\" or \"a\", with \"+\" to read and write, \"x\" to create "
+      "(not with \"r\")");
   if (exclusive) flags |= O_EXCL;
   return flags | (update ? O_RDWR : *mode == 'r' ? O_RDONLY : O_WRONLY);
 }
