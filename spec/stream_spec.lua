@@ -838,7 +838,10 @@ describe("operators", function()
       assert.same({ "counter starts", "counter closed OperationCanceled true" }, log)
     end
     local log, note = recorder()
-    assert.truthy(raised(drain, counter(1, nil, note):map(function() end)):find("nil, which is not an item", 1, true))
+    local function nothing() end
+    assert.equal(("bad argument #1 to 'map' (its function (defined at %s:%d) returned nil, which is not an item: "
+      .. "filter leaves items out)"):format(debug.getinfo(1, "S").short_src, debug.getinfo(nothing, "S").linedefined),
+      raised(drain, counter(1, nil, note):map(nothing)))
     assert.truthy(raised(drain, counter(1, nil, note):flat_map(function() end)):find("'flat_map'", 1, true))
     assert.equal(4, #log)
   end))

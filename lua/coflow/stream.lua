@@ -383,6 +383,13 @@ local function through(source, step)
   end)
 end
 
+-- " (defined at FILE:LINE)" of a function
+local function place_of(fn)
+  local info = type(fn) == "function" and debug.getinfo(fn, "S")
+  if not info or info.what == "C" then return "" end
+  return (" (defined at %s:%d)"):format(info.short_src, info.linedefined)
+end
+
 ---Each item replaced by what `fn` returns for it: its first value, which must not be nil.
 ---@param fn fun(item: any, second: any): any
 ---@return coflow.Stream
@@ -395,7 +402,8 @@ function Stream:map(fn)
       if value == nil then return nil end
       local mapped = fn(value, second)
       if mapped == nil then
-        error("bad argument #1 to 'map' (its function returned nil, which is not an item)", 0)
+        error(("bad argument #1 to 'map' (its function%s returned nil, which is not an item: filter leaves items out)")
+          :format(place_of(fn)), 0)
       end
       return mapped
     end
