@@ -105,6 +105,9 @@ local policies = { fail_fast = 0, supervise = 1, first_success = 2 }
 ---rest. grace: seconds between `group:stop()` and the cancellation.
 ---@return any ...
 local function task_group(fn, options)
+  if type(fn) == "table" and core.is_callable(options) and not core.is_callable(fn) then
+    core.argument_error(1, "function expected, got table: options come second")
+  end
   core.check_function(1, fn)
   options = core.check_options(2, options, known_options)
   local limit, policy, grace = options.limit, options.policy or "fail_fast", options.grace
@@ -132,8 +135,11 @@ local race_options = { limit = true, token = true }
 ---@return any ...
 local function race(fns, options)
   if type(fns) ~= "table" then core.argument_error(1, "list of functions expected, got " .. type(fns)) end
-  options = core.check_options(2, options, race_options)
   local n = #fns
+  if n == 0 and type(options) == "table" and #options > 0 then
+    core.argument_error(1, "list of functions expected: options come second")
+  end
+  options = core.check_options(2, options, race_options)
   for i = 1, n do
     if not core.is_callable(fns[i]) then
       core.argument_error(1, ("element %d is not a function (a %s value)"):format(i, type(fns[i])))

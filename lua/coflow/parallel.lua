@@ -137,6 +137,16 @@ end
 ---@field on_progress? fun(done: integer, total: integer?) called when an item has been dealt with, on its task, in the
 ---context of the call; `total` is known for lists
 
+-- options, fn and its number; the options may be left out
+local function sort_arguments(options, fn)
+  if options == nil or not core.is_callable(options) then return options, fn, 3 end
+  if fn == nil then return nil, options, 2 end
+  if type(fn) == "table" and not core.is_callable(fn) then
+    core.argument_error(2, "table of options expected, got function: options come before the function")
+  end
+  return options, fn, 3
+end
+
 local parallel = {}
 
 ---Calls `fn(item, token)` once for each item, several at the same time, each as a task with a context of its own.
@@ -152,8 +162,8 @@ local parallel = {}
 ---@param options? coflow.ParallelOptions may be left out
 ---@param fn fun(item: any, token: coflow.CancellationToken)
 function parallel.for_each(items, options, fn)
-  local place = 3
-  if fn == nil and options ~= nil and core.is_callable(options) then options, fn, place = nil, options, 2 end
+  local place
+  options, fn, place = sort_arguments(options, fn)
   local source, total, wrong = source_of(items)
   if wrong then core.argument_error(1, wrong) end
   options = core.check_options(2, options, known_options)
@@ -169,8 +179,8 @@ end
 ---@param fn fun(item: any, token: coflow.CancellationToken): any
 ---@return { n: integer, [integer]: any } results nil for an item whose call ended canceled
 function parallel.map(items, options, fn)
-  local place = 3
-  if fn == nil and options ~= nil and core.is_callable(options) then options, fn, place = nil, options, 2 end
+  local place
+  options, fn, place = sort_arguments(options, fn)
   local source, total, wrong = source_of(items)
   if wrong then core.argument_error(1, wrong) end
   options = core.check_options(2, options, known_options)
