@@ -48,6 +48,7 @@ void loop_remove(struct runtime *rt, struct task *t) {
   struct task *before = NULL, *at = rt->ready;
   while (at != t && at != NULL) before = at, at = at->next;
   t->flags &= (uint16_t)~TASK_LINKED;
+  rt->removals++;
   if (at == NULL) return;
   *(before != NULL ? &before->next : &rt->ready) = t->next;
   if (rt->ready_last == t) rt->ready_last = before;
@@ -139,12 +140,28 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 
 /* ---- the pump ---- */
 
+/* An operation of libuv's, or a delay: whoever it wakes takes its place in the list, before those that became ready
+** after it, and runs while what the landing has touched is at hand. Runs nothing of the user's but finalizers. */
+static void land_in_place(lua_State *L, struct runtime *rt, struct task *t) {
+  struct task *last = rt->ready != NULL ? rt->ready_last : NULL;
+  unsigned removals = rt->removals;
+  land(L, rt, t);
+  if (last == NULL || rt->removals != removals || last->next == NULL) return;
+  rt->ready_last->next = rt->ready;
+  rt->ready = last->next;
+  rt->ready_last = last;
+  last->next = NULL;
+}
+
 static void run_one(lua_State *L, struct runtime *rt) {
   struct task *t = rt->ready;
   loop_unready(rt, t);
-  if (!task_is(t, KIND_FIBER))
-    land(L, rt, t);
-  else if (t->flags & TASK_ABANDONED)
+  if (!task_is(t, KIND_FIBER)) {
+    if (task_is(t, KIND_HANDLE) || task_is(t, KIND_IO) || task_is(t, KIND_DELAY))
+      land_in_place(L, rt, t);
+    else
+      land(L, rt, t);
+  } else if (t->flags & TASK_ABANDONED)
     fiber_close(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
     schedule_run(L, rt, (struct fiber *)t);
