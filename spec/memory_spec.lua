@@ -374,7 +374,6 @@ describe("a request for memory that fails", function()
       finally(function()
         fail()
         flow.run(helper.collect)
-        flow.on_unobserved_exception(nil)
       end)
       for _ = 1, 3 do flow.run(scenario) end -- what is kept for later is there then
       local step = os.getenv("COFLOW_GC_STRESS") and 13 or 1

@@ -398,7 +398,7 @@ struct runtime {
   struct scope *idle_scopes;
   int idle_scope_count;
   struct task *ready, *ready_last;
-  unsigned removals; /* from the midst of that list */
+  unsigned removals;                           /* from the midst of that list */
   struct task *landing, *landing_last, *lands; /* to land; the one that does */
   bool pumping, land_busy, stopping;
   bool resuming; /* a coroutine of ours is on top of the C stack */
