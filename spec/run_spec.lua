@@ -250,6 +250,17 @@ describe("flow.main", function()
     assert.truthy(result.err:find("in function 'error'", 1, true), result.err)
   end)
 
+  it("shows an Aggregate that is among its own errors", function()
+    local result = main([[
+      local err = flow.errors.Aggregate("round")
+      err.inner_exceptions = { err, err }
+      error(err, 0)
+    ]])
+    assert.equal(1, result.code)
+    local shown = "Aggregate: round\n  1. Aggregate: round\n  2. Aggregate: round\n"
+    assert.truthy(result.err:find(shown, 1, true), result.err)
+  end)
+
   it("passes its arguments on", function()
     local result = main("print(select('#', ...), ...)", "one", 2)
     assert.same({ 0, "2\tone\t2\n", "" }, { result.code, result.out, result.err })

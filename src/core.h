@@ -524,6 +524,9 @@ void error_attach(lua_State *L, int i,
                   int from); /* [-0, +0, -] the trace of the failed task at i */
 void error_remember(lua_State *L,
                     int i); /* [-0, +0, -] the task at i is where an error comes from */
+void error_report_caught(
+    lua_State *L); /* [-1, +0, m] the error on top, as if the running task had failed with
+                                       ** it, but that goes on: a task that has failed stands for it */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
 void error_push_root(
     lua_State *L, int i,

@@ -498,9 +498,6 @@ void error_remember(lua_State *L, int i) {
   me->flags |= TASK_TRACED;
 }
 
-/* arguments: error, task or nil */
-static const char *push_text(lua_State *L, int i);
-
 /* [-1, +1, m] the text on top goes on with the fields of the table at i, which has no metatable */
 static void add_fields(lua_State *L, int i) {
   int text = lua_gettop(L), shown = 0;
@@ -521,7 +518,27 @@ static void add_fields(lua_State *L, int i) {
   lua_concat(L, 2);
 }
 
-/* [-1, +1, m] … with the errors of the Aggregate at i, a line each */
+static int to_line(lua_State *L) {
+  lua_settop(L, 1);
+  luaL_tolstring(L, 1, NULL);
+  if (!lua_istable(L, 1)) return 1;
+  if (lua_getmetatable(L, 1))
+    lua_pop(L, 1);
+  else
+    add_fields(L, 1);
+  return 1;
+}
+
+/* [-0, +1, -] what `to` makes of the error at i, which is on top if that can be had */
+static const char *push_made(lua_State *L, int i, lua_CFunction to) {
+  i = lua_absindex(L, i);
+  lua_pushcfunction(L, to);
+  lua_pushvalue(L, i);
+  return lua_pcall(L, 1, 1, 0) == LUA_OK ? lua_tostring(L, -1)
+                                         : "(an error whose __tostring fails)";
+}
+
+/* [-1, +1, m] … with the errors of the Aggregate at i, a line each; it may be among them itself */
 static void add_inner(lua_State *L, int i) {
   int text = lua_gettop(L), list = text + 1;
   if (lua_getfield(L, i, "inner_exceptions") == LUA_TTABLE) {
@@ -529,7 +546,7 @@ static void add_inner(lua_State *L, int i) {
     if (lua_getfield(L, list, "n") == LUA_TNUMBER) n = lua_tointeger(L, -1);
     for (lua_Integer k = 1; k <= n && k <= FIELDS; k++) {
       lua_rawgeti(L, list, k);
-      const char *inner = push_text(L, -1);
+      const char *inner = push_made(L, -1, to_line);
       lua_pushfstring(L, "%s\n  %d. %s", lua_tostring(L, text), (int)k, inner);
       lua_replace(L, text);
       lua_settop(L, list);
@@ -539,14 +556,8 @@ static void add_inner(lua_State *L, int i) {
 }
 
 static int to_text(lua_State *L) {
-  lua_settop(L, 1);
-  luaL_tolstring(L, 1, NULL);
+  to_line(L);
   if (!lua_istable(L, 1)) return 1;
-  if (!lua_getmetatable(L, 1)) {
-    add_fields(L, 1);
-    return 1;
-  }
-  lua_pop(L, 1);
   lua_pushliteral(L, "name");
   lua_rawget(L, 1);
   bool many = lua_type(L, -1) == LUA_TSTRING && strcmp(lua_tostring(L, -1), "Aggregate") == 0;
@@ -555,15 +566,10 @@ static int to_text(lua_State *L) {
   return 1;
 }
 
-/* [-0, +1, -] the error at i as text, which is on top if that can be had */
-static const char *push_text(lua_State *L, int i) {
-  i = lua_absindex(L, i);
-  lua_pushcfunction(L, to_text);
-  lua_pushvalue(L, i);
-  return lua_pcall(L, 1, 1, 0) == LUA_OK ? lua_tostring(L, -1)
-                                         : "(an error whose __tostring fails)";
-}
+/* [-0, +1, -] the error at i as a person is shown it */
+static const char *push_text(lua_State *L, int i) { return push_made(L, i, to_text); }
 
+/* arguments: error, task or nil */
 static int default_handler(lua_State *L) {
   lua_settop(L, 2);
   const char *text = push_text(L, 1);
@@ -608,6 +614,23 @@ void error_report(lua_State *L, int error, int task) {
   rt->depth--;
   rt->me = me;
   lua_settop(L, top);
+}
+
+void error_report_caught(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  int error = lua_gettop(L), stand_in = error + 3;
+  task_push(L, rt->me);
+  task_push_name(L, error + 1);
+  struct task *t = task_new(L, KIND_PROMISE, sizeof *t, 2, false); /* error me name task */
+  lua_pushvalue(L, error + 2);
+  lua_setfield(L, stand_in, "name");
+  t->flags |= TASK_OBSERVED; /* it is told here */
+  lua_pushvalue(L, error);
+  task_settle_faulted(L, rt, stand_in, 0);
+  push_trace_of(L, rt->me, error);
+  attach_record(L, stand_in);
+  error_report(L, error, stand_in);
+  lua_settop(L, error - 1);
 }
 
 static int l_fault_gc(lua_State *L) {

@@ -135,6 +135,15 @@ void handle_opened(struct handle *h, uv_handle_t *uv) {
   link_append(&h->rt->handles, &h->link);
 }
 
+void handle_await(struct handle *h, bool awaited) {
+  if (awaited == h->awaited || h->uv == NULL || h->closing) return;
+  h->awaited = awaited;
+  if (awaited)
+    uv_ref(h->uv);
+  else
+    uv_unref(h->uv);
+}
+
 void handle_news(struct handle *h) {
   if (!h->rt->closed) loop_ready(h->rt, &h->task);
 }

@@ -98,6 +98,7 @@ struct handle {
   bool pinned;      /* it is to be, though nobody uses it yet */
   bool closing;     /* uv_close has been called */
   bool disposed;    /* the script has closed it */
+  bool awaited;     /* it keeps the loop alive */
 };
 enum look {
   LOOK_VALUE, /* the value is on top, and is taken by `take` */
@@ -127,7 +128,8 @@ void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No 
 void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
 void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
 void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
-void handle_news(struct handle *h);                    /* it will land. No Lua. */
+void handle_await(struct handle *h, bool awaited); /* whether it keeps the loop alive. No Lua. */
+void handle_news(struct handle *h);                /* it will land. No Lua. */
 void handle_land(lua_State *L, int i);
 int64_t handle_left(struct handle *h); /* a waiter has given up: a number for it, or -1. No Lua. */
 void handle_tell_written(

@@ -34,7 +34,7 @@ struct listener {
   ino_t number;
   int status;     /* of the poll: an error, or 0 */
   bool connected; /* the stream in LISTENER_STREAM is; else it is a blank one, or nil */
-  bool polling, awaited;
+  bool polling;
   uint8_t kind;
   uv_poll_t poll;
 };
@@ -74,13 +74,7 @@ static bool changed(struct handle *h) {
         now.st_ino == l->number)
       unlink(l->path);
   }
-  if (awaited != l->awaited && h->uv != NULL && !h->closing) {
-    l->awaited = awaited;
-    if (awaited)
-      uv_ref(h->uv);
-    else
-      uv_unref(h->uv);
-  }
+  handle_await(h, awaited);
   return awaited;
 }
 

@@ -33,8 +33,8 @@
 enum { SLICE = 256, LOOK = 16, IN_PLACE = 256 };
 #define SLICE_SECONDS 0.001
 #define TRIM_SECONDS 1.0
-#define CLOSE_SECONDS                                                                              \
-  2.0 /* to send what was written, and again for threads to let go, when a state closes */
+/* to send what was written, and again for threads to let go, when a state closes */
+#define CLOSE_SECONDS 2.0
 
 /* ---- time ---- */
 

@@ -2,7 +2,7 @@
 ** module.c - luaopen_coflow_core, and what every other file needs to define classes.
 **
 ** The module's state is one userdata, the runtime, at a registry key with a static address; there
-** are no C globals, so any number of Lua states may each open the module. Every function is a
+** are no C globals (but for what is the process's own), so any number of Lua states may each open the module. Every function is a
 ** closure over the runtime and the anchors (core.h), which makes both one instruction away.
 **
 ** A class is a metatable whose __index function looks into the table of its methods and properties.

@@ -235,26 +235,10 @@ static int l_name_after(lua_State *L) {
   return 0;
 }
 
-/* report_failure(error): to the handler of unobserved exceptions, as if the running task had failed with it, but that
-** goes on. So a task stands for it that has failed: with its name, and what it has recorded of the error. */
+/* report_failure(error): to the handler of unobserved exceptions, while the running task goes on */
 static int l_report_failure(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  struct task *me = rt->me;
   lua_settop(L, 1);
-  task_push(L, me);
-  task_push_name(L, 2);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* error me name task */
-  struct task *t = (struct task *)lua_touserdata(L, 4);
-  lua_pushvalue(L, 3);
-  lua_setfield(L, 4, "name");
-  t->slot = me->slot; /* where the record is */
-  t->flags |= me->flags & TASK_TRACED;
-  lua_pushvalue(L, 1);
-  task_settle_faulted(L, rt, 4, 0);
-  t->slot = 0;
-  t->flags &= (uint16_t)~TASK_TRACED;
-  t->flags |= TASK_OBSERVED;
-  error_report(L, 1, 4);
+  error_report_caught(L);
   return 0;
 }
 

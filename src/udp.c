@@ -108,13 +108,7 @@ static bool changed(struct handle *h) {
     handle_close(h);
     close_fd(u); /* libuv has let go of it */
   }
-  if (awaited != u->awaited && h->uv != NULL && !h->closing) {
-    u->awaited = awaited;
-    if (awaited)
-      uv_ref(h->uv);
-    else
-      uv_unref(h->uv);
-  }
+  handle_await(h, awaited);
   return awaited;
 }
 

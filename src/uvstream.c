@@ -37,13 +37,7 @@ static bool changed(struct handle *h) {
     if (!reads && s->reading) read_stop(s);
     awaited = reads || s->flying;
   }
-  if (awaited != s->awaited && h->uv != NULL && !h->closing) {
-    s->awaited = awaited;
-    if (awaited)
-      uv_ref(h->uv);
-    else
-      uv_unref(h->uv);
-  }
+  handle_await(h, awaited);
   return reads || waiter_any(&s->writers) || waiter_any(&s->flushers) || waiter_any(&s->closers) ||
          s->flying || s->done != NULL;
 }

@@ -37,7 +37,7 @@ struct stream {
   } part;          /* follows what is in `in` */
   int read_status; /* the end, or the error, that comes after these */
   uint32_t epoch;  /* changes whenever bytes are taken, or who waits changes */
-  bool reading, awaited;
+  bool reading;
   /* writing */
   bool flying;                       /* libuv, or a thread, … */
   size_t flight;                     /* … has so many bytes in hands, the first of the queue */
