@@ -571,6 +571,22 @@ describe("the coroutine of a task that has ended", function()
     assert.equal(1, flow.await(flow.spawn(function() return 1 end)))
   end))
 
+  it("starts no other task either in a program that does nothing else of the kind", function()
+    assert.equal("true waiting_to_run 1 3\n", helper.output [[
+      local flow = require "coflow"
+      local kept
+      flow.run(function()
+        flow.spawn(function() kept = coroutine.running() end):await()
+        local task = flow.spawn(function(...) return ... end, 1, 2, 3)
+        local ok = coroutine.resume(kept, "stranger", 2)
+        coroutine.resume(kept)
+        local status = task.status
+        local a, _, c = task:await()
+        print(("%s %s %s %s"):format(ok, status, a, c))
+      end)
+    ]])
+  end)
+
   it("starts no other task when it is resumed", helper.in_task(function()
     keep()
     local n = 0

@@ -272,7 +272,11 @@ static int stranger_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 /* on top of a coroutine that is about to start: somebody else has resumed it */
-static int stranger(lua_State *L) { return lua_yieldk(L, 0, 0, stranger_k); }
+static int stranger(lua_State *L) {
+  runtime(L)->meddled = true;
+  lua_settop(L, 0);
+  return lua_yieldk(L, 0, 0, stranger_k);
+}
 
 /* [-0, +1, m] as object_new does it, but that the compiler knows the size */
 static inline struct fiber *blank(lua_State *L) {

@@ -41,7 +41,7 @@ struct udp {
   int events;    /* polled for */
   int status;    /* why it cannot be */
   bool writable; /* for the first one of the senders */
-  bool awaited, only_ipv6;
+  bool only_ipv6;
   uint32_t serial;
   char *data; /* of BUFFER bytes, or as many as the datagram has */
   size_t size;
