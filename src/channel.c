@@ -563,7 +563,7 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
     }
   }
   if (deaf) me->task.flags |= TASK_DEAF;
-  return waiter_wait(L, me, queue_of(c, what), HUGE_VAL, what, wait_k);
+  return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, what, wait_k);
 }
 
 /* raises if the token at k, or the ambient one, is canceled */
@@ -631,7 +631,7 @@ static int l_read(lua_State *L) {
   }
   if (!can_wait(L, c, rt)) return direct(L, ASK_READ, 2, l_read);
   lua_pushnil(L);
-  return waiter_wait(L, (struct fiber *)rt->me, &c->readers, HUGE_VAL, ASK_READ, wait_k);
+  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->readers, HUGE_VAL, ASK_READ, wait_k);
 }
 
 static int l_write(lua_State *L) {
@@ -664,7 +664,7 @@ static int l_write(lua_State *L) {
   }
   if (c->count < c->capacity || c->mode != MODE_WAIT || !can_wait(L, c, rt))
     return direct(L, ASK_WRITE, 3, l_write);
-  return waiter_wait(L, (struct fiber *)rt->me, &c->writers, HUGE_VAL, ASK_WRITE, wait_k);
+  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->writers, HUGE_VAL, ASK_WRITE, wait_k);
 }
 
 static int l_wait_to_read(lua_State *L) { return direct(L, ASK_CAN_READ, 2, l_wait_to_read); }

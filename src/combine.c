@@ -179,7 +179,8 @@ static void watch_inputs(lua_State *L, struct combine *c) {
     lua_rawgeti(L, inputs, (lua_Integer)k + 1);
     struct task *t = (struct task *)lua_touserdata(L, -1);
     if (t->waiters == NULL && !task_done(t) && !fiber_is_lost(t)) {
-      wait_first(L, inputs + 1, t, &c->waits[k], 1, WAIT_INPUT + k);
+      lua_pushvalue(L, 1);
+      wait_first(L, inputs + 1, t, &c->waits[k], WAIT_INPUT + k);
       c->left++;
     } else if (wait_add(L, inputs + 1, &c->waits[k], 1, WAIT_INPUT + k))
       c->left++;
@@ -668,7 +669,8 @@ static bool watch_plain(lua_State *L, struct combine *c, uint32_t k, int i) {
   if (c->fired) return true;
   struct wait *w = &c->waits[k];
   if (t->waiters == NULL) {
-    wait_first(L, i, t, w, 1, WAIT_INPUT + k);
+    lua_pushvalue(L, 1);
+    wait_first(L, i, t, w, WAIT_INPUT + k);
     if (c->large && t->mark == c->mark) {
       t->keeps = 1;
       c->kept++;
@@ -789,12 +791,11 @@ static int await_several(lua_State *L, int kind, lua_KFunction k, lua_CFunction 
     leave(L, rt, c);
     return scope_throw(L, s);
   }
-  task_push(L, &me->task);
-  wait_first(L, 1, &c->task, &me->u.wait, lua_gettop(L), WAIT_FIBER);
+  bool held = fiber_push_me(L, rt, me);
+  wait_first(L, 1, &c->task, &me->u.wait, WAIT_FIBER);
   me->task.state = TASK_WAITING;
-  if (!s->armed) task_release(L, &me->task);
-  lua_settop(L, -2);
-  return fiber_suspend(L, me, 0, k);
+  fiber_park(L, me, s->armed, held);
+  return fiber_suspend(L, rt, me, 0, k);
 }
 
 /* false: somebody else has resumed the coroutine; raises when its scope has. In either case nothing is known

@@ -355,7 +355,6 @@ enum runtime_uservalue {
   RUNTIME_NONE,        /* CancellationToken.none */
   RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
-  RUNTIME_STRANGER,    /* called when somebody else resumes one that is about to start */
   RUNTIME_FIBER_TRACE, /* the message handler around their functions */
   RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
                   ** made in a scope (periodic.c) */
@@ -403,13 +402,15 @@ struct runtime {
   bool pumping, land_busy, stopping;
   bool resuming; /* a coroutine of ours is on top of the C stack */
   bool closed;
-  int signaled;           /* set by the signal callback, read by the pump */
-  struct fiber *starting; /* about to enter its body */
-  struct fiber *handoff;  /* to be run at once by whoever runs the one that yields now */
-  int hot;                /* of these, hot starts: their callers go on as soon as they suspend */
-  int depth;              /* fibers nested on the C stack */
-  struct level *level;    /* the innermost coroutine of ours that is resumed now */
-  int inlined; /* how many more awaits may run their task in place before the pump polls */
+  int signaled;               /* set by the signal callback, read by the pump */
+  const struct fiber *newest; /* the one started last: until it suspends, it lies … */
+  lua_State *newest_on;       /* … on this stack, … */
+  int newest_at;              /* … there */
+  struct fiber *handoff;      /* to be run at once by whoever runs the one that yields now */
+  int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
+  int depth;           /* fibers nested on the C stack */
+  struct level *level; /* the innermost coroutine of ours that is resumed now */
+  int inlined;         /* how many more awaits may run their task in place before the pump polls */
 
   bool
       meddled; /* somebody has resumed or closed a coroutine that is idle or another task's: look at each */
@@ -563,10 +564,8 @@ void task_weaken(lua_State *L,
                  int i); /* [-0, +0, m] the operation at i may die while it is parked */
 void task_forget_weak(lua_State *L,
                       const void *p); /* [-0, +0, -] the address p means nothing now */
-/* The only waiter of the pending task t at `on`, by absolute indices. [-0, +0, -] */
-static inline void wait_first(lua_State *L, int on, struct task *t, struct wait *w, int owner,
-                              uint32_t role) {
-  lua_pushvalue(L, owner);
+/* [-1, +0, -] the waiter on top is the only one of the pending task t at `on`, an absolute index */
+static inline void wait_first(lua_State *L, int on, struct task *t, struct wait *w, uint32_t role) {
   lua_setiuservalue(L, on, TASK_WAITERS);
   w->next = w->prev = t->waiters = w;
   w->on = t;
@@ -616,8 +615,13 @@ bool fiber_reuse(
     lua_State *L,
     int i); /* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
-int fiber_run_hot(lua_State *L, struct fiber *f,
-                  lua_KFunction k); /* at once, up to its first suspension; k ends the caller */
+void fiber_run_at(lua_State *L, struct runtime *rt, struct fiber *f,
+                  int i); /* [-0, +0, -] … the one that lies at i, an absolute index */
+void fiber_start(lua_State *L, struct runtime *rt,
+                 struct fiber *f); /* [-0, +0, -] … one that lies on its coroutine only */
+int fiber_run_hot(
+    lua_State *L, int i, struct fiber *f,
+    lua_KFunction k); /* the one at i, at once, up to its first suspension; k ends the caller */
 void fiber_wake(lua_State *L, struct runtime *rt, int i,
                 struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
 void fiber_fail(lua_State *L, struct runtime *rt,
@@ -656,21 +660,45 @@ static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   return f->co == L && lua_isyieldable(L) ? f : fiber_not_here(L, rt);
 }
 int fiber_outside(lua_State *L, lua_CFunction f); /* runs the operation f as a root task */
-/* A suspended coroutine is anybody's, who may even close it: from now on the task is held itself. */
-static inline int fiber_suspend(lua_State *L, struct fiber *f, lua_KContext ctx, lua_KFunction k) {
-  f->task.flags |= TASK_PARKED;
-  if (!(f->task.flags & TASK_HELD)) {
+/* A suspended coroutine is anybody's, who may even close it: from the first suspension on the slot holds the task,
+** and the task the coroutine; until then it was the other way round. */
+void fiber_push_new(lua_State *L, struct runtime *rt,
+                    struct fiber *f); /* [-0, +1, -] f, which holds its coroutine from now on */
+/* [-0, +1, -] the running task, which is to park; returns whether its slot holds it, for fiber_park */
+static inline bool fiber_push_me(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (f->task.flags & TASK_HELD) {
+    if (lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA) return true;
+    lua_pop(L, 1);
+  }
+  fiber_push_new(L, rt, f);
+  return false;
+}
+/* [-0, +0, -] it parks: its slot is to hold it, or to know its address only */
+static inline void fiber_park(lua_State *L, struct fiber *f, bool hold, bool held) {
+  if (!hold) {
+    lua_pushlightuserdata(L, f);
+    lua_rawseti(L, UP_ANCHORS, f->task.slot);
+  } else if (!held) {
     task_push(L, &f->task);
     lua_pop(L, 1);
   }
+}
+static inline int fiber_suspend(lua_State *L, struct runtime *rt, struct fiber *f, lua_KContext ctx,
+                                lua_KFunction k) {
+  f->task.flags |= TASK_PARKED;
+  if (!(f->task.flags & TASK_HELD)) {
+    fiber_push_new(L, rt, f);
+    lua_rawseti(L, UP_ANCHORS, f->task.slot);
+  }
   return lua_yieldk(L, 0, ctx, k);
 }
-/* [-0, +0, -] f parks: held no more, unless its scope or the token that it was given (or NULL) is armed */
-static inline void fiber_let_go(lua_State *L, struct fiber *f, struct token *k) {
+/* [-0, +0, -] f naps: held no more, unless its scope or the token that it was given (or NULL) is armed */
+static inline void fiber_let_go(lua_State *L, struct runtime *rt, struct fiber *f,
+                                struct token *k) {
   if (f->member.scope->armed || (k != NULL && token_armed(k))) return;
-  task_push(L, &f->task);
-  task_release(L, &f->task);
+  fiber_push_me(L, rt, f);
   lua_pop(L, 1);
+  fiber_park(L, f, false, false);
 }
 /* [-0, +0, e] in a continuation: raises when it was its scope that has resumed the running task */
 static inline void fiber_resumed(lua_State *L, struct runtime *rt) {

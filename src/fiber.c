@@ -1,17 +1,18 @@
 /*
 ** fiber.c - tasks whose body is a Lua function: their coroutines, how they start and run.
 **
-** A fiber runs in a coroutine of its own. Coroutines are reused: an idle one has a fixed bottom
+** A fiber runs in a coroutine of its own. Coroutines are reused: each has the watch at its bottom (fiber_abandon.c)
+** and runs fiber_main, which never returns. Idle, it has yielded with
 **
-**     [watch] [stranger] [fiber_trace] [fiber_main]
+**     [handler]                                               on its stack, and a new fiber puts
+**     [handler] [task] [fn] [arguments] [fn] [argument] …     there: its function once more, to be named after, and
+**                                                             how many arguments there are.
 **
-** on which a new fiber puts the call  fiber_main(task, fn, trace, fn, arguments …). The body runs
-** under a protected call *inside* the coroutine, so that `<close>` variables run, and may await,
-** while an error unwinds; a coroutine that an error did leave is not used again.
+** The body runs under a protected call *inside* the coroutine, so that `<close>` variables run, and may await,
+** while an error unwinds; then fiber_main yields again. A coroutine that an error did leave is not used again.
 **
-** Whoever has kept the coroutine of a task that has ended may resume or close it when it is idle, or another
-** task's. What would be called then is on top: of an idle one fiber_main, which refuses, of one that is about to
-** start *stranger*, which yields until the start is ours. Closing is noticed by the watch (fiber_abandon.c).
+** Whoever has kept the coroutine of a task that has ended may resume it when it is idle, which kills it, or when
+** it is another task's that has not started: it yields again. Closing it is noticed by the watch.
 **
 ** Starting. spawn queues; an async function starts hot: its fiber runs on top of the caller, up to
 ** its first suspension. C calls nest at most FIBER_MAX_DEPTH deep that way. Beyond, the caller yields with
@@ -24,9 +25,14 @@
 
 #include <string.h>
 
-enum { BOTTOM = 4, HARD_DEPTH = 50, MIN_IDLE = 64 };
-enum { BOTTOM_STRANGER = 2, BOTTOM_TRACE, BOTTOM_MAIN };
-enum { BODY_TASK = 1, BODY_LABEL, BODY_TRACE, BODY_RESULTS }; /* arguments of fiber_main */
+enum { HARD_DEPTH = 50, MIN_IDLE = 64 };
+enum {
+  BODY_HANDLER = 1,
+  BODY_TASK,
+  BODY_LABEL,
+  BODY_COUNT,
+  BODY_RESULTS
+}; /* on the stack of fiber_main */
 
 /* ---- coroutines ---- */
 
@@ -53,17 +59,18 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_setmetatable(L, -2);
   lua_pushvalue(L, -2);
   lua_setiuservalue(L, -2, FIBER_WATCHED);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STRANGER);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
-  lua_xmove(L, co, BOTTOM);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  lua_xmove(L, co, 3);
   lua_toclose(co, 1);
+  int results;
+  if (lua_resume(co, L, 1, &results) != LUA_YIELD) luaL_error(L, "not enough memory");
   int slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
   rt->idle[rt->idle_count++] = (struct idle){co, slot};
 }
 
 /* false when somebody who kept the coroutine of a task has resumed or closed it since */
-static bool is_idle(lua_State *co) { return lua_gettop(co) == BOTTOM && lua_status(co) == LUA_OK; }
+static bool is_idle(lua_State *co) { return lua_status(co) == LUA_YIELD; }
 
 /* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
@@ -99,38 +106,39 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
     lua_pushnil(L);
     return;
   }
-  if (co != L &&
-      !lua_getstack(co, 0, &ar)) { /* not started, or it could not: it lies below the call */
-    if (lua_gettop(co) <= BOTTOM)
-      lua_pushnil(co);
+  while (lua_getstack(co, high, &ar)) low = high, high *= 2;
+  int middle = high - 1;
+  for (; high - low > 1; middle = low + (high - low) / 2) { /* the outermost level lies between */
+    if (lua_getstack(co, middle, &ar))
+      low = middle;
     else
-      lua_pushvalue(co, BOTTOM + 1 + n);
-  } else {
-    while (lua_getstack(co, high, &ar)) low = high, high *= 2;
-    int middle = high - 1;
-    for (; high - low > 1; middle = low + (high - low) / 2) { /* the outermost level lies between */
-      if (lua_getstack(co, middle, &ar))
-        low = middle;
-      else
-        high = middle;
-    }
-    /* `ar` is of the last level that was found, which is low: nothing was found above it since */
-    if (low < 0 || lua_getlocal(co, &ar, n) == NULL) lua_pushnil(co);
+      high = middle;
   }
+  /* `ar` is of the last level that was found, which is low: nothing was found above it since */
+  if (low < 0 || lua_getlocal(co, &ar, n) == NULL) lua_pushnil(co);
   if (co != L) lua_xmove(co, L, 1);
 }
 
 void fiber_push(lua_State *L, lua_State *co) { push_argument(L, co, BODY_TASK); }
+
+void fiber_push_new(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (rt->newest == f && rt->me == &f->task) {
+    lua_pushvalue(rt->newest_on, rt->newest_at);
+    if (rt->newest_on != L) lua_xmove(rt->newest_on, L, 1);
+  } else
+    push_argument(L, f->co, BODY_TASK);
+  fiber_hold(L, -1, f);
+}
 
 bool fiber_push_awaited(lua_State *L, struct fiber *f) {
   bool started = f->task.flags & TASK_STARTED; /* else a continuation: it is the last argument */
   lua_State *co = f->co;
   if (started && co != NULL) /* it stands where the innermost coroutine does */
     for (lua_State *inner; (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
-  if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BOTTOM))
+  if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BODY_RESULTS))
     lua_pushnil(L);
   else {
-    lua_pushvalue(co, started ? 1 : -2);
+    lua_pushvalue(co, started ? 1 : -1);
     if (co != L) lua_xmove(co, L, 1);
   }
   if (lua_touserdata(L, -1) == (void *)f->u.wait.on) return true;
@@ -197,7 +205,7 @@ static void label(lua_State *L, struct task *t) {
 
 void fiber_name(lua_State *L, struct fiber *f) {
   lua_xmove(L, f->co, 1);
-  lua_replace(f->co, BOTTOM + 1 + BODY_LABEL);
+  lua_replace(f->co, BODY_LABEL);
 }
 
 void fiber_label(lua_State *L, int i) {
@@ -231,52 +239,48 @@ static void keep_name(lua_State *L, struct task *t) {
 
 /* ---- the body ---- */
 
+static int start_k(lua_State *L, int status, lua_KContext ctx);
+
 static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status) {
   if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, status <= LUA_YIELD);
   if (status <= LUA_YIELD)
-    task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_TRACE);
+    task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_COUNT);
   else
     task_settle_error(L, rt, BODY_TASK, 0);
   keep_name(L, &f->task);
   scope_end_task(L, rt, f);
-  return 0;
+  lua_settop(L, BODY_HANDLER);
+  return lua_yieldk(L, 0, 0, start_k);
 }
 
 static int main_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
-  struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
   (void)ctx;
-  if (task_done(&f->task)) return 0;
-  return finish(L, rt, f, status);
+  return finish(L, runtime(L), (struct fiber *)lua_touserdata(L, BODY_TASK), status);
 }
 
-/* fiber_main(task, fn, trace, fn, arguments …) */
-static int fiber_main(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  struct fiber *f = rt->starting;
-  if (f == NULL || f->co != L) {
-    runtime(L)->meddled = true;
-    lua_pushliteral(L, "cannot resume dead coroutine");
-    return lua_error(L);
+/* somebody else has resumed the coroutine, which waits for a task, or for the start of one */
+static int refuse(lua_State *L, struct runtime *rt) {
+  struct fiber *f = (struct fiber *)object_test(L, BODY_TASK, TAG_TASK);
+  if (f != NULL && task_is(&f->task, KIND_FIBER) && f->co == L) {
+    lua_settop(L, BODY_RESULTS + (int)lua_tointeger(L, BODY_COUNT));
+    return lua_yieldk(L, 0, 0, start_k);
   }
-  rt->starting = NULL;
-  int status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_TRACE, 0, main_k);
+  rt->meddled = true;
+  lua_pushliteral(L, "cannot resume dead coroutine");
+  return lua_error(L);
+}
+
+static int start_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = runtime(L);
+  struct fiber *f = (struct fiber *)rt->me;
+  (void)ctx;
+  if (f->co != L) return refuse(L, rt);
+  status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_HANDLER, 0, main_k);
   return finish(L, rt, f, status);
 }
 
-static int stranger(lua_State *L);
-static int stranger_k(lua_State *L, int status, lua_KContext ctx) {
-  const struct fiber *f = runtime(L)->starting;
-  (void)status, (void)ctx;
-  return f != NULL && f->co == L ? 0 : stranger(L);
-}
-
-/* on top of a coroutine that is about to start: somebody else has resumed it */
-static int stranger(lua_State *L) {
-  runtime(L)->meddled = true;
-  lua_settop(L, 0);
-  return lua_yieldk(L, 0, 0, stranger_k);
-}
+/* fiber_main(handler): the life of a coroutine */
+static int fiber_main(lua_State *L) { return lua_yieldk(L, 0, 0, start_k); }
 
 /* [-0, +1, m] as object_new does it, but that the compiler knows the size */
 static inline struct fiber *blank(lua_State *L) {
@@ -323,13 +327,11 @@ static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *
   if (rt->me->flags & TASK_HAS_CONTEXT) context_inherit(L, -1, &f->task, rt->me);
   int first = -arguments - 2;
   lua_insert(L, first); /* task fn arguments */
-  lua_pushvalue(co, BOTTOM_MAIN);
   lua_pushvalue(L, first);
   lua_pushvalue(L, first); /* fn: it has moved up by one */
   lua_xmove(L, co, 2);
-  lua_pushvalue(co, BOTTOM_TRACE);
+  lua_pushinteger(co, arguments);
   lua_xmove(L, co, arguments + 1);
-  lua_pushvalue(co, BOTTOM_STRANGER);
   return f;
 }
 
@@ -427,17 +429,17 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
   lua_remove(L, -2);
 }
 
-/* the call of fiber_main is on top of its coroutine: the number of arguments */
-static int ready_to_start(lua_State *L, struct runtime *rt, struct fiber *f) {
+/* [-0, +0, -] f has ended, and given its coroutine back */
+static void retire(lua_State *L, struct runtime *rt, struct fiber *f) {
+  bool planned = f->task.traits & TRAIT_SCHEDULED;
+  if (planned) task_push(L, &f->task);
   lua_State *co = f->co;
-  int top = lua_gettop(co), results;
-  rt->starting = f;
-  if (rt->meddled && lua_status(co) != LUA_OK) { /* somebody has resumed it: stranger returns now */
-    lua_resume(co, L, 0, &results);
-    return lua_gettop(co) - BOTTOM - 1;
-  }
-  lua_settop(co, top - 1);
-  return top - BOTTOM - 2;
+  int slot = f->task.slot;
+  clear_trace(L, f);
+  f->co = NULL;
+  f->task.slot = 0;
+  recycle(L, rt, co, slot, f->task.flags & TASK_HELD);
+  if (planned) schedule_end(L, rt); /* only now: nothing held its coroutine before */
 }
 
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
@@ -447,11 +449,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   int results;
   rt->depth++;
   for (;;) {
-    int arguments = 0;
-    if (!(f->task.flags & TASK_STARTED)) {
-      arguments = ready_to_start(L, rt, f);
-    } else if (task_done(
-                   &f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
+    if (task_done(&f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
       clear_trace(L, f);
       fiber_drop_coroutine(L, rt, f);
       goto stopped;
@@ -461,7 +459,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     rt->me = &f->task;
     context_switched(L, rt, &f->task);
     rt->resuming = true;
-    int status = lua_resume(f->co, L, arguments, &results);
+    int status = lua_resume(f->co, L, 0, &results);
     rt->resuming = resuming;
     switch (status) {
       case LUA_YIELD:
@@ -471,26 +469,18 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
           rt->hot++;
           f = rt->handoff;
           rt->handoff = NULL;
+          rt->newest = NULL; /* it lies nowhere */
           continue;
         }
-        if (!(f->task.flags & TASK_PARKED)) {
-          lua_pop(f->co, results);
-          push_stray_yield(L, f);
-          fiber_fail(L, rt, f);
+        if (f->task.flags & TASK_PARKED) break;
+        if (task_done(&f->task)) {
+          retire(L, rt, f);
+          break;
         }
+        lua_pop(f->co, results);
+        push_stray_yield(L, f);
+        fiber_fail(L, rt, f);
         break;
-      case LUA_OK: {
-        if (f->task.traits & TRAIT_SCHEDULED) task_push(L, &f->task);
-        lua_State *co = f->co;
-        int slot = f->task.slot;
-        clear_trace(L, f);
-        f->co = NULL;
-        f->task.slot = 0;
-        recycle(L, rt, co, slot, f->task.flags & TASK_HELD);
-        if (f->task.traits & TRAIT_SCHEDULED)
-          schedule_end(L, rt); /* only now: nothing held its coroutine before */
-        break;
-      }
       default: lua_xmove(f->co, L, 1); fiber_fail(L, rt, f);
     }
   stopped:
@@ -502,6 +492,20 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->depth--;
   rt->me = before;
   if (before != rt->outside) context_switched(L, rt, before);
+}
+
+void fiber_run_at(lua_State *L, struct runtime *rt, struct fiber *f, int i) {
+  rt->newest = f;
+  rt->newest_on = L;
+  rt->newest_at = i;
+  fiber_run(L, rt, f);
+}
+
+void fiber_start(lua_State *L, struct runtime *rt, struct fiber *f) {
+  lua_pushvalue(f->co, BODY_TASK);
+  lua_xmove(f->co, L, 1);
+  fiber_run_at(L, rt, f, lua_gettop(L));
+  lua_pop(L, 1);
 }
 
 void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
@@ -532,17 +536,17 @@ static int hot_k(lua_State *L, int status, lua_KContext ctx) {
   return 1;
 }
 
-int fiber_run_hot(lua_State *L, struct fiber *f, lua_KFunction k) {
+int fiber_run_hot(lua_State *L, int i, struct fiber *f, lua_KFunction k) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
   bool handoff = rt->depth >= FIBER_MAX_DEPTH && fiber_can_suspend(L, rt);
   if (handoff) {
     rt->handoff = f;
-    return fiber_suspend(L, me, 0, k);
+    return fiber_suspend(L, rt, me, 0, k);
   }
   if (rt->depth < HARD_DEPTH) {
     rt->hot++;
-    fiber_run(L, rt, f);
+    fiber_run_at(L, rt, f, i);
     rt->hot--;
   } else { /* a recursion through C: it starts on a later turn */
     f->task.state = TASK_QUEUED;
@@ -559,7 +563,7 @@ static int async_call(lua_State *L) {
   lua_insert(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   if (rt->me->traits & TRAIT_PLAN) schedule_inherit(L, rt, 1);
-  return fiber_run_hot(L, f, hot_k);
+  return fiber_run_hot(L, 1, f, hot_k);
 }
 
 static int l_async(lua_State *L) {
@@ -620,7 +624,7 @@ static int l_run_synchronously(lua_State *L) {
     schedule_inherit(L, rt, 1);
   lua_settop(L, 1);
   task_hold(L, 1, &f->task);
-  return fiber_run_hot(L, f, hot_k);
+  return fiber_run_hot(L, 1, f, hot_k);
 }
 
 static int l_current_task(lua_State *L) {
@@ -647,8 +651,6 @@ void fiber_open(lua_State *L) {
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
   module_push_function(L, error_handler);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
-  module_push_function(L, stranger);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_STRANGER);
   if (rt->outside != NULL) return;
   struct fiber *outside =
       (struct fiber *)task_new(L, KIND_FIBER, sizeof *outside, TASK_CONTEXT, false);

@@ -132,7 +132,7 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   on->waiters = w;
   w->on = on;
   me->task.state = TASK_WAITING;
-  fiber_run(L, rt, (struct fiber *)on);
+  fiber_run_at(L, rt, (struct fiber *)on, 1);
   if (w->on != NULL) { /* it has suspended, and so do we: from here we are held by it */
     wait_remove(L, 1, w);
     return false;
@@ -157,20 +157,24 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
   if (can_run_in_place(rt, me, on)) {
     if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
     if (me->flags & TASK_LINKED) /* interrupted by the other one */
-      return fiber_suspend(L, f, (lua_KContext)on, k);
+      return fiber_suspend(L, rt, f, (lua_KContext)on, k);
     if (task_done(on)) { /* others became ready meanwhile, and come first */
       me->state = TASK_QUEUED;
       loop_ready(rt, me);
-      return fiber_suspend(L, f, (lua_KContext)on, k);
+      return fiber_suspend(L, rt, f, (lua_KContext)on, k);
     }
   }
-  task_push(L, me);
-  bool waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
-  lua_settop(L, -2);
+  bool held = fiber_push_me(L, rt, f), waits = true;
+  if (on->waiters == NULL)
+    wait_first(L, 1, on, &f->u.wait, WAIT_FIBER);
+  else {
+    waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
+    lua_pop(L, 1);
+  }
   if (!waits) return k(L, LUA_OK, (lua_KContext)on);
   me->state = TASK_WAITING;
-  fiber_let_go(L, f, NULL);
-  return fiber_suspend(L, f, (lua_KContext)on, k);
+  fiber_park(L, f, f->member.scope->armed, held);
+  return fiber_suspend(L, rt, f, (lua_KContext)on, k);
 }
 
 /* ---- Lua face ---- */
@@ -213,7 +217,7 @@ static int l_continuation(lua_State *L) {
   if (wait_add(L, 6, &f->u.wait, 7, WAIT_FIBER)) {
     f->task.state = TASK_WAITING;
     fiber_hold(L, 7, f);
-    fiber_let_go(L, f, NULL);
+    if (!f->member.scope->armed) task_release(L, &f->task);
   } else {
     f->task.state = TASK_QUEUED;
     loop_ready(rt, &f->task);
@@ -323,7 +327,7 @@ static int l_yield(lua_State *L) {
   if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
   me->task.state = TASK_QUEUED;
   loop_ready(rt, &me->task);
-  return fiber_suspend(L, me, 0, L == me->co ? NULL : yield_k); /* returns nothing */
+  return fiber_suspend(L, rt, me, 0, L == me->co ? NULL : yield_k); /* returns nothing */
 }
 
 static int pcall_k(lua_State *L, int status, lua_KContext ctx) {

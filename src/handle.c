@@ -246,7 +246,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 int handle_wait(lua_State *L, struct fiber *me, struct link *q) {
-  return waiter_wait(L, me, q, HUGE_VAL, 0, wait_k);
+  return waiter_wait(L, runtime(L), me, q, HUGE_VAL, 0, wait_k);
 }
 
 int64_t handle_left(struct handle *h) { return h->class->left != NULL ? h->class->left(h) : -1; }

@@ -165,8 +165,10 @@ static void run_one(lua_State *L, struct runtime *rt) {
     fiber_close(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
     schedule_run(L, rt, (struct fiber *)t);
-  else
+  else if (t->flags & TASK_STARTED)
     fiber_run(L, rt, (struct fiber *)t);
+  else
+    fiber_start(L, rt, (struct fiber *)t);
 }
 
 static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {

@@ -226,7 +226,7 @@ static void start(lua_State *L, struct runtime *rt, int i, uint32_t index, bool 
   f->task.label = LABEL_NOBODY;
   if (rt->births != NULL) testing_started(L, rt, index, f->task.slot);
   f->task.state = TASK_QUEUED;
-  fiber_run(L, rt, f);
+  fiber_run_at(L, rt, f, task);
   bool again = fiber_reuse(L, task);
   if (again == spare) return;
   if (again)
@@ -480,7 +480,7 @@ static int l_wait(lua_State *L) {
   task_push(L, &me->task);
   set_waiter(L, p, (struct pending *)(void *)me);
   lua_pop(L, 1);
-  return fiber_suspend(L, me, 0, wait_k);
+  return fiber_suspend(L, rt, me, 0, wait_k);
 }
 
 void periodic_wait_land(lua_State *L, int i) {

@@ -274,7 +274,7 @@ static int executed_k(lua_State *L, int status, lua_KContext ctx) {
 /* runs the fiber at i at once, up to its next suspension; k ends the caller */
 static int execute(lua_State *L, int i, struct fiber *f, lua_KFunction k) {
   take_back(L, i, &f->task);
-  return fiber_run_hot(L, f, k);
+  return fiber_run_hot(L, i, f, k);
 }
 
 static int posted_k(lua_State *L, int status, lua_KContext ctx) {
@@ -559,7 +559,7 @@ static int l_launch(lua_State *L) {
   if (waits) {
     task_hold(L, 1, &f->task);
     f->task.traits &= (uint8_t)~TRAIT_QUEUED;
-    if (hot) return fiber_run_hot(L, f, executed_k);
+    if (hot) return fiber_run_hot(L, 1, f, executed_k);
     loop_ready(runtime(L), &f->task);
   }
   lua_pushboolean(L, waits);

@@ -375,7 +375,7 @@ int scope_throw(lua_State *L, struct scope *s) {
     rt->refusals = 0;
     me->task.state = TASK_QUEUED;
     loop_ready(rt, &me->task);
-    return fiber_suspend(L, me, 0, throw_k);
+    return fiber_suspend(L, rt, me, 0, throw_k);
   }
   scope_push_error(L, s == me->member.scope ? ambient(L, rt, me) : s);
   return lua_error(L);

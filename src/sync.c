@@ -442,7 +442,7 @@ static int wait_for(lua_State *L, struct sync *s, enum what what, double seconds
   }
   if (token_none(L, 3)) me->task.flags |= TASK_DEAF;
   lua_settop(L, 2);
-  return waiter_wait(L, me, queue_of(s, what), seconds, (lua_KContext)what, wait_k);
+  return waiter_wait(L, rt, me, queue_of(s, what), seconds, (lua_KContext)what, wait_k);
 }
 
 /* raises if the token at k, or the ambient one, is canceled */
@@ -839,7 +839,8 @@ static int retake_k(lua_State *L, int status, lua_KContext interrupted) {
 
 /* with the operation and the key at 1 and 2 */
 static int retake(lua_State *L, bool interrupted) {
-  struct fiber *me = (struct fiber *)runtime(L)->me;
+  struct runtime *rt = runtime(L);
+  struct fiber *me = (struct fiber *)rt->me;
   lua_settop(L, 2);
   lua_getiuservalue(L, 2, KEY_LOCK);
   lua_insert(L, 1);
@@ -848,7 +849,7 @@ static int retake(lua_State *L, bool interrupted) {
   check_live(L, &l->sync);
   if (attempt(L, &l->sync, LOCK)) return retaken(L, interrupted);
   me->task.flags |= TASK_DEAF;
-  return waiter_wait(L, me, &l->sync.waiters, HUGE_VAL, interrupted, retake_k);
+  return waiter_wait(L, rt, me, &l->sync.waiters, HUGE_VAL, interrupted, retake_k);
 }
 
 static int condition_k(lua_State *L, int status, lua_KContext ctx) {

@@ -61,11 +61,13 @@ void task_push(lua_State *L, struct task *t) {
     lua_remove(L, -2);
     return;
   }
-  fiber_push(L, ((struct fiber *)t)->co);
-  if (kind == LUA_TTHREAD) { /* next time it is here */
-    fiber_hold(L, -1, (struct fiber *)t);
-    task_hold(L, -1, t);
+  struct fiber *f = (struct fiber *)t;
+  if (kind != LUA_TTHREAD) {
+    fiber_push(L, f->co);
+    return;
   }
+  fiber_push_new(L, runtime(L), f);
+  task_hold(L, -1, t); /* next time it is here */
 }
 
 void task_weaken(lua_State *L, int i) {
@@ -143,7 +145,8 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   if (task_done(t)) return false;
   if (t->keeps) combine_forget(L, on);
   if (t->waiters == NULL) { /* mostly; this can neither raise nor run anything */
-    wait_first(L, on, t, w, owner, role);
+    lua_pushvalue(L, owner);
+    wait_first(L, on, t, w, role);
     return true;
   }
   owner = lua_absindex(L, owner);

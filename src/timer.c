@@ -272,7 +272,7 @@ void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double
   if (due != HUGE_VAL)
     deadline_set(rt, &f->u.nap.deadline, now, due);
   else
-    fiber_let_go(L, f, k);
+    fiber_let_go(L, rt, f, k);
 }
 
 static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
@@ -302,7 +302,7 @@ static int l_sleep(lua_State *L) {
   if (me == NULL) return fiber_outside(L, l_sleep);
   double now = loop_now(rt);
   timer_nap(L, me, k, deaf, now, loop_after(now, seconds));
-  return fiber_suspend(L, me, 0, sleep_k);
+  return fiber_suspend(L, rt, me, 0, sleep_k);
 }
 
 /* ---- wait_async: whichever comes first of a task, a deadline and a token ---- */

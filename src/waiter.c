@@ -16,7 +16,7 @@
 **     me = fiber_here(L, rt);                 raises where nobody can suspend; NULL: fiber_outside(L, f)
 **     lua_settop / push:  [1] holder, [2] anything: what the holder may look at (waiter_push_value)
 **     if none was given: me->task.flags |= TASK_DEAF
-**     return waiter_wait(L, me, &h->queue, seconds or HUGE_VAL, ctx, k);
+**     return waiter_wait(L, rt, me, &h->queue, seconds or HUGE_VAL, ctx, k);
 **
 **     k: switch (waiter_resumed(L, rt)) {     raises if it was interrupted, or waiter_fail'ed
 **       case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, k);
@@ -187,21 +187,17 @@ bool waiter_push_name(lua_State *L, struct fiber *f) {
   return true;
 }
 
-int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
-                lua_KFunction k) {
+int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
+                lua_KContext ctx, lua_KFunction k) {
   struct task *t = &me->task;
-  if (seconds != HUGE_VAL) deadline_reserve(L, runtime(L));
+  if (seconds != HUGE_VAL) deadline_reserve(L, rt);
   me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
-  task_push(L, t);
+  bool held = fiber_push_me(L, rt, me);
   append(L, 1, q, &me->u.nap);
   t->state = TASK_WAITING;
-  if (seconds != HUGE_VAL)
-    deadline_add(runtime(L), &me->u.nap.deadline, seconds);
-  else if (!me->member.scope->armed) {
-    lua_pushlightuserdata(L, t); /* as task_release */
-    lua_rawseti(L, UP_ANCHORS, t->slot);
-  }
-  return fiber_suspend(L, me, ctx, k);
+  if (seconds != HUGE_VAL) deadline_add(rt, &me->u.nap.deadline, seconds);
+  fiber_park(L, me, seconds != HUGE_VAL || me->member.scope->armed, held);
+  return fiber_suspend(L, rt, me, ctx, k);
 }
 
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {

@@ -50,8 +50,8 @@ static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
-int waiter_wait(lua_State *L, struct fiber *me, struct link *q, double seconds, lua_KContext ctx,
-                lua_KFunction k);                                 /* suspends the running fiber */
+int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
+                lua_KContext ctx, lua_KFunction k);               /* suspends the running fiber */
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
                                 double seconds); /* [-0, +1, m] */
