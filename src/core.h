@@ -410,7 +410,7 @@ struct runtime {
   int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
   int depth;           /* fibers nested on the C stack */
   struct level *level; /* the innermost coroutine of ours that is resumed now */
-  int inlined;         /* how many more awaits may run their task in place before the pump polls */
+  int slice;           /* how many more tasks may run before the pump polls */
 
   bool
       meddled; /* somebody has resumed or closed a coroutine that is idle or another task's: look at each */

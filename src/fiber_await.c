@@ -110,14 +110,14 @@ static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
 static bool can_run_in_place(struct runtime *rt, const struct task *me, const struct task *on) {
   return rt->ready == on && on->next == NULL && task_is(on, KIND_FIBER) &&
          !(on->flags & (TASK_STARTED | TASK_ABANDONED)) && rt->hot == 0 &&
-         rt->depth < FIBER_MAX_DEPTH && rt->inlined > 0 &&
+         rt->depth < FIBER_MAX_DEPTH && rt->slice > 0 &&
          !((me->traits | on->traits) & TRAIT_SCHEDULED);
 }
 
 /* Returns a value >= 0 when the await is over without a suspension: call k then. */
 static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, struct task *on) {
   struct wait *w = &me->u.wait;
-  rt->inlined--;
+  rt->slice--;
   loop_unready(rt, on);
   if (on->keeps) combine_forget(L, 1);
   w->pos = WAIT_INLINE; /* so that the circle is seen and the waiter is named */
@@ -322,12 +322,14 @@ static int yield_k(lua_State *L, int status, lua_KContext ctx) {
 
 static int l_yield(lua_State *L) {
   struct runtime *rt = runtime(L);
-  struct fiber *me = fiber_here(L, rt);
-  if (me == NULL) return fiber_outside(L, l_yield);
+  struct fiber *me = (struct fiber *)rt->me;
+  bool own =
+      me->co == L && lua_isyieldable(L); /* as fiber_here: in the coroutine of the task itself */
+  if (!own && (me = fiber_not_here(L, rt)) == NULL) return fiber_outside(L, l_yield);
   if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
   me->task.state = TASK_QUEUED;
   loop_ready(rt, &me->task);
-  return fiber_suspend(L, rt, me, 0, L == me->co ? NULL : yield_k); /* returns nothing */
+  return fiber_suspend(L, rt, me, 0, own ? NULL : yield_k); /* returns nothing */
 }
 
 static int pcall_k(lua_State *L, int status, lua_KContext ctx) {

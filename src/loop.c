@@ -4,7 +4,8 @@
 ** One turn of the pump:
 **
 **     ready      tasks are resumed or landed, first in first out: until none is left, but no longer
-**                than SLICE tasks (and IN_PLACE more, run in place) or a millisecond while timers or libuv may have something
+**                than SLICE tasks, those that are run in place included, or a millisecond while timers or libuv
+**                may have something
 **     timers     what is due moves to the ready list
 **     libuv      polled without waiting while tasks are ready; else until the next deadline
 **
@@ -30,7 +31,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { SLICE = 256, LOOK = 16, IN_PLACE = 256 };
+enum { SLICE = 256, LOOK = 16 };
 #define SLICE_SECONDS 0.001
 #define TRIM_SECONDS 1.0
 /* to send what was written, and again for threads to let go, when a state closes */
@@ -173,20 +174,20 @@ static void run_one(lua_State *L, struct runtime *rt) {
 
 static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
   double start = 0;
-  int look = LOOK, every = LOOK; /* at the clock: less and less often while tasks are short */
-  rt->inlined = IN_PLACE;
-  if (rt->clock != CLOCK_REAL) look = 0; /* never */
+  int every = LOOK,
+      look = SLICE - LOOK; /* at the clock: less and less often while tasks are short */
+  if (rt->clock != CLOCK_REAL) look = -1; /* never */
   if (rt->seeded && rt->ready != NULL) {
     testing_choose(rt);
-    look = 1; /* at who comes next: after each */
+    look = SLICE; /* at who comes next: after each */
   }
-  for (int n = 1; rt->ready != NULL && n <= SLICE && rt->inlined > 0; n++) {
+  for (rt->slice = SLICE; rt->ready != NULL && rt->slice > 0;) {
+    rt->slice--;
     run_one(L, rt);
     if ((until && task_done(until)) || rt->stopping || rt->signaled) return;
-    if (n != look) continue;
+    if (rt->slice > look) continue;
     if (rt->seeded) {
       if (rt->ready != NULL) testing_choose(rt);
-      look++;
       continue;
     }
     double now = (double)uv_hrtime() / 1e9;
@@ -196,7 +197,7 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
       return;
     else if (now - start < SLICE_SECONDS / 16)
       every *= 2;
-    look += every;
+    look = rt->slice - every;
   }
 }
 

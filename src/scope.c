@@ -238,7 +238,10 @@ static void end(lua_State *L, struct runtime *rt, struct scope *s) {
     if (push_known_token(L, s)) token_unfollow(L, lua_gettop(L));
     lua_pop(L, 1);
   }
-  if (s->armed && !s->member.scope->armed) scope_set_armed(L, s, false);
+  if (s->members.next == &s->members && s->token == NULL)
+    s->armed = false; /* nobody is to know */
+  else if (s->armed && !s->member.scope->armed)
+    scope_set_armed(L, s, false);
   scope_left(L, rt, s);
 }
 
@@ -526,8 +529,7 @@ static struct scope *check_scope(lua_State *L, int i) {
 }
 
 /* [-0, +0, e] raises outside every task, in the name of what the library was asked for */
-static void check_inside(lua_State *L, const char *what) {
-  struct runtime *rt = runtime(L);
+static void check_inside(lua_State *L, struct runtime *rt, const char *what) {
   if (rt->me == rt->outside)
     error_throw(L, ERROR_OPERATION,
                 "%s outside every task: run the program with flow.run(fn), and use it in there",
@@ -542,7 +544,7 @@ static void check_inside(lua_State *L, const char *what) {
 struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
                           double seconds) {
   struct runtime *rt = runtime(L);
-  check_inside(L, what);
+  check_inside(L, rt, what);
   struct scope *s = scope_open(L, rt, kind, size, seconds != HUGE_VAL);
   if (seconds != HUGE_VAL) {
     s->seconds = seconds;
@@ -555,9 +557,9 @@ struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, 
 
 /* [-0, +0, v] argument 1 of a public function in Lua: seconds, or nil: for ever */
 static double opt_seconds(lua_State *L, int i) {
-  if (lua_isnoneornil(L, i)) return HUGE_VAL;
   int is_number;
   double s = (double)lua_tonumberx(L, i, &is_number);
+  if (!is_number && lua_isnoneornil(L, i)) return HUGE_VAL;
   if (!is_number) module_blame_type(L, 1, "number", i);
   if (!(s >= 0))
     module_blame(L, 1, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
@@ -579,12 +581,12 @@ static void check_function(lua_State *L, int n, int i) {
 
 /* open_timeout(seconds or nil, fn) -> scope; checks the arguments of with_timeout */
 static int l_open_timeout(lua_State *L) {
-  lua_settop(L, 2);
   double seconds = opt_seconds(L, 1);
   check_function(L, 2, 2);
   if (seconds == 0) {
-    check_inside(L, "with_timeout");
-    struct scope *outer = ((struct fiber *)runtime(L)->me)->member.scope;
+    struct runtime *rt = runtime(L);
+    check_inside(L, rt, "with_timeout");
+    struct scope *outer = ((struct fiber *)rt->me)->member.scope;
     if (outer->canceled) return scope_throw(L, outer);
     push_timeout(L, 0);
     return lua_error(L);
@@ -606,7 +608,7 @@ static int l_open_linked(lua_State *L) {
   struct token *k = token_opt(L, 1);
   lua_settop(L, 1);
   if (k != NULL && token_canceled(k)) {
-    check_inside(L, "with_cancellation");
+    check_inside(L, runtime(L), "with_cancellation");
     token_push_error(L, 1);
     return lua_error(L);
   }
@@ -634,14 +636,14 @@ void scope_finish(lua_State *L, struct runtime *rt, struct scope *s) {
   scope_close(L, rt, s);
 }
 
-/* [-1, +1, m] the block ends, with the error, or nil, on top. True if that was a cancellation and becomes
+/* [-0, +0, m] the block ends with the error at `error`, or nil. True if that was a cancellation and has become
 ** a Timeout, because the deadline of the block itself has passed. */
-static bool close_block(lua_State *L, struct scope *s) {
-  int error = lua_gettop(L);
-  bool late = s->expired || (!s->canceled && s->due <= loop_now(runtime(L)));
-  double seconds = s->kind == SCOPE_BLOCK ? s->seconds : HUGE_VAL;
-  scope_finish(L, runtime(L), s);
-  if (!late || seconds == HUGE_VAL || !error_is(L, error, ERROR_CANCELED)) return false;
+static bool close_block(lua_State *L, struct runtime *rt, struct scope *s, int error) {
+  bool late = s->kind == SCOPE_BLOCK && s->seconds != HUGE_VAL && lua_istable(L, error) &&
+              (s->expired || (!s->canceled && s->due <= loop_now(rt)));
+  double seconds = s->seconds;
+  scope_finish(L, rt, s);
+  if (!late || !error_is(L, error, ERROR_CANCELED)) return false;
   push_timeout(L, seconds);
   if (lua_getfield(L, error, "written") != LUA_TNIL) /* of a write that it has cut short */
     lua_setfield(L, -2, "written");
@@ -654,9 +656,10 @@ static bool close_block(lua_State *L, struct scope *s) {
 /* __close(scope, error) */
 static int l_close(lua_State *L) {
   struct scope *s = check_scope(L, 1);
-  lua_settop(L, 2);
   if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
-  return close_block(L, s) ? lua_error(L) : 0;
+  if (!close_block(L, runtime(L), s, 2)) return 0;
+  lua_settop(L, 2);
+  return lua_error(L);
 }
 
 /* the next scope outside s that its task has open, or NULL after the last */
@@ -674,7 +677,8 @@ static struct scope *innermost(struct fiber *me) {
 void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co) {
   for (struct scope *s = innermost((struct fiber *)rt->me), *next; s != NULL; s = next) {
     next = outside(s);
-    if (s->co == co && s->kind != SCOPE_GROUP) close_block(L, s); /* a group waits for its end */
+    if (s->co == co && s->kind != SCOPE_GROUP) /* a group waits for its end */
+      close_block(L, rt, s, lua_gettop(L));
   }
 }
 
