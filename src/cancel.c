@@ -251,9 +251,8 @@ static void sweep(lua_State *L, struct token *token) {
   token->count = kept;
 }
 
-/* [-1, +0, m] appends the registration on top to the list below it, of that token */
-static void attach(lua_State *L, struct token *token) {
-  struct registration *r = (struct registration *)lua_touserdata(L, -1);
+/* [-1, +0, m] appends the registration r on top to the list below it, of that token */
+static void attach(lua_State *L, struct token *token, struct registration *r) {
   if (token->count > token->limit) {
     lua_insert(L, -2);
     sweep(L, token);
@@ -337,7 +336,7 @@ void token_follow(lua_State *L, int k, int up) {
   lua_pop(L, 1);
   if (!above->canceled && !above->disposed) {
     r->child = token;
-    attach(L, above);
+    attach(L, above, r);
     link_append(&above->links, &r->sibling);
     if (above->told) count_arm(L, token, 1);
     lua_pop(L, 1);
@@ -729,9 +728,9 @@ static int register_callback(lua_State *L, bool capture) {
     for (int a = n; a >= 1; a--) lua_rawseti(L, 2, a);
     lua_pushinteger(L, n);
     lua_setfield(L, 2, "n");
+    lua_settop(L, 2);
   }
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
-  lua_settop(L, 2);
   struct registration *r = registration_new(L);
   r->captured = capture;
   r->packed = n > 1;
@@ -745,7 +744,7 @@ static int register_callback(lua_State *L, bool capture) {
   push_list(L, 1);
   if (!token->canceled) {
     lua_pushvalue(L, 3);
-    attach(L, token);
+    attach(L, token, r);
     lua_settop(L, 3);
     return 1;
   }

@@ -165,7 +165,8 @@ static void push_first(lua_State *L, int i, const struct task *t) {
   }
 }
 
-static void keep_outcome(lua_State *L, struct combine *c, int inputs, uint32_t k, int on);
+static void keep_outcome(lua_State *L, struct combine *c, int inputs, uint32_t k, int on,
+                         const struct task *t);
 
 /* [-0, +0, m] waits for the inputs, and lands if enough are complete; the combinator is at index 1 */
 static void watch_inputs(lua_State *L, struct combine *c) {
@@ -187,8 +188,8 @@ static void watch_inputs(lua_State *L, struct combine *c) {
     else if (each)
       order(c)[c->done++] = k;
     else if (!any)
-      keep_outcome(L, c, inputs, k, inputs + 1);
-    lua_settop(L, inputs);
+      keep_outcome(L, c, inputs, k, inputs + 1, t);
+    lua_pop(L, 1);
     if (any && task_done(&c->task)) break; /* a finalizer completed an input */
     if (any && task_done(t)) {
       c->first = k;
@@ -217,8 +218,8 @@ static void unwatch(lua_State *L, int i, struct combine *c) {
 
 /* [-0, +0, -] input k of a when_all, at `on`, is complete: in the list at `inputs` its first value takes its
 ** place, so that nothing has to be looked at again when the last one is complete; a failure stays */
-static void keep_outcome(lua_State *L, struct combine *c, int inputs, uint32_t k, int on) {
-  const struct task *t = (const struct task *)lua_touserdata(L, on);
+static void keep_outcome(lua_State *L, struct combine *c, int inputs, uint32_t k, int on,
+                         const struct task *t) {
   if (t->state != TASK_SUCCEEDED) {
     c->failed = c->failed || t->state == TASK_FAULTED;
     c->canceled = true;
@@ -235,7 +236,7 @@ static void fire(lua_State *L, struct runtime *rt, int i, struct combine *c) {
   c->fired = true;
   if (w == NULL) return; /* it has not parked yet, or was interrupted */
   if (w->next != w) {    /* found by debug, and awaited by others */
-    wait_notify(L, rt, i);
+    wait_notify(L, rt, i, &c->task);
     return;
   }
   c->task.waiters = NULL;
@@ -243,11 +244,11 @@ static void fire(lua_State *L, struct runtime *rt, int i, struct combine *c) {
   lua_getiuservalue(L, i, TASK_WAITERS);
   lua_pushnil(L);
   lua_setiuservalue(L, i, TASK_WAITERS);
-  fiber_wake(L, rt, i + 1, container_of(w, struct fiber, u.wait));
-  lua_settop(L, i);
+  fiber_wake(L, rt, container_of(w, struct fiber, u.wait));
 }
 
-void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int on) {
+void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int on,
+                  const struct task *t) {
   uint32_t k = w->role - WAIT_INPUT;
   struct combine *c = container_of(w - k, struct combine, waits);
   c->left--;
@@ -258,8 +259,7 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
         break;
       }
       lua_getiuservalue(L, i, OP_INPUT);
-      keep_outcome(L, c, i + 1, k, on);
-      lua_settop(L, i);
+      keep_outcome(L, c, i + 1, k, on, t);
       if (c->left == 0) loop_land(L, rt, i, &c->task);
       break;
     case KIND_ANY:
@@ -272,7 +272,7 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
       break;
     default:
       order(c)[c->done++] = k;
-      if (task_waiters(&c->task)) wait_notify(L, rt, i);
+      if (task_waiters(&c->task)) wait_notify(L, rt, i, &c->task);
   }
 }
 
@@ -705,27 +705,37 @@ static void watch_shared(lua_State *L, struct combine *c) {
   }
 }
 
+/* whether the inputs lie in the order of a list */
+static bool is_ordered(lua_State *L, const struct combine *c) {
+  for (uint32_t k = 0; k < c->count; k++)
+    if (!lua_isinteger(L, place(c, k) - 1) ||
+        lua_tointeger(L, place(c, k) - 1) != (lua_Integer)k + 1)
+      return false;
+  return true;
+}
+
 /* [-0, +n, m] lays out the inputs in the table at 2. False: it takes a closer look to tell what they are. */
 static bool watch_table(lua_State *L, struct combine *c, lua_Integer size) {
   uint32_t room = c->large ? MANY : FEW;
-  bool all = task_is(&c->task, KIND_ALL), ordered = true, plain = true;
+  bool counted = false; /* by a field n, as lists are */
+  lua_Integer count = 0;
   luaL_checkstack(L, 2 * (int)size + LUA_MINSTACK, NULL);
-  int i = c->pairs ? 4 : 3;
-  if (!c->pairs)
-    for (; c->count < size && plain; i++) {
-      lua_rawgeti(L, 2, (lua_Integer)c->count + 1);
-      plain = watch_plain(L, c, c->count++, i);
-    }
-  else
-    for (lua_pushnil(L); lua_next(L, 2) && plain; i += 2) {
-      if (c->count == room || (c->count >= size && !lua_checkstack(L, LUA_MINSTACK))) return false;
-      plain = watch_plain(L, c, c->count++, i);
-      if (all)
-        ordered = ordered && lua_isinteger(L, -2) && lua_tointeger(L, -2) == (lua_Integer)c->count;
+  for (lua_pushnil(L); lua_next(L, 2);) {
+    if (c->count == room || (c->count >= size && !lua_checkstack(L, LUA_MINSTACK))) return false;
+    if (watch_plain(L, c, c->count, place(c, c->count))) {
+      c->count++;
       lua_pushvalue(L, -2);
-    }
+    } else if (lua_isinteger(L, -1) && lua_type(L, -2) == LUA_TSTRING &&
+               strcmp(lua_tostring(L, -2), "n") == 0) {
+      count = lua_tointeger(L, -1);
+      counted = true;
+      lua_pop(L, 1);
+    } else
+      return false;
+  }
   c->list = c->count == size;
-  return plain && c->count > 0 && (ordered || !c->list);
+  if (c->count == 0 || (counted && (!c->list || count != size))) return false;
+  return !c->list || (!counted && task_is(&c->task, KIND_ANY)) || is_ordered(L, c);
 }
 
 /* the arguments are again what they were: a table, or the inputs */
@@ -744,14 +754,11 @@ static int await_several(lua_State *L, int kind, lua_KFunction k, lua_CFunction 
   int n = lua_gettop(L);
   if (me->co != L || !lua_isyieldable(L)) return combined(L);
   if (n == 1 && lua_istable(L, 1) && luaL_getmetafield(L, 1, "__await") == LUA_TNIL) {
-    lua_pushliteral(L, "n");
-    bool counted = lua_rawget(L, 1) == LUA_TNUMBER && lua_isinteger(L, -1);
-    lua_Integer size = counted ? lua_tointeger(L, -1) : (lua_Integer)lua_rawlen(L, 1);
-    lua_settop(L, 1);
-    if (size < 0 || size > MANY) return combined(L);
+    lua_Integer size = (lua_Integer)lua_rawlen(L, 1);
+    if (size > MANY) return combined(L);
     c = take(L, rt, kind, (uint32_t)size);
     lua_insert(L, 1); /* combinator table */
-    c->pairs = !counted;
+    c->pairs = true;
     if (!watch_table(L, c, size)) {
       leave(L, rt, c);
       give_back(L);

@@ -577,8 +577,8 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner,
 void wait_remove(lua_State *L, int on,
                  struct wait *w); /* [-0, +0, -] from the task at on, or nil */
 void wait_owner(lua_State *L, int on, const struct wait *w); /* [-0, +1, -] */
-void wait_notify(lua_State *L, struct runtime *rt,
-                 int on); /* [-0, +0, -] wakes all that wait for the task at on */
+void wait_notify(lua_State *L, struct runtime *rt, int on,
+                 struct task *t); /* [-0, +0, -] wakes all that wait for the task at on */
 void task_settle(lua_State *L, struct runtime *rt, int i, int results); /* [-n, +0, m] succeeded */
 void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t,
                   int results);           /* the same */
@@ -622,8 +622,8 @@ void fiber_start(lua_State *L, struct runtime *rt,
 int fiber_run_hot(
     lua_State *L, int i, struct fiber *f,
     lua_KFunction k); /* the one at i, at once, up to its first suspension; k ends the caller */
-void fiber_wake(lua_State *L, struct runtime *rt, int i,
-                struct fiber *f); /* [-0, +0, -] the fiber at i becomes ready */
+void fiber_wake(lua_State *L, struct runtime *rt,
+                struct fiber *f); /* [-1, +0, -] the fiber on top becomes ready */
 void fiber_fail(lua_State *L, struct runtime *rt,
                 struct fiber *f); /* [-1, +0, -] stops it where it stands, with the error on top */
 void fiber_discard(lua_State *L, struct runtime *rt,
@@ -729,8 +729,8 @@ void fiber_abandon_open(lua_State *L);
 
 /* ---- combine.c ---- */
 
-void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w,
-                  int on);                /* [-0, +0, -] the input at `on` is complete */
+void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int on,
+                  const struct task *t);  /* [-0, +0, -] the input at `on` is complete */
 void combine_forget(lua_State *L, int i); /* [-0, +0, -] the input at i keeps no combinator */
 void combine_land(lua_State *L, int i);
 void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */

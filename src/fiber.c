@@ -180,7 +180,7 @@ static uint32_t label_of(lua_State *L) {
 
 /* [-1, +0, m] sets the label of t: "file:line" of the function on top, or the name of one of C. The few labels that
 ** are used again and again are found by a look. */
-static void label(lua_State *L, struct task *t) {
+static void label(lua_State *L, struct runtime *rt, struct task *t) {
   lua_Debug ar;
   if (lua_iscfunction(L, -1)) {
     module_push_name(L);
@@ -190,7 +190,7 @@ static void label(lua_State *L, struct task *t) {
   }
   lua_getinfo(L, ">S", &ar);
   size_t at = ((size_t)ar.linedefined * 31 + (size_t)(uintptr_t)ar.source / 16) % LABEL_CACHE;
-  struct label_cache *c = &runtime(L)->labels[at];
+  struct label_cache *c = &rt->labels[at];
   if (c->label == 0 || c->line != ar.linedefined || strcmp(c->source, ar.short_src) != 0) {
     if (ar.linedefined > 0)
       lua_pushfstring(L, "%s:%d", ar.short_src, ar.linedefined);
@@ -215,26 +215,25 @@ void fiber_label(lua_State *L, int i) {
   else
     push_argument(L, f->co, BODY_LABEL);
   if (lua_isfunction(L, -1))
-    label(L, &f->task);
+    label(L, runtime(L), &f->task);
   else
     lua_pop(L, 1);
 }
 
 /* A task that ends must not keep what its function refers to, but tell its name: a function without
 ** upvalues, save the globals, is kept instead of a label, which costs less. */
-static void keep_name(lua_State *L, struct task *t) {
+static void keep_name(lua_State *L, struct runtime *rt, struct task *t) {
   if (t->label != 0) {
     if (t->label != LABEL_NOBODY || t->state == TASK_SUCCEEDED) return;
     t->label = 0; /* an error is to be reported */
   }
-  if (!lua_isfunction(L, BODY_LABEL)) return;
-  bool plain = lua_getupvalue(L, BODY_LABEL, 1) == NULL;
-  if (!plain) lua_pop(L, 1);
-  lua_pushvalue(L, BODY_LABEL);
-  if (plain)
+  if (lua_getupvalue(L, BODY_LABEL, 1) != NULL) {
+    lua_copy(L, BODY_LABEL, -1);
+    label(L, rt, t);
+  } else if (lua_isfunction(L, BODY_LABEL)) {
+    lua_pushvalue(L, BODY_LABEL);
     lua_setiuservalue(L, BODY_TASK, TASK_CONTEXT);
-  else
-    label(L, t);
+  }
 }
 
 /* ---- the body ---- */
@@ -247,7 +246,7 @@ static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status)
     task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_COUNT);
   else
     task_settle_error(L, rt, BODY_TASK, 0);
-  keep_name(L, &f->task);
+  keep_name(L, rt, &f->task);
   scope_end_task(L, rt, f);
   lua_settop(L, BODY_HANDLER);
   return lua_yieldk(L, 0, 0, start_k);
@@ -508,11 +507,12 @@ void fiber_start(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_pop(L, 1);
 }
 
-void fiber_wake(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
+void fiber_wake(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct task *t = &f->task;
-  (void)f;
-  if (t->flags & (TASK_LINKED | TASK_ABANDONED)) return;
-  lua_pushvalue(L, i);
+  if (t->flags & (TASK_LINKED | TASK_ABANDONED)) {
+    lua_pop(L, 1);
+    return;
+  }
   lua_rawseti(L, UP_ANCHORS, t->slot);
   t->state = TASK_QUEUED;
   loop_ready(rt, t);

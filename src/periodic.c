@@ -597,7 +597,7 @@ static int l_dispose(lua_State *L) {
   t->flags |= TASK_EXPIRED;
   if (task_is(t, KIND_FIBER)) {
     link_drop(&p->waiter->link);
-    fiber_wake(L, rt, -1, (struct fiber *)t);
+    fiber_wake(L, rt, (struct fiber *)t);
   } else {
     loop_land(L, rt, lua_gettop(L), t);
     loop_land_all(L, rt);

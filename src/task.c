@@ -212,8 +212,7 @@ void wait_owner(lua_State *L, int on, const struct wait *w) {
   }
 }
 
-void wait_notify(lua_State *L, struct runtime *rt, int on) {
-  struct task *t = (struct task *)lua_touserdata(L, on);
+void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
   struct wait *last = t->waiters, *w = last->next;
   on = lua_absindex(L, on);
   lua_getiuservalue(L, on, TASK_WAITERS);
@@ -230,11 +229,11 @@ void wait_notify(lua_State *L, struct runtime *rt, int on) {
       if (w->pos != 0)
         lua_rawgeti(L, waiters, (lua_Integer)w->pos); /* else it is the value itself */
       if (w->role == WAIT_FIBER)
-        fiber_wake(L, rt, -1, container_of(w, struct fiber, u.wait));
+        fiber_wake(L, rt, container_of(w, struct fiber, u.wait));
       else if (w->role == WAIT_OP)
         wait_op_fire(L, rt, -1);
       else
-        combine_fire(L, rt, lua_gettop(L), w, on);
+        combine_fire(L, rt, lua_gettop(L), w, on, t);
       if (!end) lua_settop(L, waiters);
     }
     if (end) break;
@@ -257,7 +256,7 @@ static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum
   else if (w != NULL && w->pos == WAIT_INLINE && w->next == w)
     t->waiters = NULL, w->on = NULL; /* it is on the C stack, and looks itself */
   else if (w != NULL)
-    wait_notify(L, rt, i);
+    wait_notify(L, rt, i, t);
   if (s == TASK_FAULTED || (s == TASK_CANCELED && t->flags & TASK_TRACED)) error_attach(L, i, from);
   if (t->flags & TASK_HAS_CONTEXT) context_drop(L, i, t);
   if (rt->landing != NULL) loop_land_all(L, rt);

@@ -102,8 +102,7 @@ void pending_interrupt(lua_State *L, struct pending *p) {
   task_push(L, t);
   withdraw(L, rt, f);
   t->flags |= TASK_INTERRUPTED;
-  fiber_wake(L, rt, -1, f);
-  lua_pop(L, 1);
+  fiber_wake(L, rt, f);
 }
 
 void pending_hold(lua_State *L, struct pending *p, bool hold) {

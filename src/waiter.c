@@ -393,8 +393,7 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
     drop(L, holder, n);
     if (deadline_is_set(&n->deadline)) deadline_drop(runtime(L), &n->deadline);
     if (stack_of(f) != NULL) return n;
-    fiber_wake(L, runtime(L), -1, f); /* somebody has closed its coroutine: it gets nothing */
-    lua_pop(L, 1);
+    fiber_wake(L, runtime(L), f); /* somebody has closed its coroutine: it gets nothing */
   }
   return NULL;
 }
@@ -438,8 +437,9 @@ void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n) {
     lua_replace(co, 2);
     lua_pushnil(co);
     lua_replace(co, 1);
-    fiber_wake(L, rt, -1, f);
-  } else
-    waiter_settle(L, rt, -2, c->index, true);
+    fiber_wake(L, rt, f);
+    return;
+  }
+  waiter_settle(L, rt, -2, c->index, true);
   lua_pop(L, 1);
 }
