@@ -64,7 +64,7 @@ static int l_newindex(lua_State *L) {
 
 /* upvalues: runtime, anchors, methods and properties */
 static int l_index(lua_State *L) {
-  lua_settop(L, 2);
+  if (lua_gettop(L) != 2) lua_settop(L, 2);
   if (lua_gettable(L, lua_upvalueindex(3)) != LUA_TLIGHTUSERDATA) return 1;
   lua_CFunction get;
   void *p = lua_touserdata(L, -1);
