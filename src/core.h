@@ -301,6 +301,12 @@ enum scope_kind { SCOPE_BASE, SCOPE_BLOCK, SCOPE_SHIELD, SCOPE_GROUP };
 static inline bool fiber_naps(const struct fiber *f) { /* or has not suspended */
   return f->u.wait.on == NULL;
 }
+/* what it has run in place, on its own C stack, is complete or has suspended: it runs on */
+static inline void wait_end_inline(struct wait *w) {
+  struct fiber *f = container_of(w, struct fiber, u.wait);
+  w->on = NULL;
+  f->task.state = TASK_RUNNING;
+}
 
 /* A coroutine of coflow.coroutine while it is resumed or closed: a frame on the C stack of who does it.
 ** That is a C function with the coroutine at index 1 and its record at index 2 of `from`. */
@@ -400,7 +406,6 @@ struct runtime {
   unsigned removals;                           /* from the midst of that list */
   struct task *landing, *landing_last, *lands; /* to land; the one that does */
   bool pumping, land_busy, stopping;
-  bool resuming; /* a coroutine of ours is on top of the C stack */
   bool closed;
   int signaled;               /* set by the signal callback, read by the pump */
   const struct fiber *newest; /* the one started last: until it suspends, it lies … */

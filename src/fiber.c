@@ -260,7 +260,7 @@ static int main_k(lua_State *L, int status, lua_KContext ctx) {
 /* somebody else has resumed the coroutine, which waits for a task, or for the start of one */
 static int refuse(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)object_test(L, BODY_TASK, TAG_TASK);
-  if (f != NULL && task_is(&f->task, KIND_FIBER) && f->co == L) {
+  if (f != NULL && task_is(&f->task, KIND_FIBER) && f->co == L && !(f->task.flags & TASK_STARTED)) {
     lua_settop(L, BODY_RESULTS + (int)lua_tointeger(L, BODY_COUNT));
     return lua_yieldk(L, 0, 0, start_k);
   }
@@ -444,7 +444,6 @@ static void retire(lua_State *L, struct runtime *rt, struct fiber *f) {
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct task *before = rt->me;
   struct fiber *callers = NULL;
-  bool resuming = rt->resuming;
   int results;
   rt->depth++;
   for (;;) {
@@ -457,9 +456,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     f->task.state = TASK_RUNNING;
     rt->me = &f->task;
     context_switched(L, rt, &f->task);
-    rt->resuming = true;
     int status = lua_resume(f->co, L, 0, &results);
-    rt->resuming = resuming;
     switch (status) {
       case LUA_YIELD:
         if (rt->handoff != NULL) {
@@ -483,11 +480,15 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
       default: lua_xmove(f->co, L, 1); fiber_fail(L, rt, f);
     }
   stopped:
-    if (callers == NULL) break;
-    f = callers;
-    callers = f->u.caller;
-    rt->hot--;
+    do {
+      if (callers == NULL) goto out;
+      f = callers;
+      callers = f->u.caller;
+      rt->hot--;
+    } while (f->task.flags &
+             TASK_ABANDONED); /* somebody has closed its coroutine: the pump sees to it */
   }
+out:
   rt->depth--;
   rt->me = before;
   if (before != rt->outside) context_switched(L, rt, before);

@@ -85,8 +85,10 @@ void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
 ** function, below os.exit, or, when a task has called that, while the main thread resumes the task. */
 static bool state_closes(lua_State *L, struct runtime *rt) {
   lua_Debug ar;
+  lua_State *co = ((struct fiber *)rt->me)->co;
   if (L != rt->main) return false;
-  if (rt->resuming || !lua_getstack(L, 1, &ar)) return true;
+  if (co != NULL && lua_status(co) == LUA_OK && lua_getstack(co, 0, &ar)) return true; /* it runs */
+  if (!lua_getstack(L, 1, &ar)) return true;
   lua_getinfo(L, "Sn", &ar);
   return ar.what[0] == 'C' && ar.name && strcmp(ar.name, "exit") == 0;
 }

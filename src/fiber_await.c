@@ -114,7 +114,7 @@ static bool can_run_in_place(struct runtime *rt, const struct task *me, const st
          !((me->traits | on->traits) & TRAIT_SCHEDULED);
 }
 
-/* Returns a value >= 0 when the await is over without a suspension: call k then. */
+/* true: the await is over without a suspension, call k */
 static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, struct task *on) {
   struct wait *w = &me->u.wait;
   rt->slice--;
@@ -133,14 +133,9 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   w->on = on;
   me->task.state = TASK_WAITING;
   fiber_run_at(L, rt, (struct fiber *)on, 1);
-  if (w->on != NULL) { /* it has suspended, and so do we: from here we are held by it */
-    wait_remove(L, 1, w);
-    return false;
-  }
-  if (rt->ready == NULL && !rt->stopping) {
-    me->task.state = TASK_RUNNING;
-    return true;
-  }
+  if (w->on == NULL) return rt->ready == NULL && !rt->stopping;
+  wait_remove(L, 1, w); /* it has suspended, and so do we: from here we are held by it */
+  wait_end_inline(w);
   return false;
 }
 
@@ -153,7 +148,9 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
     return k(L, LUA_OK, (lua_KContext)on);
   }
   if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);
+  me->flags &= (uint16_t)~TASK_DEAF; /* should the next one raise */
   refuse_circle(L, me, on);
+  if (deaf) me->flags |= TASK_DEAF;
   if (can_run_in_place(rt, me, on)) {
     if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
     if (me->flags & TASK_LINKED) /* interrupted by the other one */
@@ -168,8 +165,14 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
   if (on->waiters == NULL)
     wait_first(L, 1, on, &f->u.wait, WAIT_FIBER);
   else {
+    me->flags &= (uint16_t)~TASK_DEAF;
     waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
     lua_pop(L, 1);
+    if (waits && f->member.scope->canceled && !deaf) { /* by a finalizer */
+      wait_remove(L, 1, &f->u.wait);
+      return scope_throw(L, f->member.scope);
+    }
+    if (deaf) me->flags |= TASK_DEAF;
   }
   if (!waits) return k(L, LUA_OK, (lua_KContext)on);
   me->state = TASK_WAITING;
@@ -314,22 +317,20 @@ static int l_try_await(lua_State *L) {
   return fiber_await(L, rt, me, t, try_await_k);
 }
 
-/* of a yield in a coroutine of ours, which anybody can resume before its turn */
+/* anybody can resume the coroutine before its turn; ctx: the runtime */
 static int yield_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status;
-  return fiber_on_top(L, runtime(L)) ? 0 : lua_yieldk(L, 0, ctx, yield_k);
+  return fiber_on_top(L, (struct runtime *)ctx) ? 0 : lua_yieldk(L, 0, ctx, yield_k);
 }
 
 static int l_yield(lua_State *L) {
   struct runtime *rt = runtime(L);
-  struct fiber *me = (struct fiber *)rt->me;
-  bool own =
-      me->co == L && lua_isyieldable(L); /* as fiber_here: in the coroutine of the task itself */
-  if (!own && (me = fiber_not_here(L, rt)) == NULL) return fiber_outside(L, l_yield);
+  struct fiber *me = fiber_here(L, rt);
+  if (me == NULL) return fiber_outside(L, l_yield);
   if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
   me->task.state = TASK_QUEUED;
   loop_ready(rt, &me->task);
-  return fiber_suspend(L, rt, me, 0, own ? NULL : yield_k); /* returns nothing */
+  return fiber_suspend(L, rt, me, (lua_KContext)rt, yield_k); /* returns nothing */
 }
 
 static int pcall_k(lua_State *L, int status, lua_KContext ctx) {

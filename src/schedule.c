@@ -266,7 +266,8 @@ static struct fiber *queued_in(lua_State *L, int i, int s) {
 }
 
 static int executed_k(lua_State *L, int status, lua_KContext ctx) {
-  (void)status, (void)ctx;
+  if (status != LUA_OK && !fiber_on_top(L, runtime(L)))
+    return lua_yieldk(L, 0, ctx, executed_k); /* not resumed by us */
   lua_pushboolean(L, 1);
   return 1;
 }
@@ -278,8 +279,7 @@ static int execute(lua_State *L, int i, struct fiber *f, lua_KFunction k) {
 }
 
 static int posted_k(lua_State *L, int status, lua_KContext ctx) {
-  (void)L, (void)status, (void)ctx;
-  return 0;
+  return status == LUA_OK || fiber_on_top(L, runtime(L)) ? 0 : lua_yieldk(L, 0, ctx, posted_k);
 }
 
 /* what a context gets; upvalues: runtime, anchors, task, number */

@@ -357,14 +357,11 @@ void scope_push_error(lua_State *L, struct scope *s) {
   lua_remove(L, -2);
 }
 
-/* the scope whose token is the ambient one of f */
-static struct scope *ambient(lua_State *L, struct runtime *rt, struct fiber *f) {
-  return f->member.scope->owner == f ? f->member.scope : scope_own(L, rt, f);
-}
-
 static int throw_k(lua_State *L, int status, lua_KContext ctx) {
-  (void)status, (void)ctx;
-  return scope_throw(L, ((struct fiber *)runtime(L)->me)->member.scope);
+  struct runtime *rt = runtime(L);
+  (void)status;
+  if (!fiber_on_top(L, rt)) return lua_yieldk(L, 0, ctx, throw_k); /* not resumed by us */
+  return scope_throw(L, ((struct fiber *)rt->me)->member.scope);
 }
 
 /* A task that goes on after each refusal, and never waits, shall hold up itself only: now and then it is
@@ -380,7 +377,7 @@ int scope_throw(lua_State *L, struct scope *s) {
     loop_ready(rt, &me->task);
     return fiber_suspend(L, rt, me, 0, throw_k);
   }
-  scope_push_error(L, s == me->member.scope ? ambient(L, rt, me) : s);
+  scope_push_error(L, s == me->member.scope ? scope_ambient(L, rt) : s);
   return lua_error(L);
 }
 
@@ -718,7 +715,7 @@ static int l_throw_if_canceled(lua_State *L) {
 static int l_cancellation_token(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
-  struct scope *s = &me->task == rt->outside ? rt->root : ambient(L, rt, me);
+  struct scope *s = &me->task == rt->outside ? rt->root : scope_ambient(L, rt);
   if (s == rt->root || (s->kind == SCOPE_SHIELD && s->due == HUGE_VAL))
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NONE);
   else

@@ -225,7 +225,9 @@ void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
     struct wait *next = w->next;
     bool end = w == last;
     w->on = NULL;
-    if (w->pos != WAIT_INLINE) {
+    if (w->pos == WAIT_INLINE)
+      wait_end_inline(w);
+    else {
       if (w->pos != 0)
         lua_rawgeti(L, waiters, (lua_Integer)w->pos); /* else it is the value itself */
       if (w->role == WAIT_FIBER)
@@ -254,7 +256,7 @@ static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum
   if (w != NULL && w->on != t)
     combine_forget(L, i);
   else if (w != NULL && w->pos == WAIT_INLINE && w->next == w)
-    t->waiters = NULL, w->on = NULL; /* it is on the C stack, and looks itself */
+    t->waiters = NULL, wait_end_inline(w); /* it looks itself */
   else if (w != NULL)
     wait_notify(L, rt, i, t);
   if (s == TASK_FAULTED || (s == TASK_CANCELED && t->flags & TASK_TRACED)) error_attach(L, i, from);

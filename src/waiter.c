@@ -190,10 +190,13 @@ bool waiter_push_name(lua_State *L, struct fiber *f) {
 int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
                 lua_KContext ctx, lua_KFunction k) {
   struct task *t = &me->task;
+  bool deaf = t->flags & TASK_DEAF;
+  t->flags &= (uint16_t)~TASK_DEAF; /* should the next ones raise */
   if (seconds != HUGE_VAL) deadline_reserve(L, rt);
   me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
   bool held = fiber_push_me(L, rt, me);
   append(L, 1, q, &me->u.nap);
+  if (deaf) t->flags |= TASK_DEAF;
   t->state = TASK_WAITING;
   if (seconds != HUGE_VAL) deadline_add(rt, &me->u.nap.deadline, seconds);
   fiber_park(L, me, seconds != HUGE_VAL || me->member.scope->armed, held);
