@@ -1278,3 +1278,25 @@ describe("misuse", function()
     end
   end)
 end)
+
+describe("a child", function()
+  it("that returns as much as a stack holds does not keep its group waiting", function()
+    local most = 1000000
+    helper.in_task(function()
+      flow.spawn(function()
+        while not pcall(table.unpack, {}, 1, most) do most = most - 1 end
+      end):await()
+    end)()
+    local failed = 0
+    for less = 0, 8 do
+      local ok, err = pcall(flow.run, flow.task_group, function(group)
+        group:spawn(function() return table.unpack({}, 1, most - less) end)
+      end)
+      if not ok then
+        failed = failed + 1
+        assert.truthy(tostring(err):find("stack overflow", 1, true), err)
+      end
+    end
+    assert.is_true(failed > 0 and failed < 9)
+  end)
+end)

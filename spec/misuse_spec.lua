@@ -555,6 +555,51 @@ describe("the coroutine of a task", function()
       print("survived")
     ]])
   end)
+
+  it("runs on in nobody else's hands", helper.in_order(function()
+    local kept, log, note = nil, helper.recorder()
+    local task = flow.spawn(function()
+      kept = coroutine.running()
+      for i = 1, 3 do
+        note(i, flow.current_task().name)
+        flow.yield()
+      end
+    end)
+    task.name = "victim"
+    flow.yield()
+    for _ = 1, 5 do assert.is_true(coroutine.resume(kept, task, 0, 1e9)) end
+    note("tried")
+    task:await()
+    assert.same({ "1 victim", "tried", "2 victim", "3 victim" }, log)
+  end))
+
+  it("is told to be closed also while it waits for a hot start far down", function()
+    assert.equal("9\n", helper.output [[
+      local flow = require "coflow"
+      local told
+      flow.on_unobserved_exception(function(err) told = err.message end)
+      local function nest(n)
+        return flow.async(function()
+          local me = coroutine.running()
+          if n < 20 then
+            nest(n + 1)
+          else
+            flow.async(function() coroutine.close(me) end)()
+          end
+        end)()
+      end
+      flow.run(function()
+        nest(1)
+        collectgarbage()
+        flow.yield()
+        assert(flow.spawn(function() return 9 end):await() == 9)
+      end)
+      collectgarbage()
+      flow.run(flow.yield)
+      assert(told:find("somebody has closed the coroutine", 1, true), told)
+      print(9)
+    ]])
+  end)
 end)
 
 describe("the coroutine of a task that has ended", function()

@@ -1387,3 +1387,56 @@ describe("the cancellation", function()
     assert.equal(width, ended)
   end))
 end)
+
+describe("a cancellation at an awkward moment", function()
+  it("when what was awaited has just ended in place counts at the next wait", in_order(function()
+    local log, note = recorder()
+    local task
+    local loc = flow.AsyncLocal { value_changed = function(change)
+      if change.context_changed and task then
+        local it = task
+        task = nil
+        it:cancel("in a handler")
+      end
+    end }
+    local victim = flow.spawn(function()
+      loc.value = 1
+      task = flow.current_task()
+      flow.spawn(function() loc.value = 2 end):await()
+      note("goes on")
+      flow.yield()
+      note("not here")
+    end)
+    assert.equal("in a handler", raises("OperationCanceled", victim.await, victim).reason)
+    assert.same({ "goes on" }, log)
+  end))
+
+  it("by a finalizer while a second waiter joins the first ends the wait", in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local first = flow.spawn(function() return gate.task:await() end)
+    flow.yield()
+    for _ = 1, 20 do
+      local source = flow.CancellationTokenSource()
+      raises("OperationCanceled", flow.with_cancellation, source.token, function()
+        setmetatable({}, { __gc = function() source:cancel() end })
+        flow.spawn(function() -- should no collection have come before
+          flow.sleep(1)
+          collect()
+        end)
+        gate.task:await()
+      end)
+    end
+    gate:set_result(1)
+    assert.equal(1, first:await())
+  end))
+
+  it("does not find a wait deaf that was refused before", in_task(function()
+    local none = flow.CancellationToken.none
+    local cache = flow.AsyncCache()
+    cache:get_or_add("key", function()
+      raises("InvalidOperation", cache.get_or_add, cache, "key", function() end, none) -- it awaits itself
+      raises("Timeout", flow.with_timeout, 1, flow.sleep, 10)
+    end)
+    assert.equal(1, flow.loop.now())
+  end))
+end)

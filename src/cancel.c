@@ -216,19 +216,6 @@ static void clear(lua_State *L, int i, struct registration *r) {
   lua_setiuservalue(L, i, REGISTRATION_CONTEXT);
 }
 
-/* [-0, +1, m] the list of registrations of the token at k, made if it is not there */
-static void push_list(lua_State *L, int k) {
-  if (lua_getiuservalue(L, k, TOKEN_LIST) != LUA_TNIL) return;
-  lua_pop(L, 1);
-  lua_createtable(L, 1, 0);
-  if (lua_getiuservalue(L, k, TOKEN_LIST) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_pushvalue(L, -1);
-    lua_setiuservalue(L, k, TOKEN_LIST);
-  } else
-    lua_remove(L, -2); /* a finalizer has been here */
-}
-
 /* [-0, +0, -] takes the dead out of the list on top, of that token */
 static void sweep(lua_State *L, struct token *token) {
   int kept = 0;
@@ -317,17 +304,12 @@ void token_follow(lua_State *L, int k, int up) {
   struct token *above = (struct token *)lua_touserdata(L, up);
   if (above->never) return;
   luaL_checkstack(L, 10, NULL);
-  push_list(L, up);
+  module_push_table(L, up, TOKEN_LIST);
   struct registration *r = registration_new(L);
   r->link = true;
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, REGISTRATION_TARGET);
-  if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_createtable(L, 2, 0);
-    lua_pushvalue(L, -1);
-    lua_setiuservalue(L, k, TOKEN_LINKS);
-  } /* list registration links */
+  module_push_table(L, k, TOKEN_LINKS); /* list registration links */
   lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
   lua_pushvalue(L, up);
   lua_rawseti(L, -2, n + 2); /* the one that may want memory first: until n + 1 is there, none is */
@@ -399,6 +381,15 @@ static void token_mark_below(lua_State *L, int k, int reason, int cause, int run
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
+/* [-0, +0, e] there is room for the callback of the registration at i, and for what is done about it */
+static void check_room(lua_State *L, int i, const struct registration *r) {
+  if (!r->packed) return;
+  lua_getiuservalue(L, i, REGISTRATION_TARGET);
+  lua_getfield(L, -1, "n");
+  luaL_checkstack(L, (int)lua_tointeger(L, -1) + LUA_MINSTACK, "too many arguments of a callback");
+  lua_pop(L, 2);
+}
+
 /* [-0, +n, -] pushes the callback and its arguments, and lets go of them; the number of arguments */
 static int take_callback(lua_State *L, int i, struct registration *r) {
   int arguments = 0;
@@ -408,7 +399,6 @@ static int take_callback(lua_State *L, int i, struct registration *r) {
     lua_getfield(L, packed, "n");
     int n = (int)lua_tointeger(L, -1);
     lua_pop(L, 1);
-    luaL_checkstack(L, n, NULL);
     for (int a = 1; a <= n; a++) lua_rawgeti(L, packed, a);
     lua_remove(L, packed);
     arguments = n - 1;
@@ -417,11 +407,12 @@ static int take_callback(lua_State *L, int i, struct registration *r) {
   return arguments;
 }
 
-/* [-0, +n, -] calls the callback of the registration at i in its context; the status, error on top */
+/* [-0, +n, e] calls the callback of the registration at i in its context; the status, error on top */
 static int call(lua_State *L, struct runtime *rt, int i, struct registration *r) {
   struct task *me = rt->me;
   uint16_t suppressed = me->flags & TASK_SUPPRESSED;
   bool plain = !r->in_context && !(me->flags & TASK_HAS_CONTEXT);
+  check_room(L, i, r);
   if (r->captured) me->flags &= (uint16_t)~TASK_SUPPRESSED;
   int old = 0;
   if (!plain) {
@@ -637,6 +628,11 @@ static void push_promise(lua_State *L) {
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) return;
   lua_pop(L, 1);
   task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) { /* by a finalizer */
+    lua_remove(L, -2);
+    return;
+  }
+  lua_pop(L, 1);
   if (k->canceled) task_settle(L, rt, lua_gettop(L), 0);
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, 1, TOKEN_PROMISE);
@@ -741,7 +737,7 @@ static int register_callback(lua_State *L, bool capture) {
     r->in_context = !lua_isnil(L, -1);
     lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
   }
-  push_list(L, 1);
+  module_push_table(L, 1, TOKEN_LIST);
   if (!token->canceled) {
     lua_pushvalue(L, 3);
     attach(L, token, r);

@@ -497,6 +497,9 @@ void module_push_function(lua_State *L, lua_CFunction f);                  /* [-
 static inline bool module_is_ours(const struct runtime *rt, const char *source) {
   return rt->library_length > 0 && strncmp(source, rt->library, rt->library_length) == 0;
 }
+void module_push_table(
+    lua_State *L, int i,
+    int uservalue); /* [-0, +1, m] that of the object at i, made if it is not there */
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
                   const luaL_Reg *properties); /* [-0, +0, m] */
 void module_methods(lua_State *L, uint32_t tag,
@@ -636,6 +639,8 @@ void fiber_discard(lua_State *L, struct runtime *rt,
 void fiber_drop_coroutine(lua_State *L, struct runtime *rt,
                           struct fiber *f); /* [-0, +0, -] of one that did not end well */
 void fiber_trim(lua_State *L);              /* [-0, +0, -] drops coroutines long unused */
+void fiber_make_cold(lua_State *L, int i,
+                     struct fiber *f); /* [-0, +0, -] the new one at i may be dropped */
 void fiber_hold(lua_State *L, int i,
                 struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
 void fiber_push(lua_State *L,

@@ -64,7 +64,10 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_xmove(L, co, 3);
   lua_toclose(co, 1);
   int results;
-  if (lua_resume(co, L, 1, &results) != LUA_YIELD) luaL_error(L, "not enough memory");
+  if (lua_resume(co, L, 1, &results) != LUA_YIELD) { /* no memory, or no C stack */
+    lua_xmove(co, L, 1);
+    lua_error(L);
+  }
   int slot = slots_add(L, UP_ANCHORS, &rt->free_slot);
   rt->idle[rt->idle_count++] = (struct idle){co, slot};
 }
@@ -155,6 +158,11 @@ void fiber_hold(lua_State *L, int i, struct fiber *f) {
   if (f->co != L) lua_xmove(f->co, L, 1);
   lua_setiuservalue(L, i, TASK_RESULT);
   f->task.flags |= TASK_HELD;
+}
+
+void fiber_make_cold(lua_State *L, int i, struct fiber *f) {
+  fiber_hold(L, i, f);
+  task_release(L, &f->task);
 }
 
 /* ---- labels ---- */
@@ -581,8 +589,7 @@ static int l_new(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_check_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
-  fiber_hold(L, 1, f);
-  task_release(L, &f->task);
+  fiber_make_cold(L, 1, f);
   return 1;
 }
 

@@ -216,12 +216,13 @@ static int l_continuation(lua_State *L) {
     lua_pushvalue(L, 4);
     fiber_name(L, f);
   }
+  fiber_make_cold(L, 7, f); /* should anything raise */
   if (!lua_isnil(L, 5)) schedule_give(L, 7, 5);
   if (wait_add(L, 6, &f->u.wait, 7, WAIT_FIBER)) {
     f->task.state = TASK_WAITING;
-    fiber_hold(L, 7, f);
-    if (!f->member.scope->armed) task_release(L, &f->task);
+    if (f->member.scope->armed) task_hold(L, 7, &f->task);
   } else {
+    task_hold(L, 7, &f->task);
     f->task.state = TASK_QUEUED;
     loop_ready(rt, &f->task);
   }

@@ -61,12 +61,7 @@ static void cancel(lua_State *L, struct group *g, const char *reason) {
 static void append(lua_State *L, const struct group *g, int list) {
   push_group(L, g);
   lua_insert(L, -2); /* group value */
-  if (lua_getiuservalue(L, -2, list) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_newtable(L);
-    lua_pushvalue(L, -1);
-    lua_setiuservalue(L, -4, list);
-  }
+  module_push_table(L, -2, list);
   lua_insert(L, -2); /* group list value */
   lua_rawseti(L, -2, (lua_Integer)lua_rawlen(L, -2) + 1);
   lua_pop(L, 2);
@@ -130,15 +125,19 @@ static void child_left(lua_State *L, struct runtime *rt, struct group *g) {
   lua_pop(L, 2);
 }
 
-struct group *group_leave(struct fiber *f) {
+static struct group *group_of(const struct fiber *f) {
   struct scope *s = f->member.scope;
   if (s->owner == f) s = s->base->member.scope;
-  f->task.traits &= (uint8_t)~TRAIT_CHILD;
   return (struct group *)s;
 }
 
+struct group *group_leave(struct fiber *f) {
+  f->task.traits &= (uint8_t)~TRAIT_CHILD;
+  return group_of(f);
+}
+
 void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool well) {
-  struct group *g = group_leave(f);
+  struct group *g = group_of(f); /* until all that may raise is done: then it is told once more */
   luaL_checkstack(L, 10, NULL);
   if (well && g->policy == FIRST_SUCCESS && !g->scope.expired) {
     push_group(L, g);
@@ -154,7 +153,7 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool w
     child_failed(L, g);
     lua_pop(L, 1);
   }
-  child_left(L, rt, g);
+  child_left(L, rt, group_leave(f));
 }
 
 void group_child_lost(lua_State *L, struct runtime *rt, struct group *g) {
@@ -194,7 +193,10 @@ static int l_spawn(lua_State *L) {
     return error_throw(L, ERROR_OPERATION,
                        "the task group has ended: no task can be started in it any more");
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 2, &g->scope); /* group task */
-  if (g->ended) return error_throw(L, ERROR_OPERATION, "the task group has ended");
+  if (g->ended) {
+    fiber_make_cold(L, 2, f);
+    return error_throw(L, ERROR_OPERATION, "the task group has ended");
+  }
   f->task.state = TASK_QUEUED;
   g->had_children = true;
   if (g->running < g->limit) {
@@ -207,13 +209,11 @@ static int l_spawn(lua_State *L) {
     group_discard(L, 2);
     return 1;
   }
+  fiber_make_cold(L, 2, f);
   f->task.traits |= TRAIT_QUEUED;
   lua_pushvalue(L, 2);
   append(L, g, GROUP_QUEUE);
   g->last++;
-  if (task_done(&f->task)) return 1; /* discarded by a finalizer */
-  fiber_hold(L, 2, f);
-  task_release(L, &f->task);
   return 1;
 }
 
@@ -260,8 +260,11 @@ static int l_wait_stopping(lua_State *L) {
     lua_pop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
     if (g->stopping) return 0; /* by a finalizer */
-    lua_pushvalue(L, -1);
-    lua_setiuservalue(L, 1, GROUP_STOPPING);
+    if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
+      lua_pop(L, 1);
+      lua_pushvalue(L, -1);
+      lua_setiuservalue(L, 1, GROUP_STOPPING);
+    }
   }
   lua_replace(L, 1);
   return timer_await_with(L);

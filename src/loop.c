@@ -553,7 +553,11 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   lua_pushinteger(L, mode);
   int status = lua_pcall(L, 2, 1, 0);
   rt->pumping = false;
-  if (status != LUA_OK) { /* out of memory */
+  if (status != LUA_OK) { /* out of memory, wherever it was: what ran then does so no more */
+    rt->me = rt->outside;
+    rt->depth = rt->hot = rt->resetting = 0;
+    rt->level = NULL;
+    rt->handoff = NULL;
     rt->land_busy = false;
     land_again(rt);
   }

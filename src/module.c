@@ -39,6 +39,19 @@ void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   return o;
 }
 
+void module_push_table(lua_State *L, int i, int uservalue) {
+  if (i < 0) i = lua_absindex(L, i);
+  if (lua_getiuservalue(L, i, uservalue) != LUA_TNIL) return;
+  lua_pop(L, 1);
+  lua_createtable(L, 1, 0);
+  if (lua_getiuservalue(L, i, uservalue) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_pushvalue(L, -1);
+    lua_setiuservalue(L, i, uservalue);
+  } else
+    lua_remove(L, -2); /* a finalizer has made one */
+}
+
 /* ---- classes ---- */
 
 void module_push_function(lua_State *L, lua_CFunction f) {

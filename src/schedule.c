@@ -351,12 +351,17 @@ void schedule_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   int elsewhere = t->flags & TASK_STARTED ? TRAIT_ELSEWHERE : TRAIT_QUEUES;
   bool direct = t->traits & TRAIT_DIRECT || !(t->traits & elsewhere);
   t->traits = (uint8_t)((t->traits & ~TRAIT_DIRECT) | TRAIT_RESUMED);
-  if (direct) {
+  if (direct && t->flags & TASK_STARTED) {
     fiber_run(L, rt, f);
     return;
   }
   task_push(L, t);
   int i = lua_gettop(L);
+  if (direct) {
+    fiber_run_at(L, rt, f, i);
+    lua_settop(L, i - 1);
+    return;
+  }
   fiber_hold(L, i, f);
   if (!hand_over(L, rt, i, t)) refuse(L, rt, i, f);
   lua_settop(L, i - 1);

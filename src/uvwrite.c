@@ -321,16 +321,7 @@ void write_forget(lua_State *L, struct stream *s, int i) {
 /* [-0, +0, m] there is a table for long strings. Made before anything is sent: a finalizer that runs meanwhile
 ** may write, too, and must not do so in the middle. */
 static void make_room(lua_State *L) {
-  if (lua_getiuservalue(L, 1, STREAM_STRINGS) == LUA_TNIL) {
-    lua_createtable(L, 2, 0);
-    if (lua_getiuservalue(L, 1, STREAM_STRINGS) == LUA_TNIL) { /* else by a finalizer */
-      lua_pop(L, 1);
-      lua_setiuservalue(L, 1, STREAM_STRINGS);
-      lua_pop(L, 1);
-      return;
-    }
-    lua_pop(L, 2);
-  }
+  module_push_table(L, 1, STREAM_STRINGS);
   lua_pop(L, 1);
 }
 
