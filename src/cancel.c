@@ -658,9 +658,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
     me->flags &= (uint16_t)~TASK_INTERRUPTED;
     return 0;
   }
-  fiber_resumed(L, rt);
-  if (!task_done(on) || (status != LUA_OK && !fiber_on_top(L, rt)))
-    return lua_yieldk(L, 0, ctx, wait_k);
+  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, wait_k);
   me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }

@@ -506,9 +506,7 @@ static int l_when_each(lua_State *L) {
 /* the values of the when_all at index 1, one by one; the one error as it is, else the Aggregate */
 static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
   struct combine *c = (struct combine *)lua_touserdata(L, 1);
-  fiber_resumed(L, runtime(L));
-  if (!task_done(&c->task) || (status != LUA_OK && !fiber_on_top(L, runtime(L))))
-    return lua_yieldk(L, 0, ctx, await_all_k); /* not resumed by us */
+  if (!fiber_awaited(L, &c->task, status)) return lua_yieldk(L, 0, ctx, await_all_k);
   lua_settop(L, 1);
   if (c->task.state != TASK_SUCCEEDED && !(c->task.flags & TASK_AGGREGATE && c->left > 1))
     return task_push_outcome(L, 1, &c->task);

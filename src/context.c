@@ -408,7 +408,7 @@ void context_drop(lua_State *L, int i, struct task *t) {
 
 void context_push_current(lua_State *L) { push_of(L, runtime(L)->me); }
 
-void context_push_captured(lua_State *L) {
+static void push_captured(lua_State *L) {
   context_push_flowing(L, runtime(L)->me);
   if (lua_isnil(L, -1)) {
     lua_pop(L, 1);
@@ -756,7 +756,7 @@ static int l_capture(lua_State *L) {
   if (runtime(L)->me->flags & TASK_SUPPRESSED)
     lua_pushnil(L);
   else
-    context_push_captured(L);
+    push_captured(L);
   return 1;
 }
 

@@ -343,25 +343,25 @@ enum error_kind {
 };
 
 enum runtime_uservalue {
-  RUNTIME_ANCHORS = 1, /* the slot table of rule 2 */
-  RUNTIME_ERRORS,      /* error_kind -> metatable */
-  RUNTIME_TRACES,      /* slot -> trace record of the error last seen by that task */
-  RUNTIME_LABELS,      /* list of "file:line" */
-  RUNTIME_NAMES,       /* task -> name, weak keys */
-  RUNTIME_IDS,         /* task -> id, weak keys */
-  RUNTIME_REPORTER,    /* the default handler of unobserved exceptions */
-  RUNTIME_HANDLER,     /* of unobserved exceptions: a function, false, or nil: the default */
-  RUNTIME_LOCALS,      /* id -> AsyncLocal, weak values */
-  RUNTIME_WATCHED,     /* list of the locals with a handler, weak values */
-  RUNTIME_TELLER,      /* the function that tells one of them */
-  RUNTIME_SHOWN,       /* the context whose values the handlers saw last */
-  RUNTIME_LANDER,      /* the function that lands what is on the landing list */
-  RUNTIME_PUMP,        /* the function that runs what is ready, and polls */
-  RUNTIME_EMPTY,       /* the empty execution context */
-  RUNTIME_NONE,        /* CancellationToken.none */
-  RUNTIME_MODULE,      /* what luaopen_coflow_core returns */
-  RUNTIME_FIBER_MAIN,  /* the body of every coroutine of ours */
-  RUNTIME_FIBER_TRACE, /* the message handler around their functions */
+  RUNTIME_ANCHORS = 1,   /* the slot table of rule 2 */
+  RUNTIME_ERRORS,        /* error_kind -> metatable */
+  RUNTIME_TRACES,        /* slot -> trace record of the error last seen by that task */
+  RUNTIME_LABELS,        /* list of "file:line" */
+  RUNTIME_NAMES,         /* task -> name, weak keys */
+  RUNTIME_IDS,           /* task -> id, weak keys */
+  RUNTIME_REPORTER,      /* the default handler of unobserved exceptions */
+  RUNTIME_HANDLER,       /* of unobserved exceptions: a function, false, or nil: the default */
+  RUNTIME_LOCALS,        /* id -> AsyncLocal, weak values */
+  RUNTIME_WATCHED,       /* list of the locals with a handler, weak values */
+  RUNTIME_TELLER,        /* the function that tells one of them */
+  RUNTIME_SHOWN,         /* the context whose values the handlers saw last */
+  RUNTIME_LANDER,        /* the function that lands what is on the landing list */
+  RUNTIME_PUMP,          /* the function that runs what is ready, and polls */
+  RUNTIME_EMPTY,         /* the empty execution context */
+  RUNTIME_NONE,          /* CancellationToken.none */
+  RUNTIME_MODULE,        /* what luaopen_coflow_core returns */
+  RUNTIME_FIBER_MAIN,    /* the body of every coroutine of ours */
+  RUNTIME_FIBER_HANDLER, /* the message handler around their functions */
   RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
                   ** made in a scope (periodic.c) */
   RUNTIME_TOKENS,     /* task -> { address of a scope of its = token }, weak keys */
@@ -407,18 +407,17 @@ struct runtime {
   struct task *landing, *landing_last, *lands; /* to land; the one that does */
   bool pumping, land_busy, stopping;
   bool closed;
-  int signaled;               /* set by the signal callback, read by the pump */
-  const struct fiber *newest; /* the one started last: until it suspends, it lies … */
-  lua_State *newest_on;       /* … on this stack, … */
-  int newest_at;              /* … there */
-  struct fiber *handoff;      /* to be run at once by whoever runs the one that yields now */
+  int signaled;                /* set by the signal callback, read by the pump */
+  const struct fiber *started; /* the one started last: until it suspends, it lies … */
+  lua_State *started_on;       /* … on this stack, … */
+  int started_at;              /* … there */
+  struct fiber *handoff;       /* to be run at once by whoever runs the one that yields now */
+  int depth;                   /* fibers nested on the C stack */
   int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
-  int depth;           /* fibers nested on the C stack */
   struct level *level; /* the innermost coroutine of ours that is resumed now */
   int slice;           /* how many more tasks may run before the pump polls */
 
-  bool
-      meddled; /* somebody has resumed or closed a coroutine that is idle or another task's: look at each */
+  bool meddled;      /* somebody has resumed or closed an idle coroutine: look at each */
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */
   size_t idle_count, idle_size;
   int free_slot;       /* of the anchors */
@@ -537,10 +536,6 @@ void error_report_caught(
     lua_State *L); /* [-1, +0, m] the error on top, as if the running task had failed with
                                        ** it, but that goes on: a task that has failed stands for it */
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_push_root(
-    lua_State *L, int i,
-    int error); /* [-0, +1, -] what tells the failures of one origin: of the failed task
-                                 ** at i; 0: of the error at `error`, which unwinds the running task */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
 int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
 void error_push_left(lua_State *L, lua_State *co,
@@ -589,8 +584,7 @@ void wait_notify(lua_State *L, struct runtime *rt, int on,
                  struct task *t); /* [-0, +0, -] wakes all that wait for the task at on */
 void task_settle(lua_State *L, struct runtime *rt, int i, int results); /* [-n, +0, m] succeeded */
 void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t,
-                  int results);           /* the same */
-int task_pack(lua_State *L, int results); /* [-n, +1, m] several results as one value; their flag */
+                  int results); /* the same */
 void task_settle_error(lua_State *L, struct runtime *rt, int i,
                        int from); /* [-1, +0, -] canceled or faulted, as the error says */
 void task_settle_canceled(lua_State *L, struct runtime *rt, int i); /* [-1, +0, -] */
@@ -672,15 +666,15 @@ static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
 int fiber_outside(lua_State *L, lua_CFunction f); /* runs the operation f as a root task */
 /* A suspended coroutine is anybody's, who may even close it: from the first suspension on the slot holds the task,
 ** and the task the coroutine; until then it was the other way round. */
-void fiber_push_new(lua_State *L, struct runtime *rt,
-                    struct fiber *f); /* [-0, +1, -] f, which holds its coroutine from now on */
+void fiber_push_unheld(lua_State *L, struct runtime *rt,
+                       struct fiber *f); /* [-0, +1, -] f, which holds its coroutine from now on */
 /* [-0, +1, -] the running task, which is to park; returns whether its slot holds it, for fiber_park */
 static inline bool fiber_push_me(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->task.flags & TASK_HELD) {
     if (lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA) return true;
     lua_pop(L, 1);
   }
-  fiber_push_new(L, rt, f);
+  fiber_push_unheld(L, rt, f);
   return false;
 }
 /* [-0, +0, -] it parks: its slot is to hold it, or to know its address only */
@@ -697,18 +691,10 @@ static inline int fiber_suspend(lua_State *L, struct runtime *rt, struct fiber *
                                 lua_KFunction k) {
   f->task.flags |= TASK_PARKED;
   if (!(f->task.flags & TASK_HELD)) {
-    fiber_push_new(L, rt, f);
+    fiber_push_unheld(L, rt, f);
     lua_rawseti(L, UP_ANCHORS, f->task.slot);
   }
   return lua_yieldk(L, 0, ctx, k);
-}
-/* [-0, +0, -] f naps: held no more, unless its scope or the token that it was given (or NULL) is armed */
-static inline void fiber_let_go(lua_State *L, struct runtime *rt, struct fiber *f,
-                                struct token *k) {
-  if (f->member.scope->armed || (k != NULL && token_armed(k))) return;
-  fiber_push_me(L, rt, f);
-  lua_pop(L, 1);
-  fiber_park(L, f, false, false);
 }
 /* [-0, +0, e] in a continuation: raises when it was its scope that has resumed the running task */
 static inline void fiber_resumed(lua_State *L, struct runtime *rt) {
@@ -716,6 +702,14 @@ static inline void fiber_resumed(lua_State *L, struct runtime *rt) {
   if (!(f->task.flags & TASK_INTERRUPTED) || !fiber_on_top(L, rt)) return;
   f->task.flags &= (uint16_t)~TASK_INTERRUPTED;
   scope_throw(L, f->member.scope);
+}
+/* [-0, +0, e] in the continuation of fiber_await: `on` is complete. False: it was not us who has resumed the
+** task, which is to yield again. */
+static inline bool fiber_awaited(lua_State *L, const struct task *on, int status) {
+  if (status == LUA_OK) return true; /* without a suspension */
+  struct runtime *rt = runtime(L);
+  fiber_resumed(L, rt);
+  return task_done(on) && fiber_on_top(L, rt);
 }
 int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
                 lua_KFunction k);
@@ -727,14 +721,12 @@ void fiber_await_open(lua_State *L);
 
 void fiber_abandon(lua_State *L, int i,
                    struct fiber *f); /* [-0, +0, -] the pump will close the parked one at i */
-void fiber_close(lua_State *L, struct runtime *rt,
-                 struct fiber *f); /* [-0, +0, -] an abandoned one */
+void fiber_end_abandoned(lua_State *L, struct runtime *rt,
+                         struct fiber *f); /* [-0, +0, -] an abandoned one */
 static inline bool fiber_is_lost(const struct task *t) {
   return t->slot == 0 && task_is(t, KIND_FIBER) && !task_done(t);
 }
-void fiber_settle_lost(lua_State *L, int i);       /* [-0, +0, m] the one at i fails */
-void fiber_push_closed(lua_State *L, int i);       /* [-0, +1, m] the error of one closed so */
-void fiber_dispose(lua_State *L, struct fiber *f); /* [-0, +0, -] at the end of the state */
+void fiber_settle_lost(lua_State *L, int i); /* [-0, +0, m] the one at i fails */
 void fiber_abandon_open(lua_State *L);
 
 /* ---- combine.c ---- */
@@ -749,8 +741,7 @@ void combine_open(lua_State *L);
 /* ---- context.c: async locals and execution contexts ---- */
 
 void context_push_flowing(lua_State *L, struct task *t); /* [-0, +1, -] what a child gets, or nil */
-void context_push_current(lua_State *L);  /* [-0, +1, -] of the running task, or nil */
-void context_push_captured(lua_State *L); /* [-0, +1, m] of the running task */
+void context_push_current(lua_State *L); /* [-0, +1, -] of the running task, or nil */
 void context_give(lua_State *L, int i, struct task *t); /* [-1, +0, -] the context on top to t */
 void context_inherit(lua_State *L, int i, struct task *t, struct task *me);
 /* [-0, +0, -] the new task t at i, negative, gets what flows from me, which has a context */
@@ -878,7 +869,6 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
 void scope_expire(lua_State *L, struct runtime *rt,
                   struct scope *s);                       /* [-0, +0, m] its deadline has passed */
 void scope_run_expired(lua_State *L, struct runtime *rt); /* [-0, +0, m] their callbacks */
-void scope_set_armed(lua_State *L, struct scope *s, bool armed); /* [-0, +0, -] and what is below */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
 int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
@@ -896,7 +886,7 @@ void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
 void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
 struct fiber *scope_find(struct runtime *rt,
                          const lua_State *co); /* whose coroutine it is, or NULL */
-void scope_open_all(lua_State *L);
+void scope_open(lua_State *L);
 
 /* ---- group.c: task groups ---- */
 

@@ -4,10 +4,10 @@
 ** An error object is a table with `name` and `message` and the metatable of its name; a value that
 ** user code raises is never touched. What is known about a failure stands beside it:
 **
-** - A *trace record* { text, error, name, inner, task } is made by the message handler where the error
-**   was raised (`task` is only an address: raised once more by the same task, it is the same). `inner` is the record of the awaited task that the same error came from, so the records
-**   of a chain of tasks share structure, cost one text each, and keep no task alive. The record of
-**   what a task saw last is at its slot of the traces.
+** - A *trace record* (the list RECORD_…) is made by the message handler where the error was raised. `task` is only
+**   an address: raised once more by the same task, the record is the same. `inner` is the record of the awaited
+**   task that the same error came from, so the records of a chain of tasks share structure, cost one text each,
+**   and keep no task alive. The record of what a task saw last is at its slot of the traces.
 ** - A *fault*, a small userdata with a finalizer, holds the record and the task. The task holds it
 **   in the user value that its waiters had. Both die in one collection, and the finalizer reports
 **   the task unless it was observed. Tasks that do not fail pay nothing for this.
@@ -415,7 +415,7 @@ static void push_record(lua_State *L, int i) {
   lua_remove(L, -2);
 }
 
-void error_push_root(lua_State *L, int i, int error) {
+static void push_root(lua_State *L, int i, int error) {
   if (i != 0)
     push_record(L, i);
   else
@@ -727,7 +727,7 @@ static int l_report(lua_State *L) {
 static int l_failure_root(lua_State *L) {
   lua_settop(L, 2);
   if (!lua_isnil(L, 1)) task_check(L, 1);
-  error_push_root(L, lua_isnil(L, 1) ? 0 : 1, 2);
+  push_root(L, lua_isnil(L, 1) ? 0 : 1, 2);
   return 1;
 }
 

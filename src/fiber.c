@@ -60,7 +60,7 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
   lua_pushvalue(L, -2);
   lua_setiuservalue(L, -2, FIBER_WATCHED);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_HANDLER);
   lua_xmove(L, co, 3);
   lua_toclose(co, 1);
   int results;
@@ -102,7 +102,7 @@ void fiber_trim(lua_State *L) {
 /* ---- the bottom of a coroutine, seen from outside ---- */
 
 /* [-0, +1, -] an argument of fiber_main, on whose coroutine anything may be going on; or nil */
-static void push_argument(lua_State *L, lua_State *co, int n) {
+static void push_bottom(lua_State *L, lua_State *co, int n) {
   lua_Debug ar;
   int low = -1, high = 3; /* mostly: what suspends, the function, fiber_main */
   if (co == NULL || !lua_checkstack(co, 1)) {
@@ -122,14 +122,14 @@ static void push_argument(lua_State *L, lua_State *co, int n) {
   if (co != L) lua_xmove(co, L, 1);
 }
 
-void fiber_push(lua_State *L, lua_State *co) { push_argument(L, co, BODY_TASK); }
+void fiber_push(lua_State *L, lua_State *co) { push_bottom(L, co, BODY_TASK); }
 
-void fiber_push_new(lua_State *L, struct runtime *rt, struct fiber *f) {
-  if (rt->newest == f && rt->me == &f->task) {
-    lua_pushvalue(rt->newest_on, rt->newest_at);
-    if (rt->newest_on != L) lua_xmove(rt->newest_on, L, 1);
+void fiber_push_unheld(lua_State *L, struct runtime *rt, struct fiber *f) {
+  if (rt->started == f && rt->me == &f->task) {
+    lua_pushvalue(rt->started_on, rt->started_at);
+    if (rt->started_on != L) lua_xmove(rt->started_on, L, 1);
   } else
-    push_argument(L, f->co, BODY_TASK);
+    push_bottom(L, f->co, BODY_TASK);
   fiber_hold(L, -1, f);
 }
 
@@ -221,7 +221,7 @@ void fiber_label(lua_State *L, int i) {
   if (f->co == NULL)
     lua_getiuservalue(L, i, TASK_CONTEXT); /* complete: see keep_name */
   else
-    push_argument(L, f->co, BODY_LABEL);
+    push_bottom(L, f->co, BODY_LABEL);
   if (lua_isfunction(L, -1))
     label(L, runtime(L), &f->task);
   else
@@ -266,7 +266,7 @@ static int main_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 /* somebody else has resumed the coroutine, which waits for a task, or for the start of one */
-static int refuse(lua_State *L, struct runtime *rt) {
+static int refuse_stranger(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)object_test(L, BODY_TASK, TAG_TASK);
   if (f != NULL && task_is(&f->task, KIND_FIBER) && f->co == L && !(f->task.flags & TASK_STARTED)) {
     lua_settop(L, BODY_RESULTS + (int)lua_tointeger(L, BODY_COUNT));
@@ -281,7 +281,7 @@ static int start_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct fiber *f = (struct fiber *)rt->me;
   (void)ctx;
-  if (f->co != L) return refuse(L, rt);
+  if (f->co != L) return refuse_stranger(L, rt);
   status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_HANDLER, 0, main_k);
   return finish(L, rt, f, status);
 }
@@ -289,17 +289,13 @@ static int start_k(lua_State *L, int status, lua_KContext ctx) {
 /* fiber_main(handler): the life of a coroutine */
 static int fiber_main(lua_State *L) { return lua_yieldk(L, 0, 0, start_k); }
 
-/* [-0, +1, m] as object_new does it, but that the compiler knows the size */
-static inline struct fiber *blank(lua_State *L) {
+/* as object_new does it, but that the compiler knows the size */
+struct fiber *fiber_blank(lua_State *L) {
   struct fiber *f = (struct fiber *)lua_newuserdatauv(L, sizeof *f, 3);
   *f = (struct fiber){.task = {.tag = TAG_TASK | KIND_FIBER}};
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_TASK));
   lua_setmetatable(L, -2);
   return f;
-}
-
-struct fiber *fiber_blank(lua_State *L) {
-  return blank(L);
 }
 
 bool fiber_reuse(lua_State *L, int i) {
@@ -343,7 +339,7 @@ static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *
 }
 
 struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
-  return fit(L, rt, blank(L), arguments, s);
+  return fit(L, rt, fiber_blank(L), arguments, s);
 }
 
 struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments, struct scope *s) {
@@ -473,7 +469,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
           rt->hot++;
           f = rt->handoff;
           rt->handoff = NULL;
-          rt->newest = NULL; /* it lies nowhere */
+          rt->started = NULL; /* it lies nowhere */
           continue;
         }
         if (f->task.flags & TASK_PARKED) break;
@@ -503,9 +499,9 @@ out:
 }
 
 void fiber_run_at(lua_State *L, struct runtime *rt, struct fiber *f, int i) {
-  rt->newest = f;
-  rt->newest_on = L;
-  rt->newest_at = i;
+  rt->started = f;
+  rt->started_on = L;
+  rt->started_at = i;
   fiber_run(L, rt, f);
 }
 
@@ -658,7 +654,7 @@ void fiber_open(lua_State *L) {
   module_push_function(L, fiber_main);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
   module_push_function(L, error_handler);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_TRACE);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_HANDLER);
   if (rt->outside != NULL) return;
   struct fiber *outside =
       (struct fiber *)task_new(L, KIND_FIBER, sizeof *outside, TASK_CONTEXT, false);

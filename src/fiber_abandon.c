@@ -14,7 +14,7 @@
 
 #include <string.h>
 
-void fiber_push_closed(lua_State *L, int i) {
+static void push_closed(lua_State *L, int i) {
   task_push_name(L, i);
   error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of task '%s'",
              lua_tostring(L, -1));
@@ -50,7 +50,7 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct task *t = &f->task;
   if (t->state == TASK_WAITING &&
-      fiber_naps(f)) { /* else it is ready, or awaits: see fiber_close */
+      fiber_naps(f)) { /* else it is ready, or awaits: see fiber_end_abandoned */
     waiter_leave(L, f, true);
     deadline_drop(rt, &f->u.nap.deadline);
   }
@@ -63,7 +63,7 @@ void fiber_abandon(lua_State *L, int i, struct fiber *f) {
 
 static bool is_closed(lua_State *co) { return lua_status(co) == LUA_OK && lua_gettop(co) == 0; }
 
-void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
+void fiber_end_abandoned(lua_State *L, struct runtime *rt, struct fiber *f) {
   task_push(L, &f->task);
   int i = lua_gettop(L);
   if (f->u.wait.on) {
@@ -72,7 +72,7 @@ void fiber_close(lua_State *L, struct runtime *rt, struct fiber *f) {
     lua_pop(L, 1);
   }
   if (is_closed(f->co))
-    fiber_push_closed(L, i);
+    push_closed(L, i);
   else {
     f->task.flags |= TASK_OBSERVED;
     push_abandoned(L, i);
@@ -103,7 +103,7 @@ static bool is_watch(lua_State *L) {
 
 void fiber_settle_lost(lua_State *L, int i) {
   i = lua_absindex(L, i);
-  fiber_push_closed(L, i);
+  push_closed(L, i);
   if (!task_done((struct task *)lua_touserdata(L, i)))
     task_settle_faulted(L, runtime(L), i, 0);
   else
@@ -157,6 +157,23 @@ static int l_watch_close(lua_State *L) {
   return 0;
 }
 
+/* [-0, +0, -] at the end of the state */
+static void dispose(lua_State *L, struct fiber *f) {
+  struct runtime *rt = runtime(L);
+  struct task *me = rt->me;
+  rt->me = &f->task;
+  lua_State *co = f->co;
+  f->co = NULL;
+  rt->depth++;
+  coroutine_close_inner(L, rt, co);
+  rt->resetting++;
+  coroutine_reset(co, L);
+  rt->resetting--;
+  rt->depth--;
+  scope_end_task(L, rt, f);
+  rt->me = me;
+}
+
 static int l_watch_gc(lua_State *L) {
   struct runtime *rt = runtime(L);
   if (!is_watch(L)) return 0;
@@ -181,7 +198,7 @@ static int l_watch_gc(lua_State *L) {
   if (closes) {
     lua_pushvalue(L, 3); /* its `<close>` variables may ask for it */
     lua_rawseti(L, UP_ANCHORS, f->task.slot);
-    fiber_dispose(L, f);
+    dispose(L, f);
     return 0;
   }
   if (f->task.flags & TASK_LINKED &&
@@ -198,22 +215,6 @@ static int l_watch_gc(lua_State *L) {
     error_report(L, -1, 3);
   }
   return 0;
-}
-
-void fiber_dispose(lua_State *L, struct fiber *f) {
-  struct runtime *rt = runtime(L);
-  struct task *me = rt->me;
-  rt->me = &f->task;
-  lua_State *co = f->co;
-  f->co = NULL;
-  rt->depth++;
-  coroutine_close_inner(L, rt, co);
-  rt->resetting++;
-  coroutine_reset(co, L);
-  rt->resetting--;
-  rt->depth--;
-  scope_end_task(L, rt, f);
-  rt->me = me;
 }
 
 static const luaL_Reg watch_methods[] = {

@@ -233,11 +233,7 @@ static int l_try_await(lua_State *L);
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
-  if (status != LUA_OK) {
-    fiber_resumed(L, runtime(L));
-    if (!task_done(on) || !fiber_on_top(L, runtime(L)))
-      return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
-  }
+  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);
   return task_push_outcome(L, 1, on);
 }
 
@@ -295,10 +291,7 @@ static int l_wait(lua_State *L) {
 
 static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *t = (struct task *)ctx;
-  if (status != LUA_OK) {
-    fiber_resumed(L, runtime(L));
-    if (!task_done(t) || !fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, ctx, try_await_k);
-  }
+  if (!fiber_awaited(L, t, status)) return lua_yieldk(L, 0, ctx, try_await_k);
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);
   if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1, t);

@@ -129,7 +129,7 @@ static void ignore_broken_pipes(void) {
 
 void handle_opened(struct handle *h, uv_handle_t *uv) {
   if (h->rt->handles.next == &h->rt->handles) ignore_broken_pipes();
-  uv->data = NULL; /* see ARCHITECTURE: not one of luv's */
+  uv->data = NULL; /* luv, on the same loop, takes what is there for its own */
   uv_unref(uv);
   h->uv = uv;
   link_append(&h->rt->handles, &h->link);

@@ -203,12 +203,9 @@ void io_done(struct io *op, ssize_t status) {
 /* ---- Lua face ---- */
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
   struct task *on = (struct task *)ctx;
-  fiber_resumed(L, rt);
-  if (!task_done(on) || (status != LUA_OK && !fiber_on_top(L, rt)))
-    return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
-  rt->me->flags &= (uint16_t)~TASK_DEAF;
+  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);
+  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
   if (!((struct io *)on)->quiet) return task_push_outcome(L, 1, on);
   on->flags |= TASK_OBSERVED;
   return 0;

@@ -4,8 +4,7 @@
 ** One turn of the pump:
 **
 **     ready      tasks are resumed or landed, first in first out: until none is left, but no longer
-**                than SLICE tasks, those that are run in place included, or a millisecond while timers or libuv
-**                may have something
+**                than SLICE tasks, those that are run in place included, or about a millisecond
 **     timers     what is due moves to the ready list
 **     libuv      polled without waiting while tasks are ready; else until the next deadline
 **
@@ -29,7 +28,6 @@
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
-#include <string.h>
 
 enum { SLICE = 256, LOOK = 16 };
 #define SLICE_SECONDS 0.001
@@ -163,7 +161,7 @@ static void run_one(lua_State *L, struct runtime *rt) {
     else
       land(L, rt, t);
   } else if (t->flags & TASK_ABANDONED)
-    fiber_close(L, rt, (struct fiber *)t);
+    fiber_end_abandoned(L, rt, (struct fiber *)t);
   else if (t->traits & TRAIT_SCHEDULED) /* perhaps not ours to run */
     schedule_run(L, rt, (struct fiber *)t);
   else if (t->flags & TASK_STARTED)
@@ -434,7 +432,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
 }
 
 /* [-0, +0, e] one turn; waits for an event only if nothing was ready, and if told to */
-static enum drive_end turn(lua_State *L, struct runtime *rt, bool wait) {
+static void turn(lua_State *L, struct runtime *rt, bool wait) {
   timer_fire_due(L, rt);
   if (rt->ready == NULL) {
     if (wait)
@@ -444,7 +442,6 @@ static enum drive_end turn(lua_State *L, struct runtime *rt, bool wait) {
     timer_fire_due(L, rt);
   }
   run_ready(L, rt, NULL);
-  return DRIVE_DONE;
 }
 
 /* [-0, +0, e] what is ready runs, and nothing is waited for but handles that are closing; whoever is ready
@@ -529,13 +526,14 @@ enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT, LOOP_SETTLE };
 static int pump(lua_State *L) {
   struct runtime *rt = runtime(L);
   enum loop_mode mode = (enum loop_mode)lua_tointeger(L, 2);
-  if (mode == LOOP_SETTLE) {
+  enum drive_end end = DRIVE_DONE;
+  if (mode == LOOP_SETTLE)
     settle(L, rt);
-    lua_pushinteger(L, DRIVE_DONE);
-  } else if (mode == LOOP_DEFAULT)
-    lua_pushinteger(L, drive(L, rt, (struct task *)lua_touserdata(L, 1)));
+  else if (mode == LOOP_DEFAULT)
+    end = drive(L, rt, (struct task *)lua_touserdata(L, 1));
   else
-    lua_pushinteger(L, turn(L, rt, mode == LOOP_ONCE));
+    turn(L, rt, mode == LOOP_ONCE);
+  lua_pushinteger(L, end);
   return 1;
 }
 

@@ -19,7 +19,7 @@
 **                 of a detached task, which is the loop's, whoever has started it
 **
 ** Who owns it: a task that is handed over is held by whoever has it, not by us. If they drop it, it is
-** garbage like a parked one that nobody can wake, and is reported and closed by its watch (fiber.c).
+** garbage like a parked one that nobody can wake, and is reported and closed by its watch (fiber_abandon.c).
 ** RUNTIME_HANDED tells whether the collector has given it up in the meantime: it forgets such a
 ** task before it calls finalizers, so none of these can run it any more.
 **

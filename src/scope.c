@@ -82,6 +82,36 @@ struct fiber *scope_find(struct runtime *rt, const lua_State *co) {
   return NULL;
 }
 
+/* ---- arming ---- */
+
+static bool arms_itself(struct scope *s) {
+  return s->due != HUGE_VAL || (s->token != NULL && token_armed_itself(s->token));
+}
+
+static void set_armed(lua_State *L, struct scope *s, bool armed) {
+  s->armed = armed;
+  if (s->token != NULL) token_rearmed(L, s->token);
+}
+
+static void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
+  if (s->armed == armed) return;
+  set_armed(L, s, armed);
+  struct walk w = walk_below(s);
+  for (struct pending *p = walk_next(&w); p != NULL; p = walk_next(&w)) {
+    struct scope *below = as_scope(p);
+    if (below == NULL)
+      pending_hold(L, p, armed);
+    else if (below->armed != armed && (armed || !arms_itself(below))) {
+      set_armed(L, below, armed);
+      walk_into(&w, below);
+    }
+  }
+}
+
+void scope_rearm(lua_State *L, struct scope *s) {
+  scope_set_armed(L, s, arms_itself(s) || s->member.scope->armed);
+}
+
 /* ---- life ---- */
 
 /* [-0, +0, m] a scope that is anchored, and not yet in the tree */
@@ -202,8 +232,8 @@ struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f) {
 }
 
 /* [-0, +0, m] a scope of the running task, within the one that it is in; `timed`: with room for a deadline */
-static struct scope *scope_open(lua_State *L, struct runtime *rt, enum scope_kind kind, size_t size,
-                                bool timed) {
+static struct scope *scope_begin(lua_State *L, struct runtime *rt, enum scope_kind kind,
+                                 size_t size, bool timed) {
   struct fiber *me = (struct fiber *)rt->me;
   if (scope_own(L, rt, me) == rt->root) luaL_error(L, "the task has ended");
   struct scope *s = scope_new(L, rt, kind, size), *outer = me->member.scope;
@@ -488,36 +518,6 @@ void scope_run_expired(lua_State *L, struct runtime *rt) {
   }
 }
 
-/* ---- arming ---- */
-
-static bool arms_itself(struct scope *s) {
-  return s->due != HUGE_VAL || (s->token != NULL && token_armed_itself(s->token));
-}
-
-static void set_armed(lua_State *L, struct scope *s, bool armed) {
-  s->armed = armed;
-  if (s->token != NULL) token_rearmed(L, s->token);
-}
-
-void scope_set_armed(lua_State *L, struct scope *s, bool armed) {
-  if (s->armed == armed) return;
-  set_armed(L, s, armed);
-  struct walk w = walk_below(s);
-  for (struct pending *p = walk_next(&w); p != NULL; p = walk_next(&w)) {
-    struct scope *below = as_scope(p);
-    if (below == NULL)
-      pending_hold(L, p, armed);
-    else if (below->armed != armed && (armed || !arms_itself(below))) {
-      set_armed(L, below, armed);
-      walk_into(&w, below);
-    }
-  }
-}
-
-void scope_rearm(lua_State *L, struct scope *s) {
-  scope_set_armed(L, s, arms_itself(s) || s->member.scope->armed);
-}
-
 /* ---- Lua face: functions of the library, not of scripts ---- */
 
 static struct scope *check_scope(lua_State *L, int i) {
@@ -542,7 +542,7 @@ struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, 
                           double seconds) {
   struct runtime *rt = runtime(L);
   check_inside(L, rt, what);
-  struct scope *s = scope_open(L, rt, kind, size, seconds != HUGE_VAL);
+  struct scope *s = scope_begin(L, rt, kind, size, seconds != HUGE_VAL);
   if (seconds != HUGE_VAL) {
     s->seconds = seconds;
     s->due = deadline_add(rt, &s->deadline, seconds);
@@ -742,9 +742,8 @@ static int l_cancel(lua_State *L) {
   struct task *t = task_check(L, 1);
   lua_settop(L, 2);
   bool fresh = false;
-  if (task_done(t) || task_is(t, KIND_PROMISE))
-    fresh = false;
-  else if (task_is(t, KIND_FIBER))
+  if (task_done(t) || task_is(t, KIND_PROMISE)) { /* nobody to cancel */
+  } else if (task_is(t, KIND_FIBER))
     fresh = scope_cancel(L, scope_own(L, rt, (struct fiber *)t), 2);
   else
     fresh = operation_cancel(L, 1, 2);
@@ -763,7 +762,7 @@ static const luaL_Reg functions[] = {{"open_timeout", l_open_timeout},
 
 static const luaL_Reg scope_methods[] = {{"__close", l_close}, {NULL, NULL}};
 
-void scope_open_all(lua_State *L) {
+void scope_open(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_functions(L, functions);
   module_class(L, TAG_SCOPE, "coflow.CancellationScope", scope_methods, NULL);

@@ -66,7 +66,7 @@ void task_push(lua_State *L, struct task *t) {
     fiber_push(L, f->co);
     return;
   }
-  fiber_push_new(L, runtime(L), f);
+  fiber_push_unheld(L, runtime(L), f);
   task_hold(L, -1, t); /* next time it is here */
 }
 
@@ -264,7 +264,7 @@ static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum
   if (rt->landing != NULL) loop_land_all(L, rt);
 }
 
-int task_pack(lua_State *L, int results) {
+static int pack(lua_State *L, int results) {
   if (results == 1) return 0;
   if (results == 0) {
     lua_pushnil(L);
@@ -279,7 +279,7 @@ int task_pack(lua_State *L, int results) {
 }
 
 void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t, int results) {
-  if (results != 1) t->flags |= (uint16_t)task_pack(L, results);
+  if (results != 1) t->flags |= (uint16_t)pack(L, results);
   settle(L, rt, i, t, TASK_SUCCEEDED, 0);
 }
 
@@ -307,7 +307,7 @@ void task_settle_like(lua_State *L, struct runtime *rt, int i, int from) {
   lua_getiuservalue(L, from, TASK_RESULT);
   if (source->flags & TASK_MANY && !lua_istable(L, -1)) {
     lua_getiuservalue(L, from, OP_KEYS);
-    task_pack(L, 2);
+    pack(L, 2);
   }
   settle(L, rt, i, t, (enum task_state)source->state, from);
 }
@@ -566,7 +566,7 @@ static int l_from_exception(lua_State *L) { /* nil is a legal error value */
   return 1;
 }
 
-/* canceled_by(error): complete, canceled with that error */
+/* from_canceled(token): complete, canceled with the error of the token, which is canceled */
 static int l_from_canceled(lua_State *L) {
   struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_TOKEN);
@@ -619,7 +619,7 @@ static bool completable(lua_State *L, bool must) {
 static int set_result(lua_State *L, bool must) {
   struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_COMPLETION);
-  int flag = task_pack(L, lua_gettop(L) - 1);
+  int flag = pack(L, lua_gettop(L) - 1);
   bool first = completable(L, must);
   if (first) {
     completion(L)->flags |= (uint16_t)flag;

@@ -123,7 +123,7 @@ void pending_hold(lua_State *L, struct pending *p, bool hold) {
   lua_pop(L, 1);
 }
 
-/* ---- operations: what delay and wait_async share ---- */
+/* ---- what all operations share ---- */
 
 /* given the token at k: `none` opts out of the ambient one */
 struct scope *operation_scope(lua_State *L, int k) {
@@ -261,6 +261,14 @@ static int l_delay(lua_State *L) {
   return 1;
 }
 
+/* [-0, +0, -] f naps: held no more, unless its scope or the token that it was given (or NULL) is armed */
+static void let_go(lua_State *L, struct runtime *rt, struct fiber *f, struct token *k) {
+  if (f->member.scope->armed || (k != NULL && token_armed(k))) return;
+  fiber_push_me(L, rt, f);
+  lua_pop(L, 1);
+  fiber_park(L, f, false, false);
+}
+
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);
@@ -271,7 +279,7 @@ void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double
   if (due != HUGE_VAL)
     deadline_set(rt, &f->u.nap.deadline, now, due);
   else
-    fiber_let_go(L, rt, f, k);
+    let_go(L, rt, f, k);
 }
 
 static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
@@ -395,12 +403,9 @@ void timer_push_wait(lua_State *L) {
 }
 
 static int await_with_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
   struct task *on = (struct task *)ctx;
-  fiber_resumed(L, rt);
-  if (!task_done(on) || (status != LUA_OK && !fiber_on_top(L, runtime(L))))
-    return lua_yieldk(L, 0, ctx, await_with_k); /* not resumed by us: wait on */
-  rt->me->flags &= (uint16_t)~TASK_DEAF;
+  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_with_k);
+  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }
 

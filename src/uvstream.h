@@ -101,7 +101,6 @@ void read_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the o
 
 extern const luaL_Reg write_methods[];
 void write_changed(struct stream *s);          /* it may be a writer who came, or went. No Lua. */
-void write_drop(struct stream *s);             /* nothing more is sent. No Lua. */
 void write_free(struct stream *s);             /* … and all is freed. No Lua. */
 void write_done(struct stream *s, int status); /* of what was in flight. No Lua. */
 enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request *r);

@@ -79,12 +79,12 @@ static void drop_record(struct record *r) {
   free(r);
 }
 
-void write_drop(struct stream *s) {
+static void drop_all(struct stream *s) {
   while (s->first != NULL) drop_first(s);
 }
 
 void write_free(struct stream *s) {
-  write_drop(s);
+  drop_all(s);
   while (waiter_any(&s->writes)) drop_record(record_of(s->writes.next));
   for (struct piece *p; (p = s->done) != NULL; free(p)) s->done = p->next;
   free(s->spare);
@@ -169,7 +169,7 @@ static void send_more(struct stream *s) {
   s->flying = false;
   s->flight = 0;
   s->write_status = status;
-  write_drop(s);
+  drop_all(s);
 }
 
 void write_done(struct stream *s, int status) {
@@ -180,7 +180,7 @@ void write_done(struct stream *s, int status) {
     was_sent(s, size);
   else {
     if (s->write_status == 0) s->write_status = status;
-    write_drop(s);
+    drop_all(s);
   }
   send_more(s);
   end_writing(s);

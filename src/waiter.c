@@ -366,12 +366,10 @@ void waiter_land(lua_State *L, int i) {
 }
 
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
-  (void)status;
-  if (!fiber_on_top(L, rt)) return lua_yieldk(L, 0, ctx, await_k); /* not resumed by us: wait on */
-  rt->me->flags &= (uint16_t)~TASK_DEAF;
-  fiber_resumed(L, rt);
-  return task_push_outcome(L, 1, (struct task *)ctx);
+  struct task *on = (struct task *)ctx;
+  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);
+  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
+  return task_push_outcome(L, 1, on);
 }
 
 int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
