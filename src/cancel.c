@@ -893,8 +893,7 @@ static int l_source_cancel_async(lua_State *L) {
   module_push_function(L, l_run_callbacks);
   lua_pushvalue(L, 4);
   struct fiber *f = fiber_new(L, rt, 1, scope_flowing(L, rt));
-  f->task.state = TASK_QUEUED;
-  loop_ready(rt, &f->task);
+  loop_queue(rt, f);
   return 1;
 }
 

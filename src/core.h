@@ -969,7 +969,9 @@ void timer_push_wait(
 int timer_await_with(
     lua_State *L); /* await_with(task, token): … that ends with the token, too; `none` opts out
                                      ** of the ambient one */
-int timer_wait_async(lua_State *L);                      /* wait_async(task, timeout, token) */
+int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
+/* [-0, +0, -] the suspended f waits for nothing any more; gone: its coroutine is, and what it awaited was there */
+void pending_withdraw(lua_State *L, struct runtime *rt, struct fiber *f, bool gone);
 void pending_interrupt(lua_State *L, struct pending *p); /* [-0, +0, -] by its token or its scope */
 void pending_hold(lua_State *L, struct pending *p,
                   bool hold); /* [-0, +0, -] if parked: whether the anchors hold it */
@@ -1031,6 +1033,10 @@ static inline void loop_unready(struct runtime *rt,
   rt->ready = t->next;
   t->next = NULL;
   t->flags &= (uint16_t)~TASK_LINKED;
+}
+static inline void loop_queue(struct runtime *rt, struct fiber *f) { /* … a fiber that is to run */
+  f->task.state = TASK_QUEUED;
+  loop_ready(rt, &f->task);
 }
 void loop_remove(struct runtime *rt, struct task *t); /* from anywhere on the list */
 void loop_land(lua_State *L, struct runtime *rt, int i,

@@ -529,8 +529,7 @@ static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_check_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
-  f->task.state = TASK_QUEUED;
-  loop_ready(rt, &f->task);
+  loop_queue(rt, f);
   return 1;
 }
 
@@ -614,8 +613,7 @@ static int l_start(lua_State *L) {
   }
   lua_settop(L, 1);
   task_hold(L, 1, &f->task);
-  f->task.state = TASK_QUEUED;
-  loop_ready(rt, &f->task);
+  loop_queue(rt, f);
   return 1;
 }
 

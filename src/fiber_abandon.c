@@ -110,20 +110,6 @@ void fiber_settle_lost(lua_State *L, int i) {
     lua_pop(L, 1);
 }
 
-/* [-0, +0, -] a parked fiber whose coroutine is gone waits for nothing any more */
-static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
-  if (f->task.state != TASK_WAITING) return;
-  f->task.state = TASK_QUEUED;
-  if (fiber_naps(f)) {
-    waiter_leave(L, f, true);
-    deadline_drop(rt, &f->u.nap.deadline);
-    return;
-  }
-  lua_pushnil(L); /* what it awaits may be gone soon: it was on that stack */
-  wait_remove(L, -1, &f->u.wait);
-  lua_pop(L, 1);
-}
-
 /* The coroutine L is being closed, by somebody else unless rt->resetting. Creates nothing: it may be that nobody
 ** holds the task any more. Should somebody do, it fails when it is awaited (fiber_await). */
 static int l_watch_close(lua_State *L) {
@@ -132,7 +118,10 @@ static int l_watch_close(lua_State *L) {
   struct fiber *f = scope_find(rt, L);
   rt->meddled = true;
   if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
-  withdraw(L, rt, f);
+  if (f->task.state == TASK_WAITING) {
+    f->task.state = TASK_QUEUED;
+    pending_withdraw(L, rt, f, true);
+  }
   bool known = lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA;
   if (!known && f->task.traits & TRAIT_HANDED) {
     lua_settop(L, 1);

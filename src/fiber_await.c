@@ -156,8 +156,7 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
     if (me->flags & TASK_LINKED) /* interrupted by the other one */
       return fiber_suspend(L, rt, f, (lua_KContext)on, k);
     if (task_done(on)) { /* others became ready meanwhile, and come first */
-      me->state = TASK_QUEUED;
-      loop_ready(rt, me);
+      loop_queue(rt, f);
       return fiber_suspend(L, rt, f, (lua_KContext)on, k);
     }
   }
@@ -223,8 +222,7 @@ static int l_continuation(lua_State *L) {
     if (f->member.scope->armed) task_hold(L, 7, &f->task);
   } else {
     task_hold(L, 7, &f->task);
-    f->task.state = TASK_QUEUED;
-    loop_ready(rt, &f->task);
+    loop_queue(rt, f);
   }
   return 1;
 }
@@ -322,8 +320,7 @@ static int l_yield(lua_State *L) {
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, l_yield);
   if (me->member.scope->canceled) return scope_throw(L, me->member.scope);
-  me->task.state = TASK_QUEUED;
-  loop_ready(rt, &me->task);
+  loop_queue(rt, me);
   return fiber_suspend(L, rt, me, (lua_KContext)rt, yield_k); /* returns nothing */
 }
 

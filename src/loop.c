@@ -587,8 +587,7 @@ int loop_run(lua_State *L) {
   struct runtime *rt = runtime(L);
   loop_check_outside(L, "run");
   struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
-  root->task.state = TASK_QUEUED;
-  loop_ready(rt, &root->task);
+  loop_queue(rt, root);
   switch (enter(L, 1, LOOP_DEFAULT)) {
     case DRIVE_DONE: return task_push_outcome(L, 1, &root->task);
     case DRIVE_DEAD:

@@ -525,8 +525,7 @@ static int l_spawn_on(lua_State *L) {
     schedule_start(L, rt, 2);
   else {
     task_hold(L, 2, &f->task);
-    f->task.state = TASK_QUEUED;
-    loop_ready(rt, &f->task);
+    loop_queue(rt, f);
   }
   return 1;
 }

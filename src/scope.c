@@ -403,8 +403,7 @@ int scope_throw(lua_State *L, struct scope *s) {
   rt->refused = &me->task;
   if (++rt->refusals == REFUSALS && s == me->member.scope && fiber_can_suspend(L, rt)) {
     rt->refusals = 0;
-    me->task.state = TASK_QUEUED;
-    loop_ready(rt, &me->task);
+    loop_queue(rt, me);
     return fiber_suspend(L, rt, me, 0, throw_k);
   }
   scope_push_error(L, s == me->member.scope ? scope_ambient(L, rt) : s);

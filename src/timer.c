@@ -63,14 +63,16 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
 
 /* ---- interruption ---- */
 
-/* [-0, +0, -] a suspended fiber waits for nothing any more */
-static void withdraw(lua_State *L, struct runtime *rt, struct fiber *f) {
+void pending_withdraw(lua_State *L, struct runtime *rt, struct fiber *f, bool gone) {
   if (fiber_naps(f)) {
-    waiter_leave(L, f, false);
+    waiter_leave(L, f, gone);
     deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
-  fiber_push_awaited(L, f);
+  if (gone)
+    lua_pushnil(L);
+  else
+    fiber_push_awaited(L, f);
   wait_remove(L, -1, &f->u.wait);
   lua_pop(L, 1);
 }
@@ -100,7 +102,7 @@ void pending_interrupt(lua_State *L, struct pending *p) {
   }
   if (t->state != TASK_WAITING) return;
   task_push(L, t);
-  withdraw(L, rt, f);
+  pending_withdraw(L, rt, f, false);
   t->flags |= TASK_INTERRUPTED;
   fiber_wake(L, rt, f);
 }

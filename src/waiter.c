@@ -421,8 +421,7 @@ void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n) {
     lua_xmove(L, co, 1);
     lua_replace(co, 2);
     lua_rawseti(L, UP_ANCHORS, f->task.slot); /* as fiber_wake */
-    f->task.state = TASK_QUEUED;
-    loop_ready(rt, &f->task);
+    loop_queue(rt, f);
     return;
   }
   waiter_settle(L, rt, -2, c->index, false);
