@@ -26,6 +26,7 @@ build = {
         "src/context.c",
         "src/coroutine.c",
         "src/deadline.c",
+        "src/direct.c",
         "src/dns.c",
         "src/error.c",
         "src/fdstream.c",

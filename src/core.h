@@ -227,7 +227,7 @@ struct task {
   int32_t slot;         /* in the anchors; 0: none */
   uint32_t label : 24;  /* of a fiber: index of "file:line" in the labels */
   uint32_t
-      mark : 7; /* of the combinator that last waited for it in direct style, or 0 (combine.c) */
+      mark : 7; /* of the combinator that last waited for it in direct style, or 0 (direct.c) */
   uint32_t keeps : 1; /* TASK_WAITERS holds the combinator of t->waiters, list or no list */
 };
 
@@ -429,7 +429,7 @@ struct runtime {
   int resetting;              /* coroutines of tasks that we ourselves are closing */
   size_t busy, busy_peak;     /* coroutines in use, and their highest number since the last trim */
 
-  struct task *spares[2]; /* of await_all and await_any (combine.c), few inputs and many */
+  struct task *spares[2]; /* of await_all and await_any (direct.c), few inputs and many */
   int spare_count[2];
   uint8_t marks; /* given to them */
 
@@ -729,14 +729,18 @@ static inline bool fiber_is_lost(const struct task *t) {
 void fiber_settle_lost(lua_State *L, int i); /* [-0, +0, m] the one at i fails */
 void fiber_abandon_open(lua_State *L);
 
-/* ---- combine.c ---- */
+/* ---- combine.c: tasks made of other tasks ---- */
 
 void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int on,
-                  const struct task *t);  /* [-0, +0, -] the input at `on` is complete */
-void combine_forget(lua_State *L, int i); /* [-0, +0, -] the input at i keeps no combinator */
+                  const struct task *t); /* [-0, +0, -] the input at `on` is complete */
 void combine_land(lua_State *L, int i);
 void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */
 void combine_open(lua_State *L);
+
+/* ---- direct.c: await_all and await_any without a task of their own ---- */
+
+void direct_forget(lua_State *L, int i); /* [-0, +0, -] the input at i keeps no combinator */
+void direct_open(lua_State *L);
 
 /* ---- context.c: async locals and execution contexts ---- */
 

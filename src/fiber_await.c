@@ -119,7 +119,7 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   struct wait *w = &me->u.wait;
   rt->slice--;
   loop_unready(rt, on);
-  if (on->keeps) combine_forget(L, 1);
+  if (on->keeps) direct_forget(L, 1);
   w->pos = WAIT_INLINE; /* so that the circle is seen and the waiter is named */
   w->role = WAIT_FIBER;
   w->next = w->prev = w; /* it has not started: nobody else waits for it before us … */

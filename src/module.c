@@ -537,6 +537,7 @@ static int open_all(lua_State *L) {
   fiber_open(L);
   fiber_await_open(L);
   combine_open(L);
+  direct_open(L);
   cancel_open(L);
   timer_open(L);
   loop_open(L);

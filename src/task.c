@@ -10,7 +10,7 @@
 ** value TASK_WAITERS of the awaited task: nil, the one waiter, or a slot table of several.
 **
 ** Invariants: w->on != NULL exactly while w is in the list of w->on. t->waiters is the last node; a node
-**             with another `on` there means an empty list (a combinator that is kept: combine.c).
+**             with another `on` there means an empty list (a combinator that is kept: direct.c).
 **             A task in the slot of the anchors by its address only is parked, or not started.
 **
 ** SPDX-License-Identifier: MIT
@@ -143,7 +143,7 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   uint32_t pos = 0;
   if (fiber_is_lost(t)) fiber_settle_lost(L, on);
   if (task_done(t)) return false;
-  if (t->keeps) combine_forget(L, on);
+  if (t->keeps) direct_forget(L, on);
   if (t->waiters == NULL) { /* mostly; this can neither raise nor run anything */
     lua_pushvalue(L, owner);
     wait_first(L, on, t, w, role);
@@ -217,7 +217,7 @@ void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
   on = lua_absindex(L, on);
   lua_getiuservalue(L, on, TASK_WAITERS);
   int waiters = lua_gettop(L);
-  if (t->keeps) combine_forget(L, on);
+  if (t->keeps) direct_forget(L, on);
   t->waiters = NULL;
   lua_pushnil(L);
   lua_setiuservalue(L, on, TASK_WAITERS);
@@ -254,7 +254,7 @@ static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum
   t->state = (uint8_t)s;
   struct wait *w = t->waiters;
   if (w != NULL && w->on != t)
-    combine_forget(L, i);
+    direct_forget(L, i);
   else if (w != NULL && w->pos == WAIT_INLINE && w->next == w)
     t->waiters = NULL, wait_end_inline(w); /* it looks itself */
   else if (w != NULL)
