@@ -49,6 +49,7 @@ build = {
         "src/scope.c",
         "src/select.c",
         "src/signal.c",
+        "src/source.c",
         "src/stdio.c",
         "src/sync.c",
         "src/task.c",

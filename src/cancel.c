@@ -5,7 +5,7 @@
 **
 ** - its registrations, oldest first in a list (TOKEN_LIST), each a userdata of its own, so that a callback
 **   runs though nobody kept its registration. Unregistering only marks it and lets its callback go: the
-**   dead leave the list when they are its last, or when they might outnumber the living (sweep).
+**   dead leave the list when they are its last, or when they might outnumber the living (token_sweep).
 **   A linked source is a registration of another sort: it holds the token to be canceled next.
 ** - what it interrupts besides (struct pending): operations that were given it, and fibers that nap with
 **   it, both by address. They leave when they complete. A token keeps none of them alive, unless a
@@ -23,39 +23,7 @@
 ** Source:    .NET CancellationTokenSource. One thread cancels here, so dispose never waits.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
-
-#include <math.h>
-
-struct registration;
-struct token {
-  uint32_t tag;
-  bool canceled, disposed, never;
-  bool
-      told; /* what those linked to it know of its being armed: once canceled, it stays as it was */
-  int count, limit; /* registrations in the list; when to sweep it */
-  int arms;         /* armed deadlines: its own, and each token above that is armed */
-  struct registration *last;
-  struct link links;      /* those among them that are links; head of a circular list */
-  struct link pendings;   /* head of a circular list */
-  struct scope *scope;    /* whose token it is, or NULL */
-  struct token *rearming; /* the next one of those that have just been armed, or disarmed */
-};
-enum {
-  TOKEN_LIST = 1,
-  TOKEN_REASON,
-  TOKEN_CAUSE,
-  TOKEN_UP,
-  TOKEN_LINKS,
-  TOKEN_PROMISE,
-  TOKEN_INERT,
-  TOKEN_EXPIRY
-};
-
-struct source {
-  uint32_t tag;
-};
-enum { SOURCE_TOKEN = 1 };
+#include "token.h"
 
 struct registration {
   uint32_t tag;
@@ -80,8 +48,6 @@ bool token_armed_itself(const struct token *k) { return k->arms > 0; }
 
 void token_link(struct token *k, struct link *l) { link_append(&k->pendings, l); }
 
-static void count_arm(lua_State *L, struct token *k, int n);
-
 /* [-0, +0, -] k was armed and is not, or the reverse: so are those linked to it, and what waits for any
 ** of them is held, or not. Nothing is created, nobody's code runs. */
 void token_rearmed(lua_State *L, struct token *k) {
@@ -99,13 +65,13 @@ void token_rearmed(lua_State *L, struct token *k) {
     for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
       pending_hold(L, container_of(l, struct pending, link), armed);
     for (struct link *l = k->links.next; l != &k->links; l = l->next)
-      count_arm(L, container_of(l, struct registration, sibling)->child, armed ? 1 : -1);
+      token_count_arm(L, container_of(l, struct registration, sibling)->child, armed ? 1 : -1);
   }
   rt->rearm_busy = false;
 }
 
 /* [-0, +0, -] one armed deadline more, or less; a scope says itself when that makes a difference */
-static void count_arm(lua_State *L, struct token *k, int n) {
+void token_count_arm(lua_State *L, struct token *k, int n) {
   bool before = token_armed(k);
   k->arms += n;
   if (k->scope != NULL)
@@ -116,13 +82,13 @@ static void count_arm(lua_State *L, struct token *k, int n) {
 
 /* ---- tokens ---- */
 
-static struct token *check_token(lua_State *L, int i) {
+struct token *token_check(lua_State *L, int i) {
   return (struct token *)object_check(L, i, TAG_TOKEN);
 }
 
 struct token *token_opt(lua_State *L, int i) {
   if (lua_isnoneornil(L, i)) return NULL;
-  struct token *k = check_token(L, i);
+  struct token *k = token_check(L, i);
   return k->never ? NULL : k;
 }
 
@@ -188,22 +154,6 @@ void token_push_canceled(lua_State *L, int reason) {
   lua_setiuservalue(L, -2, TOKEN_REASON);
 }
 
-/* [-0, +0, -] */
-static void disarm(lua_State *L, int k) {
-  k = lua_absindex(L, k);
-  if (lua_getiuservalue(L, k, TOKEN_EXPIRY) == LUA_TUSERDATA) {
-    struct timed *e = (struct timed *)lua_touserdata(L, -1);
-    struct task *t = &e->pending.task;
-    deadline_drop(runtime(L), &e->deadline);
-    if (!(t->flags & TASK_LINKED)) task_forget(L, t);
-    t->state = TASK_CANCELED; /* should it be on the ready list, it does nothing there */
-    lua_pushnil(L);
-    lua_setiuservalue(L, k, TOKEN_EXPIRY);
-    count_arm(L, (struct token *)lua_touserdata(L, k), -1);
-  }
-  lua_pop(L, 1);
-}
-
 /* [-0, +0, -] the callback of the registration r at i will not run any more; lets go of it */
 static void clear(lua_State *L, int i, struct registration *r) {
   if (i < 0) i = lua_absindex(L, i);
@@ -217,7 +167,7 @@ static void clear(lua_State *L, int i, struct registration *r) {
 }
 
 /* [-0, +0, -] takes the dead out of the list on top, of that token */
-static void sweep(lua_State *L, struct token *token) {
+void token_sweep(lua_State *L, struct token *token) {
   int kept = 0;
   for (int i = 1; i <= token->count; i++) {
     lua_rawgeti(L, -1, i);
@@ -242,7 +192,7 @@ static void sweep(lua_State *L, struct token *token) {
 static void attach(lua_State *L, struct token *token, struct registration *r) {
   if (token->count > token->limit) {
     lua_insert(L, -2);
-    sweep(L, token);
+    token_sweep(L, token);
     lua_insert(L, -2);
     token->limit = 2 * token->count + 16;
   }
@@ -256,11 +206,11 @@ static void attach(lua_State *L, struct token *token, struct registration *r) {
 
 /* [-0, +0, -] the token above, whose link r is, will not cancel r->child any more */
 static void drop_link(lua_State *L, const struct token *up, const struct registration *r) {
-  if (r->pending && r->link && up->told) count_arm(L, r->child, -1);
+  if (r->pending && r->link && up->told) token_count_arm(L, r->child, -1);
 }
 
 /* [-0, +0, -] drops all registrations of the token at k */
-static void drop_registrations(lua_State *L, int k) {
+void token_drop_registrations(lua_State *L, int k) {
   struct token *token = (struct token *)lua_touserdata(L, k);
   k = lua_absindex(L, k);
   lua_getiuservalue(L, k, TOKEN_LIST);
@@ -279,8 +229,6 @@ static void drop_registrations(lua_State *L, int k) {
 /* The links of a token: { registration, token above, registration, token above … }. */
 
 static struct registration *registration_new(lua_State *L);
-
-static void token_mark_below(lua_State *L, int k, int reason, int cause, int run);
 
 void token_unfollow(lua_State *L, int k) {
   k = lua_absindex(L, k);
@@ -320,7 +268,7 @@ void token_follow(lua_State *L, int k, int up) {
     r->child = token;
     attach(L, above, r);
     link_append(&above->links, &r->sibling);
-    if (above->told) count_arm(L, token, 1);
+    if (above->told) token_count_arm(L, token, 1);
     lua_pop(L, 1);
     return;
   }
@@ -333,7 +281,7 @@ void token_follow(lua_State *L, int k, int up) {
     }
     lua_pushnil(L); /* … reason cause list */
     int list = lua_gettop(L);
-    token_mark_below(L, k, list - 2, list - 1, list);
+    token_mark_all(L, k, list - 2, list - 1, list);
     token_run(L, false);
     lua_pop(L, 2);
   }
@@ -359,7 +307,7 @@ void token_mark(lua_State *L, int k, int reason, int cause, int run) {
     link_drop(l);
     pending_interrupt(L, container_of(l, struct pending, link));
   }
-  disarm(L, k);
+  token_disarm(L, k);
   token_unfollow(L, k);
   if (lua_getiuservalue(L, k, TOKEN_PROMISE) == LUA_TUSERDATA) task_settle(L, rt, lua_gettop(L), 0);
   lua_pop(L, 1);
@@ -373,7 +321,7 @@ void token_mark(lua_State *L, int k, int reason, int cause, int run) {
 }
 
 /* [-0, +0, -] the token at k, and its scope */
-static void token_mark_below(lua_State *L, int k, int reason, int cause, int run) {
+void token_mark_all(lua_State *L, int k, int reason, int cause, int run) {
   struct token *token = (struct token *)lua_touserdata(L, k);
   struct runtime *rt = runtime(L);
   if (token->scope != NULL) scope_mark(L, rt, token->scope, reason, cause, run);
@@ -494,7 +442,7 @@ static void follow_link(lua_State *L, int i, int up) {
       lua_pop(L, 1);
       lua_pushvalue(L, up);
     }
-    token_mark_below(L, top + 1, top + 2, top + 3, up); /* replaces `up`, which it is above */
+    token_mark_all(L, top + 1, top + 2, top + 3, up); /* replaces `up`, which it is above */
   }
   lua_settop(L, top);
 }
@@ -521,7 +469,7 @@ static void run_callbacks(lua_State *L, bool first) {
         follow_link(L, run + 2, run);
       else if (r->pending && call(L, rt, run + 2, r) != LUA_OK) { /* … registration error */
         if (first) {
-          for (; !lua_isnil(L, run); next_token(L, run)) drop_registrations(L, run);
+          for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
           lua_error(L);
         }
         add_error(L, errors);
@@ -561,12 +509,12 @@ void token_run(lua_State *L, bool first) {
 }
 
 /* cancel_token(token, reason, first) */
-static int l_cancel_token(lua_State *L) {
-  struct token *token = check_token(L, 1);
+int token_cancel(lua_State *L) {
+  struct token *token = token_check(L, 1);
   lua_settop(L, 4);
   bool fresh = !token->canceled && !token->never;
   if (fresh) {
-    token_mark_below(L, 1, 2, 1, 4);
+    token_mark_all(L, 1, 2, 1, 4);
     token_run(L, lua_toboolean(L, 3));
   }
   lua_pushboolean(L, fresh);
@@ -574,49 +522,32 @@ static int l_cancel_token(lua_State *L) {
 }
 
 /* arguments: a list of marked tokens */
-static int l_run_callbacks(lua_State *L) {
+int token_run_callbacks(lua_State *L) {
   lua_settop(L, 1);
   token_run(L, false);
   return 0;
 }
 
-void expiry_land(lua_State *L, int i) {
-  struct task *t = (struct task *)lua_touserdata(L, i);
-  module_push_function(L, l_cancel_token);
-  task_forget(L, t);
-  if (task_done(t)) return; /* disarmed in the meantime */
-  t->state = TASK_SUCCEEDED;
-  lua_getiuservalue(L, i, OP_TOKEN); /* function token */
-  if (((struct token *)lua_touserdata(L, -1))->canceled) return;
-  if (lua_pcall(L, 1, 0, 0) != LUA_OK) error_report(L, -1, 0);
-}
-
-void expiry_drop(lua_State *L, int i) {
-  lua_getiuservalue(L, i, OP_TOKEN);
-  disarm(L, -1);
-  lua_pop(L, 1);
-}
-
 /* ---- Lua face: tokens ---- */
 
 static int l_token_requested(lua_State *L) {
-  lua_pushboolean(L, check_token(L, 1)->canceled);
+  lua_pushboolean(L, token_check(L, 1)->canceled);
   return 1;
 }
 
 static int l_token_can_be(lua_State *L) {
-  lua_pushboolean(L, !check_token(L, 1)->never);
+  lua_pushboolean(L, !token_check(L, 1)->never);
   return 1;
 }
 
 static int l_token_reason(lua_State *L) {
-  check_token(L, 1);
+  token_check(L, 1);
   lua_getiuservalue(L, 1, TOKEN_REASON);
   return 1;
 }
 
 static int l_token_throw(lua_State *L) {
-  if (!check_token(L, 1)->canceled) return 0;
+  if (!token_check(L, 1)->canceled) return 0;
   token_push_error(L, 1);
   return lua_error(L);
 }
@@ -624,7 +555,7 @@ static int l_token_throw(lua_State *L) {
 /* [-0, +1, m] the task that is complete once the token at index 1 is canceled */
 static void push_promise(lua_State *L) {
   struct runtime *rt = runtime(L);
-  const struct token *k = check_token(L, 1);
+  const struct token *k = token_check(L, 1);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) return;
   lua_pop(L, 1);
   task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
@@ -640,7 +571,7 @@ static void push_promise(lua_State *L) {
 
 /* token:wait_async(other) -> a task that is complete once the token is canceled */
 static int l_token_wait_async(lua_State *L) {
-  check_token(L, 1);
+  token_check(L, 1);
   token_opt(L, 2);
   lua_settop(L, 2);
   push_promise(L);
@@ -654,7 +585,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct task *on = (struct task *)ctx, *me = rt->me;
   bool interrupted = me->flags & TASK_INTERRUPTED && fiber_on_top(L, rt);
-  if (interrupted && check_token(L, 2)->canceled) { /* the ambient token: it was waited for */
+  if (interrupted && token_check(L, 2)->canceled) { /* the ambient token: it was waited for */
     me->flags &= (uint16_t)~TASK_INTERRUPTED;
     return 0;
   }
@@ -666,7 +597,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
 /* token:wait(other): returns once the token is canceled, be it the ambient one */
 static int l_token_wait(lua_State *L) {
   struct runtime *rt = runtime(L);
-  const struct token *k = check_token(L, 1);
+  const struct token *k = token_check(L, 1);
   struct token *other = token_opt(L, 2);
   lua_settop(L, 2);
   if (k->canceled && (other == NULL || !token_canceled(other))) return 0;
@@ -713,7 +644,7 @@ static int push_inert(lua_State *L, int k) {
 
 static int register_callback(lua_State *L, bool capture) {
   struct runtime *rt = runtime(L);
-  struct token *token = check_token(L, 1);
+  struct token *token = token_check(L, 1);
   module_check_callable(L, 2);
   int n = lua_gettop(L) - 1;
   if (n > 1) {
@@ -762,172 +693,6 @@ static int l_registration_dispose(lua_State *L) {
   return 0;
 }
 
-/* ---- Lua face: sources ---- */
-
-/* [-0, +1, v] the token of the source at index 1 */
-static struct token *source_token(lua_State *L, bool alive) {
-  object_check(L, 1, TAG_SOURCE);
-  lua_getiuservalue(L, 1, SOURCE_TOKEN);
-  struct token *k = (struct token *)lua_touserdata(L, -1);
-  if (alive && k->disposed)
-    error_throw(L, ERROR_DISPOSED, "the cancellation source has been disposed");
-  return k;
-}
-
-/* [-0, +0, m] arms the deadline of the token at k */
-static void arm(lua_State *L, int k, double seconds) {
-  k = lua_absindex(L, k);
-  if (seconds == HUGE_VAL) {
-    disarm(L, k);
-    return;
-  }
-  struct timed *e = (struct timed *)task_new(L, KIND_EXPIRY, sizeof *e, OP_TOKEN, false);
-  e->deadline = (struct deadline){.kind = DEADLINE_TIMED};
-  disarm(L, k);
-  deadline_reserve(L, runtime(L));
-  lua_pushvalue(L, k);
-  lua_setiuservalue(L, -2, OP_TOKEN);
-  task_hold(L, -1, &e->pending.task);
-  testing_born(L, runtime(L), e->pending.task.slot);
-  lua_setiuservalue(L, k, TOKEN_EXPIRY);
-  deadline_add(runtime(L), &e->deadline, seconds);
-  count_arm(L, (struct token *)lua_touserdata(L, k), 1);
-}
-
-/* [-0, +1, m] a source and its token, whose index is returned */
-static int source_new(lua_State *L) {
-  object_new(L, TAG_SOURCE, sizeof(struct source), 1);
-  token_new(L, false);
-  lua_pushvalue(L, -1);
-  lua_setiuservalue(L, -3, SOURCE_TOKEN);
-  return lua_gettop(L);
-}
-
-static int l_source_new(lua_State *L) {
-  double seconds = lua_isnoneornil(L, 1) ? HUGE_VAL : module_seconds(L, 1);
-  lua_settop(L, 1);
-  int k = source_new(L);
-  if (seconds == 0)
-    ((struct token *)lua_touserdata(L, k))->canceled = true;
-  else
-    arm(L, k, seconds);
-  lua_settop(L, k - 1);
-  return 1;
-}
-
-/* the class itself, called; by whoever takes this out of its metatable, perhaps without it */
-static int l_source_call(lua_State *L) {
-  if (lua_gettop(L) > 0) lua_remove(L, 1);
-  return l_source_new(L);
-}
-
-static int l_source_linked(lua_State *L) {
-  int n = lua_gettop(L);
-  luaL_checkany(L, 1);
-  for (int i = 1; i <= n; i++) check_token(L, i);
-  luaL_checkstack(L, 20, NULL);
-  int k = source_new(L); /* … source token */
-  for (int i = 1; i <= n; i++)
-    if (((struct token *)lua_touserdata(L, i))->canceled) { /* born canceled */
-      token_inherit(L, k, i);
-      lua_settop(L, k - 1);
-      return 1;
-    }
-  for (int i = 1; i <= n; i++) token_follow(L, k, i);
-  lua_settop(L, k - 1);
-  return 1;
-}
-
-static int l_source_token(lua_State *L) {
-  source_token(L, true);
-  return 1;
-}
-
-static int l_source_requested(lua_State *L) {
-  lua_pushboolean(L, source_token(L, false)->canceled);
-  return 1;
-}
-
-/* source:cancel(reason, { throw_on_first_exception = }) */
-static int l_source_cancel(lua_State *L) {
-  static const char *const options[] = {"throw_on_first_exception", NULL};
-  object_check(L, 1, TAG_SOURCE);
-  bool first = false;
-  if (!lua_isnoneornil(L, 3)) {
-    module_check_options(L, 3, options);
-    lua_getfield(L, 3, options[0]);
-    luaL_argcheck(L, lua_isnil(L, -1) || lua_isboolean(L, -1), 3,
-                  "throw_on_first_exception must be a boolean");
-    first = lua_toboolean(L, -1);
-  }
-  lua_settop(L, 2);
-  source_token(L, true);
-  lua_replace(L, 1);
-  lua_pushboolean(L, first);
-  return l_cancel_token(L) && 0;
-}
-
-static int l_source_cancel_async(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  object_check(L, 1, TAG_SOURCE);
-  lua_settop(L, 2);
-  struct token *token = source_token(L, false); /* source reason token */
-  if (token->disposed) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
-    error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
-    task_settle_faulted(L, rt, 4, 0);
-    return 1;
-  }
-  lua_pushnil(L); /* … list */
-  if (!token->canceled) {
-    lua_getiuservalue(L, 3, TOKEN_LIST);
-    sweep(L, token);
-    lua_pop(L, 1);
-    token_mark_below(L, 3, 2, 3, 4);
-  }
-  if (lua_isnil(L, 4)) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
-    task_settle(L, rt, 5, 0);
-    return 1;
-  }
-  module_push_function(L, l_run_callbacks);
-  lua_pushvalue(L, 4);
-  struct fiber *f = fiber_new(L, rt, 1, scope_flowing(L, rt));
-  loop_queue(rt, f);
-  return 1;
-}
-
-static int l_source_cancel_after(lua_State *L) {
-  object_check(L, 1, TAG_SOURCE);
-  double seconds = module_seconds(L, 2);
-  lua_settop(L, 1);
-  if (!source_token(L, true)->canceled) arm(L, 2, seconds);
-  return 0;
-}
-
-static int l_source_try_reset(lua_State *L) {
-  lua_settop(L, 1);
-  struct token *k = source_token(L, true);
-  if (!k->canceled) {
-    disarm(L, 2);
-    drop_registrations(L, 2);
-  }
-  lua_pushboolean(L, !k->canceled);
-  return 1;
-}
-
-static int l_source_dispose(lua_State *L) {
-  object_check(L, 1, TAG_SOURCE);
-  lua_settop(L, 1);
-  struct token *k = source_token(L, false);
-  if (k->disposed) return 0;
-  k->disposed = true;
-  disarm(L, 2);
-  token_unfollow(L, 2);
-  if (!k->canceled) drop_registrations(L, 2); /* else they are being run, and go on */
-  return 0;
-}
-
 /* the token of a scope, which may now be gone */
 static int l_ambient_gc(lua_State *L) {
   struct token *k = (struct token *)object_test(L, 1, TAG_TOKEN);
@@ -943,11 +708,7 @@ static int l_ambient_gc(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"call_source", l_source_call},
-                                     {"linked_source", l_source_linked},
-                                     {"is_token", l_is_token},
-
-                                     {NULL, NULL}};
+static const luaL_Reg functions[] = {{"is_token", l_is_token}, {NULL, NULL}};
 
 static const luaL_Reg token_methods[] = {{"throw_if_cancellation_requested", l_token_throw},
                                          {"wait", l_token_wait},
@@ -963,22 +724,12 @@ static const luaL_Reg registration_methods[] = {{"unregister", l_unregister},
                                                 {"dispose", l_registration_dispose},
                                                 {"__close", l_registration_dispose},
                                                 {NULL, NULL}};
-static const luaL_Reg source_methods[] = {{"cancel", l_source_cancel},
-                                          {"cancel_async", l_source_cancel_async},
-                                          {"cancel_after", l_source_cancel_after},
-                                          {"try_reset", l_source_try_reset},
-                                          {"dispose", l_source_dispose},
-                                          {"__close", l_source_dispose},
-                                          {NULL, NULL}};
-static const luaL_Reg source_properties[] = {
-    {"token", l_source_token}, {"is_cancellation_requested", l_source_requested}, {NULL, NULL}};
 
 void cancel_open(lua_State *L) {
   module_functions(L, functions);
   module_class(L, TAG_TOKEN, "coflow.CancellationToken", token_methods, token_properties);
   module_class(L, TAG_REGISTRATION, "coflow.CancellationTokenRegistration", registration_methods,
                NULL);
-  module_class(L, TAG_SOURCE, "coflow.CancellationTokenSource", source_methods, source_properties);
   module_finalized(L, TAG_TOKEN, TAG_AMBIENT, l_ambient_gc);
   token_new(L, false)->never = true;
   lua_pushvalue(L, -1);

@@ -828,6 +828,7 @@ void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
 void expiry_land(lua_State *L, int i);
 void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
 void cancel_open(lua_State *L);
+void source_open(lua_State *L);
 
 /* ---- scope.c: the tree of ambient cancellation ---- */
 

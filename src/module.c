@@ -539,6 +539,7 @@ static int open_all(lua_State *L) {
   combine_open(L);
   direct_open(L);
   cancel_open(L);
+  source_open(L);
   timer_open(L);
   loop_open(L);
   lua_createtable(L, 0, 1);
