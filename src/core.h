@@ -254,6 +254,26 @@ struct nap {
   uint32_t pos; /* in a queue: where its holder holds it (waiter.c); else 0 */
 };
 
+/* The phases of a fiber.
+**
+**     phase                      state     flags, traits    its slot holds        what ends the phase
+**     cold                       CREATED   HELD             its address           start
+**     continuation, not started  WAITING   HELD             its address (1)       what it waits for
+**     queued, not started        QUEUED    LINKED           its coroutine (2)     the pump
+**     runs, never suspended      RUNNING   STARTED          its coroutine         itself
+**     runs                       RUNNING   STARTED HELD     it                    itself
+**     runs another in place      WAITING   STARTED (3)      as before             that one's suspension or end
+**     waits in a chain of hot starts
+**                                RUNNING   PARKED HELD      it                    the callee's (fiber_run)
+**     parked                     WAITING   PARKED HELD      its address (1)       what it waits for, its scope, a deadline
+**     ready again                QUEUED    LINKED HELD      it                    the pump
+**     handed to a scheduler      QUEUED    LINKED HANDED    its address           the scheduler, who holds it
+**     abandoned, or closed       any       LINKED ABANDONED it                    the pump, which fails it
+**     lost                       any       co == NULL       has none              whoever looks at it (fiber_abandon.c)
+**     complete                   from SUCCEEDED on          has none
+**
+** (1) it, if its scope or token is armed, or it has a deadline of its own. (2) it, if HELD. (3) u.wait.pos is
+** WAIT_INLINE. HELD: TASK_RESULT holds the coroutine, else the bottom of the coroutine holds the task. */
 struct fiber {
   struct task task;
   struct member member;
