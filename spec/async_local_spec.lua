@@ -1290,3 +1290,20 @@ describe("an async local, in its corners,", function()
     end)
   end)
 end)
+
+describe("a value_changed handler that raises", function()
+  it("leaves no scope open and no value behind", in_task(function()
+    local loc = flow.AsyncLocal { value_changed = function(change)
+      if change.current_value == 2 then error("refused", 0) end
+    end }
+    local other = flow.AsyncLocal()
+    local outer = other:with(1)
+    assert.same({ false, "refused" }, { pcall(loc.run, loc, 2, function() error("called") end) })
+    assert.is_nil(loc.value)
+    loc.value = 1
+    assert.same({ false, "refused" }, { pcall(loc.with, loc, 2) })
+    assert.equal(1, loc.value)
+    outer:dispose()
+    assert.is_nil(other.value)
+  end))
+end)

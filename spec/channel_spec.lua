@@ -1300,3 +1300,23 @@ describe("a pipeline of channels", function()
     while sum < n do flow.yield() end
   end))
 end)
+
+describe("the comparer of a prioritized channel", function()
+  it("may read from the channel", in_task(function()
+    local ch, armed
+    ch = Channel.prioritized { comparer = function(a, b)
+      if armed then
+        armed = false
+        while ch:try_read() do end
+      end
+      return a < b
+    end }
+    for _, n in ipairs { 1, 100, 1000 } do
+      for i = 1, n do ch:write(i) end
+      armed = true
+      ch:write(n // 2)
+      assert.equal(n // 2, ch:try_read())
+      assert.is_nil(ch:try_read())
+    end
+  end))
+end)

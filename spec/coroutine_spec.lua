@@ -1862,3 +1862,17 @@ describe("flow", function()
     ]])
   end)
 end)
+
+describe("a wrapped coroutine that is first resumed where no C call fits any more", function()
+  for _, lib in ipairs { coroutine, co } do
+    it("can be resumed later, " .. (lib == co and "ours" or "Lua's"), function()
+      local gen = lib.wrap(function(...) return "ran", ... end)
+      local refused
+      local function deep() return (("a"):gsub("a", function() deep() end)) end
+      xpcall(deep, function() refused = refused or { pcall(gen, 1) } end)
+      if refused[1] then return end -- it fitted, after all
+      assert.truthy(tostring(refused[2]):find("C stack overflow", 1, true), refused[2])
+      assert.same({ "ran", 1, print }, { gen(1, print) })
+    end)
+  end
+end)

@@ -291,3 +291,53 @@ describe("an AsyncCache", function()
     assert.has_error(function() flow.AsyncCache { size = 1 } end)
   end))
 end)
+
+describe("a finalizer that asks for a value while somebody else begins to make it", function()
+  -- The collector comes at another point of the call each time round.
+  local function each_moment(fn)
+    return in_task(function()
+      collectgarbage("generational")
+      for n = 1, helper.many(60, 5) do
+        local asked
+        fn(function(ask)
+          collectgarbage("stop")
+          for _ = 1, n * 30 do local _ = {} end
+          setmetatable({}, { __gc = function() asked = ask() end })
+          collectgarbage("restart")
+        end,
+          function() if asked then asked:await() end end)
+        asked = nil
+      end
+      collectgarbage("incremental")
+    end)
+  end
+
+  it("joins the call of a lazy's factory", each_moment(function(finalized, wait)
+    local calls = 0
+    local lazy = flow.AsyncLazy(function()
+      calls = calls + 1
+      return calls
+    end)
+    finalized(function() return lazy:get_async() end)
+    local value = lazy:get() -- nothing is made between
+    assert.equal(1, value)
+    wait()
+    assert.equal(1, calls)
+  end))
+
+  it("joins the call of a cache's factory", each_moment(function(finalized, wait)
+    local calls, cache = 0, flow.AsyncCache { max_entries = 1 }
+    local function factory()
+      calls = calls + 1
+      return calls
+    end
+    finalized(function() return cache:get_or_add_async("key", factory) end)
+    local value = cache:get_or_add("key", factory)
+    assert.equal(1, value)
+    wait()
+    assert.equal(1, calls)
+    cache:invalidate("key")
+    cache:get_or_add("other", factory) -- there is room for it
+    assert.equal(2, cache:get_or_add("other", factory))
+  end))
+end)

@@ -1190,3 +1190,24 @@ describe("a state that closes", function()
     assert.equal(0, result.code)
   end)
 end)
+
+describe("a stream whose reader's coroutine somebody has closed", function()
+  it("is let go", connected(function()
+    local client, server = pair()
+    local kept
+    local reader = flow.spawn(function(s)
+      kept = coroutine.running()
+      return s:read()
+    end, client)
+    flow.yield()
+    coroutine.close(kept)
+    helper.raises("InvalidOperation", reader.await, reader)
+    local weak = setmetatable({ client }, { __mode = "v" })
+    reader, kept, client = nil, nil, nil
+    opened[server] = nil
+    helper.collect()
+    assert.is_nil(weak[1])
+    assert.is_nil(server:read()) -- the end
+    server:close()
+  end))
+end)

@@ -984,3 +984,19 @@ describe("a state that closes", function()
     assert.same({ 7, "", "" }, { result.code, result.out, result.err })
   end)
 end)
+
+describe("a PeriodicTimer whose waiter somebody has closed", function()
+  it("has room for another one", in_task(function()
+    local timer <close> = PeriodicTimer(math.huge) -- nothing but the coroutine holds who waits for it
+    local kept
+    local task = flow.spawn(function()
+      kept = coroutine.running()
+      timer:wait_for_next_tick()
+    end)
+    flow.yield()
+    coroutine.close(kept)
+    timer.period = 1
+    assert.is_true(timer:wait_for_next_tick())
+    raises("InvalidOperation", task.await, task)
+  end))
+end)

@@ -1292,3 +1292,41 @@ describe("a pipeline of any operators", function()
     assert.is_true(left > 0)
   end)
 end)
+
+describe("what closing a source raises", function()
+  local function from(n, problem)
+    local i = 0
+    return stream.from(function()
+      i = i + 1
+      if i <= n then return i end
+    end, nil, nil, setmetatable({}, { __close = function() error(problem, 0) end }))
+  end
+
+  for name, read in pairs {
+    directly = function(s) return s end,
+    ["through buffer"] = function(s) return s:buffer(2) end,
+    ["through merge"] = function(s) return s:merge(counter(2)) end,
+  } do
+    it("at its end is raised by the iteration, " .. name, in_task(function()
+      assert.equal("problem", raised(function() for _ in read(from(2, "problem")):iterate() do end end))
+    end))
+  end
+
+  it("does not keep a callback of the producer's token from being followed by its close", in_task(function()
+    local closed
+    local function producer(emit, token)
+      token:register(function() error("callback", 0) end)
+      local _ <close> = closing(function()
+        flow.shield(flow.sleep, 1)
+        closed = flow.loop.now()
+      end)
+      for i = 1, 100 do
+        emit(i)
+        flow.sleep(0.25)
+      end
+    end
+    local err = raised(function() for _ in stream.new(producer):buffer(2):iterate() do break end end)
+    is_error("Aggregate", err)
+    assert.equal(closed, flow.loop.now())
+  end))
+end)

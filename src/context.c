@@ -641,6 +641,10 @@ void context_set_local(lua_State *L, int l, int v) {
   lua_settop(L, top);
 }
 
+bool context_watches(lua_State *L, int l) {
+  return ((const struct local *)lua_touserdata(L, l))->watched;
+}
+
 void context_push_local(lua_State *L, int i) {
   int top = lua_gettop(L);
   local_get(L, check_local(L, i));

@@ -780,8 +780,9 @@ static inline void context_switched(lua_State *L, struct runtime *rt, struct tas
 void context_push_local(lua_State *L,
                         int i); /* [-0, +1, -] its value there, or nil: of the local at i */
 void context_set_local(lua_State *L, int l,
-                       int v);           /* [-0, +0, m] the local at l to the value at v */
-void context_check(lua_State *L, int i); /* [-0, +0, e] there is a context */
+                       int v);             /* [-0, +0, m] the local at l to the value at v */
+bool context_watches(lua_State *L, int l); /* the local at l has a handler, which may raise */
+void context_check(lua_State *L, int i);   /* [-0, +0, e] there is a context */
 void context_open(lua_State *L);
 
 /* ---- guard.c: scopes of the context ---- */

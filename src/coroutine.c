@@ -271,6 +271,24 @@ static int take_error(lua_State *L, struct runtime *rt, lua_State *co, struct co
   return status == LUA_ERRMEM ? FAILED_MEMORY : FAILED;
 }
 
+/* [-0, +0, -] starts the body of a wrapped coroutine, up to its pause. If Lua refuses, for want of C stack, it takes
+** the arguments away, though nothing has been run: they are put back. */
+static int prime(lua_State *L, lua_State *co) {
+  int results;
+  lua_pushvalue(co, BODY_SIZE); /* fn */
+  lua_xmove(co, L, 1);
+  int status = lua_resume(co, L, BODY_ARGUMENTS, &results);
+  if (status != LUA_OK && status != LUA_YIELD && lua_status(co) == LUA_OK) { /* … main error */
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WRAP_TRACE);
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WRAP_START);
+    lua_pushvalue(L, -3);
+    lua_xmove(L, co, 3);
+    lua_rotate(co, -BODY_SIZE, BODY_ARGUMENTS); /* main trace start fn error */
+  }
+  lua_pop(L, 1);
+  return status;
+}
+
 /* [-arguments, +n, m] resumes the coroutine of ours in the frame until it yields or ends; n, or how it
 ** failed. If the task is suspended in it, we are, until k. */
 static int step(lua_State *L, int arguments, lua_KFunction k, bool wrapped) {
@@ -280,7 +298,7 @@ static int step(lua_State *L, int arguments, lua_KFunction k, bool wrapped) {
   struct level here = {rt->level, rt->me, L, co, c, fiber_can_suspend(L, rt), false};
   int results, status = LUA_YIELD;
   rt->level = &here;
-  if (c->body && is_new(co)) status = lua_resume(co, L, BODY_ARGUMENTS, &results);
+  if (c->body && is_new(co)) status = prime(L, co);
   if (status == LUA_YIELD && !lua_checkstack(co, arguments)) {
     rt->level = here.up;
     lua_pop(L, arguments);

@@ -197,17 +197,41 @@ void guard_refuse_yield(lua_State *L) {
 
 /* ---- Lua face: what opens them ---- */
 
+/* set_local(local, value) */
+static int set_local(lua_State *L) {
+  context_set_local(L, 1, 2);
+  return 0;
+}
+
+/* [-1, +0 or +1, m] sets the local at index 1 to the value on top, protected; false: the error is on top */
+static bool try_set(lua_State *L) {
+  module_push_function(L, set_local);
+  lua_insert(L, -2);
+  lua_pushvalue(L, 1);
+  lua_insert(L, -2);
+  return lua_pcall(L, 2, 0, 0) == LUA_OK;
+}
+
 static int l_with(lua_State *L) {
   object_check(L, 1, TAG_LOCAL);
   luaL_checkany(L, 2);
   lua_settop(L, 2);
-  guard_new(L, GUARD_VALUE);
+  struct guard *g = guard_new(L, GUARD_VALUE);
   context_push_local(L, 1);
   lua_setiuservalue(L, 3, GUARD_SAVED); /* local value guard */
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 3, GUARD_LOCAL);
-  context_set_local(L, 1, 2);
-  return 1;
+  if (!context_watches(L, 1)) {
+    context_set_local(L, 1, 2);
+    return 1;
+  }
+  lua_pushvalue(L, 2);
+  if (try_set(L)) return 1;
+  if (!g->done) unlink_guard(g); /* a handler has raised: as if it had not been set */
+  lua_getiuservalue(L, 3, GUARD_SAVED);
+  try_set(L);
+  lua_settop(L, 4); /* local value guard error */
+  return lua_error(L);
 }
 
 /* enter(ctx) -> guard */

@@ -88,6 +88,16 @@ void handle_changed(lua_State *L, int i) {
   hold(L, i, h, use || h->closing || h->pinned || h->task.flags & TASK_LINKED);
 }
 
+void handle_look_again(lua_State *L, struct runtime *rt) {
+  for (struct link *l = rt->handles.next; l != &rt->handles; l = l->next) {
+    struct handle *h = container_of(l, struct handle, link);
+    if (!h->held) continue;
+    lua_rawgeti(L, UP_ANCHORS, h->task.slot);
+    if (lua_touserdata(L, -1) == (void *)h) handle_changed(L, lua_gettop(L));
+    lua_pop(L, 1);
+  }
+}
+
 void handle_land(lua_State *L, int i) {
   struct handle *h = (struct handle *)lua_touserdata(L, i);
   h->class->land(L, h, i);

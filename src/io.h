@@ -128,6 +128,9 @@ void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No 
 void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
 void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
 void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
+void handle_look_again(
+    lua_State *L,
+    struct runtime *rt); /* [-0, +0, -] one that waited for any of them does so no more */
 void handle_await(struct handle *h, bool awaited); /* whether it keeps the loop alive. No Lua. */
 void handle_news(struct handle *h);                /* it will land. No Lua. */
 void handle_land(lua_State *L, int i);

@@ -345,7 +345,7 @@ static int l_late_index(lua_State *L) {
   const char *key = lua_type(L, 2) == LUA_TSTRING ? lua_tolstring(L, 2, &n) : NULL;
   const char *p = lua_tostring(L, lua_upvalueindex(3));
   lua_settop(L, 2);
-  if (key == NULL || n == 0) return 0;
+  if (key == NULL || n == 0 || (unsigned char)key[0] <= ' ') return 0;
   while ((p = strstr(p, key)) != NULL && (p[-1] > ' ' || p[n] != '=')) p += n;
   if (p == NULL) return 0;
   const char *name = p += n + 1;

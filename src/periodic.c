@@ -365,7 +365,8 @@ static struct periodic *check_periodic(lua_State *L) {
 static bool has_waiter(const struct periodic *p) {
   if (p->waiter == NULL) return false;
   const struct task *t = &p->waiter->task;
-  return (t->state == TASK_WAITING || t->state == TASK_QUEUED) && !(t->flags & TASK_ABANDONED);
+  return (t->state == TASK_WAITING || t->state == TASK_QUEUED) && !(t->flags & TASK_ABANDONED) &&
+         !fiber_is_lost(t);
 }
 
 /* the deadline of the waiter, or NULL: there is none, or it has been woken */

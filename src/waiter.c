@@ -177,6 +177,7 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
     return;
   }
   link_drop(&n->link);
+  if (n->pos != 0) handle_look_again(L, runtime(L)); /* its holder was on the stack that is gone */
   n->pos = 0;
 }
 

@@ -108,10 +108,15 @@ function AsyncCache:get_or_add(key, factory, token)
   local entry = self._entries[key]
   if not entry then
     core.throw_if_canceled(token)
-    entry = { key = key }
-    entry.flight = flight.start(make, function() drop(self, entry) end, self, entry, factory)
-    self._entries[key] = entry
-    self._count = self._count + 1
+    local made = { key = key }
+    made.flight = flight.new(make, function() drop(self, made) end, self, made, factory)
+    entry = self._entries[key]
+    if not entry then
+      entry = made
+      self._entries[key] = made
+      self._count = self._count + 1
+      made.flight:launch()
+    end
   elseif entry.expires then
     remove(self._used, entry)
     append(self._used, entry)

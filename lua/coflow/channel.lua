@@ -61,13 +61,15 @@ end
 
 local PIECE = 128
 
--- The first index of `list` from which on `item` goes before none; `last` gives what an element is compared by.
+-- The first index of `list` from which on `item` goes before none; `last` gives what an element is compared by. What
+-- the comparer does to the channel is noticed afterwards.
 local function search(list, count, item, comparer, last)
   local low, high = 1, count + 1
   while low < high do
     local middle = (low + high) // 2
     local other = list[middle]
-    if last then other = other[#other] end
+    if last and other then other = other[#other] end
+    if other == nil then return low end -- it has read from it
     if comparer(item, other) then low = middle + 1 else high = middle end
   end
   return low

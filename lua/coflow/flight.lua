@@ -33,10 +33,17 @@ function Flight:join(token)
   return core.await_with(task, token)
 end
 
----Starts `factory(...)`. `on_given_up(flight)` is called when the last caller has left before the end.
-local function start(factory, on_given_up, ...)
+---Calls the factory. Not done by `new`, which creates things: a finalizer that asks meanwhile for the same value
+---may have begun a flight of its own, which is then to be joined instead.
+function Flight:launch()
   local _ <close> = core.suppress_flow()
-  return setmetatable({ task = core.spawn(factory, ...), callers = 0, on_given_up = on_given_up }, Flight)
+  self.task:start()
 end
 
-return { start = start }
+---A flight that will call `factory(...)`. `on_given_up(flight)` is called when the last caller has left before the end.
+local function new(factory, on_given_up, ...)
+  local _ <close> = core.suppress_flow()
+  return setmetatable({ task = core.new(factory, ...), callers = 0, on_given_up = on_given_up }, Flight)
+end
+
+return { new = new }

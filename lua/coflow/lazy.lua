@@ -40,8 +40,13 @@ function AsyncLazy:get(token)
   if current and (current.given_up or failed and (self._retry or current.task.is_canceled)) then current = nil end
   if not current then
     core.throw_if_canceled(token)
-    current = flight.start(self._factory)
-    self._flight = current
+    local before, made = self._flight, flight.new(self._factory)
+    current = self._flight
+    if current == before then
+      current = made
+      self._flight = made
+      made:launch()
+    end
   end
   return current:join(token)
 end

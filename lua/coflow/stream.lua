@@ -16,7 +16,8 @@
 -- producer's token, so that its `<close>` variables run as they do in any function, and may wait.
 --
 -- What reads ahead (buffer, merge) has a task for each source. These are *pumps*: made when the iteration is, so that
--- context and ambient token are those of that moment, started at the first pull, canceled and awaited at the end.
+-- the context is that of that moment; started at the first pull, under the ambient token of whoever makes it;
+-- canceled and awaited at the end.
 --
 -- An error that a pull raises, a cancellation too, ends the iteration, and closes everything upstream.
 --
@@ -573,7 +574,8 @@ function Stream:timeout(seconds)
   return through(self, function(next) return within(under_timeout, seconds, next) end)
 end
 
----The same items, at most one every `seconds`: one that comes sooner is held back, none is dropped.
+---The same items, at most one every `seconds`: one that comes sooner is held back, none is dropped. One that is held
+---back when the iteration is canceled goes with it.
 ---@param seconds number
 ---@return coflow.Stream
 function Stream:throttle(seconds)
@@ -627,19 +629,23 @@ local function gather(streams, limit, name, token)
 
   local function pump_all(pump)
     local _ <close> = setmetatable({ function() leave(pump) end }, deferred)
-    local _ <close> = pump.close and setmetatable({ pump.close }, deferred) or nil
-    local _ <close> = core.open_linked(stop.token, pump.next)
-    while true do
-      while pump.held >= limit do
-        idle[pump] = true
-        pump.room:read()
+    local closing <close> = setmetatable({ pump.close }, deferred)
+    do
+      local _ <close> = core.open_linked(stop.token, pump.next)
+      while true do
+        while pump.held >= limit do
+          idle[pump] = true
+          pump.room:read()
+        end
+        local value, second = pump.next()
+        if value == nil or stopped then break end
+        pump.held = pump.held + 1
+        put(pump, value, second)
       end
-      local value, second = pump.next()
-      if value == nil or stopped then break end
-      pump.held = pump.held + 1
-      put(pump, value, second)
     end
-    pump.ended = true
+    closing[1] = nil
+    if pump.close then pump.close() end
+    pump.ended = true -- well: what closing raises is a failure, too
   end
 
   for i, source in ipairs(streams) do
@@ -674,13 +680,14 @@ local function gather(streams, limit, name, token)
     return value, second
   end
 
-  -- What a source raised before, and nobody has asked for, is dropped with the items that were read ahead.
+  -- What a source raised before, and nobody has asked for, is dropped with the items that were read ahead. Gives
+  -- what callbacks of the sources' tokens raise: the sources are to end first.
   local function cancel()
     for _, pump in ipairs(pumps) do
       pump.dropped = pump.task.is_completed
     end
     stopped = true
-    stop:cancel("the iteration was closed")
+    return pcall(stop.cancel, stop, "the iteration was closed")
   end
 
   local function join()
@@ -701,8 +708,11 @@ local function gather(streams, limit, name, token)
       for _, pump in ipairs(pumps) do closing = in_turn(closing, pump.close) end
       if closing then closing() end
     else
-      cancel()
-      if core.is_awaitable_here() or not current_task() then shielded(join) end
+      local told, problem = cancel()
+      local ended, err = true, nil
+      if core.is_awaitable_here() or not current_task() then ended, err = pcall(shielded, join) end
+      if not told and not ended then core.report(problem) end
+      if not told or not ended then error(ended and problem or err, 0) end
     end
   end
 
