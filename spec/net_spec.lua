@@ -1193,18 +1193,19 @@ end)
 
 describe("a stream whose reader's coroutine somebody has closed", function()
   it("is let go", connected(function()
-    local client, server = pair()
-    local kept
-    local reader = flow.spawn(function(s)
-      kept = coroutine.running()
-      return s:read()
-    end, client)
-    flow.yield()
-    coroutine.close(kept)
-    helper.raises("InvalidOperation", reader.await, reader)
-    local weak = setmetatable({ client }, { __mode = "v" })
-    reader, kept, client = nil, nil, nil
-    opened[server] = nil
+    local function give_up()
+      local client, server = pair()
+      local kept
+      local reader = flow.spawn(function(s)
+        kept = coroutine.running()
+        return s:read()
+      end, client)
+      flow.yield()
+      coroutine.close(kept)
+      helper.raises("InvalidOperation", reader.await, reader)
+      return server, setmetatable({ client }, { __mode = "v" })
+    end
+    local server, weak = give_up()
     helper.collect()
     assert.is_nil(weak[1])
     assert.is_nil(server:read()) -- the end
