@@ -1,6 +1,7 @@
 -- AsyncLocal: who sees a value, how it is put back, who is told of changes, and what keeps it alive.
 
 local flow = require "coflow"
+local helper = require "spec.helper"
 local support = require "spec.support.flow_support"
 
 local in_task, raises, bad_argument = support.in_task, support.raises, support.bad_argument
@@ -1306,4 +1307,41 @@ describe("a value_changed handler that raises", function()
     outer:dispose()
     assert.is_nil(other.value)
   end))
+end)
+
+describe("a value_changed handler that is called as a task is entered", function()
+  -- What it does, each in a program of its own.
+  local actions = {
+    "(flow.current_task() or {}).name", "flow.cancellation_token()",
+    "flow.ExecutionContext.suppress_flow():undo()", "other:set(1)", "other:with(2):dispose()",
+    "flow.call(function() other.value = 3 end)", "flow.coroutine.wrap(function() coroutine.yield() end)()",
+    "flow.spawn(flow.yield)", "flow.async(flow.yield)()", "collectgarbage()",
+    "flow.ExecutionContext.capture():run(flow.current_task)", "coroutine.resume(kept)",
+  }
+  for _, action in ipairs(actions) do
+    it("may use everything: " .. action, function()
+      assert.equal("5 3 true", (helper.output(([[
+        local flow = require "coflow"
+        local other, kept = flow.AsyncLocal(), coroutine.create(function() end)
+        local loc = flow.AsyncLocal { value_changed = function() return %s end }
+        local function run()
+          local task = flow.spawn(function()
+            kept = coroutine.running()
+            loc.value = 2
+            flow.yield()
+            return 5
+          end)
+          loc.value = 1
+          flow.yield()
+          local cache = flow.AsyncCache()
+          local three = cache:get_or_add("key", function() return 3 end) -- starts in the empty context
+          return task:await(), three
+        end
+        print = function() end
+        local a, b = flow.run(run)
+        local c, d = flow.run(run)
+        io.write(("%%s %%s %%s"):format(a, b, a == c and b == d))
+      ]]):format(action))))
+    end)
+  end
 end)

@@ -602,6 +602,59 @@ describe("the coroutine of a task", function()
   end)
 end)
 
+describe("the coroutine of a root task", function()
+  it("is told to be closed while it waits, also if nothing else is alive, or much is", function()
+    for _, beside in ipairs { function() end, function() flow.sleep(1e6) end } do
+      local ok, err = pcall(flow.testing.run, function()
+        local other = flow.spawn(beside)
+        local root = coroutine.running()
+        local source = flow.TaskCompletionSource()
+        flow.spawn(function()
+          coroutine.close(root)
+          other:cancel()
+          source:set_result(4)
+        end)
+        return source.task:await()
+      end)
+      assert.is_false(ok)
+      assert.truthy(tostring(err):find("somebody has closed the coroutine", 1, true), err)
+    end
+  end)
+end)
+
+describe("a task", function()
+  it("starts without the hook of one that had its coroutine before", helper.in_task(function()
+    local calls = 0
+    for _ = 1, 3 do
+      flow.spawn(function()
+        assert.is_nil((debug.gethook()))
+        debug.sethook(function() calls = calls + 1 end, "l")
+      end):await()
+    end
+    local before = calls
+    flow.spawn(function()
+      local n = 0
+      for i = 1, 10 do n = n + i end
+      return n
+    end):await()
+    assert.equal(before, calls)
+  end))
+
+  it("whose stack is changed by debug.setlocal fails", helper.in_task(function()
+    local kept
+    local task = flow.spawn(function()
+      kept = coroutine.running()
+      flow.yield()
+    end)
+    flow.yield()
+    for level = 0, 3 do
+      for i = 1, 6 do pcall(debug.setlocal, kept, level, i, nil) end
+    end
+    local ok, err = flow.try_await(task)
+    assert.is_true(ok or tostring(err):find("has changed the stack", 1, true) ~= nil, err)
+  end))
+end)
+
 describe("the coroutine of a task that has ended", function()
   local kept
 

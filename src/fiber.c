@@ -79,8 +79,8 @@ static bool is_idle(lua_State *co) { return lua_status(co) == LUA_YIELD; }
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
   if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) &&
-      idle_room(L, rt)) {
-    if (held) { /* else the slot holds it already */
+      lua_gethook(co) == NULL && idle_room(L, rt)) { /* a hook is the task's, not of the next one */
+    if (held) {                                      /* else the slot holds it already */
       lua_pushthread(co);
       lua_xmove(co, L, 1);
       lua_rawseti(L, UP_ANCHORS, slot);
@@ -261,8 +261,10 @@ static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status)
 }
 
 static int main_k(lua_State *L, int status, lua_KContext ctx) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
   (void)ctx;
-  return finish(L, runtime(L), (struct fiber *)lua_touserdata(L, BODY_TASK), status);
+  if (f == NULL) return luaL_error(L, "somebody has changed the stack of the task");
+  return finish(L, runtime(L), f, status);
 }
 
 /* somebody else has resumed the coroutine, which waits for a task, or for the start of one */
@@ -325,6 +327,8 @@ static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *
   f->co = co;
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
+  if (lua_gethook(L) != NULL) /* as a new coroutine has it */
+    lua_sethook(co, lua_gethook(L), lua_gethookmask(L), lua_gethookcount(L));
   scope_join(s, &f->member);
   testing_born(L, rt, f->task.slot);
   if (rt->me->flags & TASK_HAS_CONTEXT) context_inherit(L, -1, &f->task, rt->me);
@@ -432,6 +436,19 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
   lua_remove(L, -2);
 }
 
+/* [-0, +0, m] Tells the handlers that the running f, which is about to be resumed, has another context. What they
+** do may ask for the task, so it is held and named; and may resume its coroutine, which is hidden, so that this is
+** known for a stranger's doing (fiber_on_top). */
+static void show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
+  task_push(L, &f->task);
+  if (f->task.label == 0) fiber_label(L, -1);
+  lua_State *co = f->co;
+  f->co = NULL;
+  context_show(L, rt, &f->task);
+  f->co = co;
+  lua_pop(L, 1);
+}
+
 /* [-0, +0, -] f has ended, and given its coroutine back */
 static void retire(lua_State *L, struct runtime *rt, struct fiber *f) {
   bool planned = f->task.traits & TRAIT_SCHEDULED;
@@ -459,7 +476,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
     f->task.state = TASK_RUNNING;
     rt->me = &f->task;
-    context_switched(L, rt, &f->task);
+    if (rt->shown_watched || f->task.flags & TASK_WATCHED) show_context(L, rt, f);
     int status = lua_resume(f->co, L, 0, &results);
     switch (status) {
       case LUA_YIELD:

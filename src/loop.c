@@ -407,7 +407,7 @@ enum drive_end { DRIVE_DONE, DRIVE_DEAD, DRIVE_STOPPED, DRIVE_SIGNALED };
 /* [-0, +0, e] turns until the task is complete (NULL: until nothing is left alive) */
 static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task *until) {
   for (;;) {
-    if (until && task_done(until)) return DRIVE_DONE;
+    if (until && (task_done(until) || fiber_is_lost(until))) return DRIVE_DONE;
     if (rt->stopping) return DRIVE_STOPPED;
     if (rt->signaled) return DRIVE_SIGNALED;
     if (rt->ready != NULL) {
@@ -588,7 +588,12 @@ int loop_run(lua_State *L) {
   loop_check_outside(L, "run");
   struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   loop_queue(rt, root);
-  switch (enter(L, 1, LOOP_DEFAULT)) {
+  enum drive_end end = enter(L, 1, LOOP_DEFAULT);
+  if (fiber_is_lost(&root->task)) { /* somebody has closed its coroutine */
+    fiber_settle_lost(L, 1);
+    end = DRIVE_DONE;
+  }
+  switch (end) {
     case DRIVE_DONE: return task_push_outcome(L, 1, &root->task);
     case DRIVE_DEAD:
       root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
