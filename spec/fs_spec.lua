@@ -507,6 +507,27 @@ describe("entries of directories", function()
     io_error("ENOENT", fs.mkdtemp, dir .. "/none/x")
   end))
 
+  it("leave no temporary directory behind that nobody was told of", in_task(function(dir)
+    support.canceled_while_landing(function(token)
+      return fs.mkdtemp_async(dir .. "/" .. ("x"):rep(60), token)
+    end, function(ok, path)
+      if ok then fs.remove(path) end
+    end)
+    flow.with_timeout(50, function() -- those that a thread was about to make go when it has
+      while #names(dir) > 0 do flow.yield() end
+    end)
+  end))
+
+  it("may be canceled by a finalizer while the failure is told, whose path then was freed", in_task(function()
+    local parent = "/proc/" .. ("x"):rep(60) -- which nobody makes
+    support.canceled_while_landing(function(token)
+      return fs.mkdir_async(parent .. "/x", { recursive = true }, token)
+    end, function(ok, err)
+      assert.is_false(ok)
+      if err.name ~= "OperationCanceled" then assert.equal(parent, err.path) end
+    end)
+  end))
+
   it("are renamed and truncated", in_task(function(dir)
     put(dir .. "/x", "12345")
     fs.truncate(dir .. "/x", 2)
