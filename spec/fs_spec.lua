@@ -656,6 +656,71 @@ describe("watch", function()
     assert.is_true(canceled > 0)
   end))
 
+  -- A watcher of `dir` that has seen these files come.
+  local function watched(dir, files)
+    local watcher = fs.watch(dir)
+    for _, name in ipairs(files) do put(dir .. "/" .. name, "") end
+    fs.stat(dir) -- libuv sees them first
+    return watcher
+  end
+
+  -- Names in order, each so long that telling it makes a string.
+  local function long_names(k)
+    local list = {}
+    for i = 1, 3 do list[i] = i .. ("x"):rep(60) .. k end
+    return list
+  end
+
+  it("loses no change, and tells none twice, when a finalizer cancels who is told it", in_task(function(dir)
+    local canceled = 0
+    for k = 1, 8 do
+      local expected, got, source = long_names(k), {}, nil
+      local watcher = watched(dir, expected)
+      local waiting
+      do
+        local _ <close> = support.at_collection(k, function() if source then source:cancel() end end)
+        for _ = 1, 4 do
+          source = Source()
+          local task = watcher:next_async(source.token)
+          if task.is_completed_successfully then
+            got[#got + 1] = task.result.name
+          elseif task.is_canceled then
+            canceled = canceled + 1
+          else
+            waiting = task
+          end
+        end
+      end
+      watcher:close()
+      if waiting ~= nil then assert.is_nil(waiting:await()) end
+      assert.same(expected, got)
+    end
+    assert.is_true(canceled > 0 or os.getenv("COFLOW_GC_STRESS") ~= nil)
+  end))
+
+  it("tells each change once, also to a finalizer that asks while one is told", in_task(function(dir)
+    for k = 1, 8 do
+      local expected, got, tasks = long_names(k), {}, {}
+      local watcher = watched(dir, expected)
+      local next = watcher.next_async
+      local function ask()
+        local task = next(watcher)
+        tasks[#tasks + 1] = task
+      end
+      do
+        local _ <close> = support.at_collection(k, ask)
+        for _ = 1, 3 do ask() end
+      end
+      watcher:close()
+      for _, task in ipairs(tasks) do
+        local change = task:await()
+        if change ~= nil then got[#got + 1] = change.name end
+      end
+      table.sort(got)
+      assert.same(expected, got)
+    end
+  end))
+
   it("raises where there is nothing", in_task(function(dir)
     local err = io_error("ENOENT", fs.watch, dir .. "/none")
     assert.equal(dir .. "/none", err.path)
