@@ -323,6 +323,72 @@ describe("a file", function()
     while reader:read() do n = n + 1 end
     assert.is_nil(reader:read_line())
   end))
+
+  it("loses no byte of a read that a finalizer cancels while its result is made", in_task(function(dir)
+    local text = ""
+    for i = 1, 50 do text = text .. ("%079d\n"):format(i) end
+    put(dir .. "/x", text)
+    for method, argument in pairs { read = 1000, read_line = false, read_all = false } do
+      local file
+      support.canceled_while_landing(function(token)
+        file = fs.open(dir .. "/x")
+        return file[method .. "_async"](file, argument or nil, token)
+      end, function(ok, got)
+        local rest = file:read_all()
+        local head = not ok and "" or method == "read_line" and got .. "\n" or got
+        assert.is_true(text == head .. rest, method)
+        assert.equal(#text, file:seek())
+        file:close()
+      end)
+    end
+  end))
+
+  it("gives each line once, also to a finalizer that reads while one is made", in_task(function(dir)
+    local text = {}
+    for i = 1, 20 do text[i] = ("%079d"):format(i) end
+    put(dir .. "/x", table.concat(text, "\n") .. "\n")
+    for _, method in ipairs { "read_line_async", "read_async" } do
+      for k = 1, 8 do
+        local file <close> = fs.open(dir .. "/x")
+        local next, read, got, among = file:lines(), file[method], {}, nil
+        got[1] = next()
+        do
+          local _ <close> = support.at_collection(k, function() among = read(file) end)
+          got[2] = next()
+        end
+        for line in next do got[#got + 1] = line end
+        if among ~= nil then
+          for line in among:await():gmatch("[^\n]+") do got[#got + 1] = line end
+        end
+        table.sort(got)
+        assert.same(text, got)
+      end
+    end
+  end))
+
+  it("is closed once, also by a finalizer of the close", in_task(function(dir)
+    put(dir .. "/x", "")
+    for k = 1, 4 do
+      local file = fs.open(dir .. "/x")
+      local close, tasks = file.close_async, {}
+      do
+        local _ <close> = support.at_collection(k, function() tasks[2] = close(file) end)
+        tasks[1] = close(file)
+      end
+      for _, task in ipairs(tasks) do task:await() end
+      assert.is_true(file.is_closed)
+    end
+  end))
+
+  it("has no place behind the last one, where a write is refused", in_task(function(dir)
+    local file <close> = fs.open(dir .. "/x", "w")
+    file:seek("set", math.maxinteger)
+    raises("IO", file.write, file, "xyz")
+    assert.equal(math.maxinteger, file:seek())
+    file:seek("set")
+    file:write("xyz")
+    assert.equal("xyz", content(dir .. "/x"))
+  end))
 end)
 
 describe("whole files", function()
@@ -793,6 +859,18 @@ describe("a FIFO, where nobody may ever come,", function()
     flow.sleep(0.001)
     full:close()
     io_error("ECANCELED", flow.await, writing)
+  end))
+
+  it("is closed by the first close, which a second one does not stop", in_task(function(dir)
+    local before = support.descriptors()
+    local file = fs.open(fifo(dir), "r+")
+    local reading = file:read_async()
+    local first, second = file:close_async(), file:close_async()
+    first:await()
+    second:await()
+    io_error("ECANCELED", flow.await, reading)
+    assert.equal(before, support.descriptors())
+    assert.is_true(file.is_closed)
   end))
 
   it("does not keep a process that exits", in_task(function(dir)
