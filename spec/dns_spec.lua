@@ -67,6 +67,18 @@ describe("resolve", function()
     raises("OperationCanceled", dns.resolve, "localhost", nil, source.token)
     assert.is_true(#dns.resolve("localhost") > 0)
   end))
+
+  it("may be canceled by a finalizer while its answer is made a list, which then was freed", in_task(function()
+    support.canceled_while_landing(function(token, k) -- each gives a string that is not there yet
+      return dns.resolve_async(("2001:DB8:0:0::%x"):format(0x700 + k), nil, token)
+    end, function(ok, list, k)
+      if ok then
+        assert.same({ ("2001:db8::%x"):format(0x700 + k) }, list)
+      else
+        assert.equal("OperationCanceled", list.name)
+      end
+    end)
+  end))
 end)
 
 describe("reverse", function()

@@ -323,6 +323,72 @@ describe("a file", function()
     while reader:read() do n = n + 1 end
     assert.is_nil(reader:read_line())
   end))
+
+  it("loses no byte of a read that a finalizer cancels while its result is made", in_task(function(dir)
+    local text = ""
+    for i = 1, 50 do text = text .. ("%079d\n"):format(i) end
+    put(dir .. "/x", text)
+    for method, argument in pairs { read = 1000, read_line = false, read_all = false } do
+      local file
+      support.canceled_while_landing(function(token)
+        file = fs.open(dir .. "/x")
+        return file[method .. "_async"](file, argument or nil, token)
+      end, function(ok, got)
+        local rest = file:read_all()
+        local head = not ok and "" or method == "read_line" and got .. "\n" or got
+        assert.is_true(text == head .. rest, method)
+        assert.equal(#text, file:seek())
+        file:close()
+      end)
+    end
+  end))
+
+  it("gives each line once, also to a finalizer that reads while one is made", in_task(function(dir)
+    local text = {}
+    for i = 1, 20 do text[i] = ("%079d"):format(i) end
+    put(dir .. "/x", table.concat(text, "\n") .. "\n")
+    for _, method in ipairs { "read_line_async", "read_async" } do
+      for k = 1, 8 do
+        local file <close> = fs.open(dir .. "/x")
+        local next, read, got, among = file:lines(), file[method], {}, nil
+        got[1] = next()
+        do
+          local _ <close> = support.at_collection(k, function() among = read(file) end)
+          got[2] = next()
+        end
+        for line in next do got[#got + 1] = line end
+        if among ~= nil then
+          for line in among:await():gmatch("[^\n]+") do got[#got + 1] = line end
+        end
+        table.sort(got)
+        assert.same(text, got)
+      end
+    end
+  end))
+
+  it("is closed once, also by a finalizer of the close", in_task(function(dir)
+    put(dir .. "/x", "")
+    for k = 1, 4 do
+      local file = fs.open(dir .. "/x")
+      local close, tasks = file.close_async, {}
+      do
+        local _ <close> = support.at_collection(k, function() tasks[2] = close(file) end)
+        tasks[1] = close(file)
+      end
+      for _, task in ipairs(tasks) do task:await() end
+      assert.is_true(file.is_closed)
+    end
+  end))
+
+  it("has no place behind the last one, where a write is refused", in_task(function(dir)
+    local file <close> = fs.open(dir .. "/x", "w")
+    file:seek("set", math.maxinteger)
+    raises("IO", file.write, file, "xyz")
+    assert.equal(math.maxinteger, file:seek())
+    file:seek("set")
+    file:write("xyz")
+    assert.equal("xyz", content(dir .. "/x"))
+  end))
 end)
 
 describe("whole files", function()
@@ -507,6 +573,27 @@ describe("entries of directories", function()
     io_error("ENOENT", fs.mkdtemp, dir .. "/none/x")
   end))
 
+  it("leave no temporary directory behind that nobody was told of", in_task(function(dir)
+    support.canceled_while_landing(function(token)
+      return fs.mkdtemp_async(dir .. "/" .. ("x"):rep(60), token)
+    end, function(ok, path)
+      if ok then fs.remove(path) end
+    end)
+    flow.with_timeout(50, function() -- those that a thread was about to make go when it has
+      while #names(dir) > 0 do flow.yield() end
+    end)
+  end))
+
+  it("may be canceled by a finalizer while the failure is told, whose path then was freed", in_task(function()
+    local parent = "/proc/" .. ("x"):rep(60) -- which nobody makes
+    support.canceled_while_landing(function(token)
+      return fs.mkdir_async(parent .. "/x", { recursive = true }, token)
+    end, function(ok, err)
+      assert.is_false(ok)
+      if err.name ~= "OperationCanceled" then assert.equal(parent, err.path) end
+    end)
+  end))
+
   it("are renamed and truncated", in_task(function(dir)
     put(dir .. "/x", "12345")
     fs.truncate(dir .. "/x", 2)
@@ -635,6 +722,71 @@ describe("watch", function()
     assert.is_true(canceled > 0)
   end))
 
+  -- A watcher of `dir` that has seen these files come.
+  local function watched(dir, files)
+    local watcher = fs.watch(dir)
+    for _, name in ipairs(files) do put(dir .. "/" .. name, "") end
+    fs.stat(dir) -- libuv sees them first
+    return watcher
+  end
+
+  -- Names in order, each so long that telling it makes a string.
+  local function long_names(k)
+    local list = {}
+    for i = 1, 3 do list[i] = i .. ("x"):rep(60) .. k end
+    return list
+  end
+
+  it("loses no change, and tells none twice, when a finalizer cancels who is told it", in_task(function(dir)
+    local canceled = 0
+    for k = 1, 8 do
+      local expected, got, source = long_names(k), {}, nil
+      local watcher = watched(dir, expected)
+      local waiting
+      do
+        local _ <close> = support.at_collection(k, function() if source then source:cancel() end end)
+        for _ = 1, 4 do
+          source = Source()
+          local task = watcher:next_async(source.token)
+          if task.is_completed_successfully then
+            got[#got + 1] = task.result.name
+          elseif task.is_canceled then
+            canceled = canceled + 1
+          else
+            waiting = task
+          end
+        end
+      end
+      watcher:close()
+      if waiting ~= nil then assert.is_nil(waiting:await()) end
+      assert.same(expected, got)
+    end
+    assert.is_true(canceled > 0 or os.getenv("COFLOW_GC_STRESS") ~= nil)
+  end))
+
+  it("tells each change once, also to a finalizer that asks while one is told", in_task(function(dir)
+    for k = 1, 8 do
+      local expected, got, tasks = long_names(k), {}, {}
+      local watcher = watched(dir, expected)
+      local next = watcher.next_async
+      local function ask()
+        local task = next(watcher)
+        tasks[#tasks + 1] = task
+      end
+      do
+        local _ <close> = support.at_collection(k, ask)
+        for _ = 1, 3 do ask() end
+      end
+      watcher:close()
+      for _, task in ipairs(tasks) do
+        local change = task:await()
+        if change ~= nil then got[#got + 1] = change.name end
+      end
+      table.sort(got)
+      assert.same(expected, got)
+    end
+  end))
+
   it("raises where there is nothing", in_task(function(dir)
     local err = io_error("ENOENT", fs.watch, dir .. "/none")
     assert.equal(dir .. "/none", err.path)
@@ -707,6 +859,18 @@ describe("a FIFO, where nobody may ever come,", function()
     flow.sleep(0.001)
     full:close()
     io_error("ECANCELED", flow.await, writing)
+  end))
+
+  it("is closed by the first close, which a second one does not stop", in_task(function(dir)
+    local before = support.descriptors()
+    local file = fs.open(fifo(dir), "r+")
+    local reading = file:read_async()
+    local first, second = file:close_async(), file:close_async()
+    first:await()
+    second:await()
+    io_error("ECANCELED", flow.await, reading)
+    assert.equal(before, support.descriptors())
+    assert.is_true(file.is_closed)
   end))
 
   it("does not keep a process that exits", in_task(function(dir)

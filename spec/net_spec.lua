@@ -199,6 +199,27 @@ describe("reading", function()
     assert.is_nil(server:read_line())
   end))
 
+  it("gives nobody the bytes of another, where two reads lie apart in the memory that all share", connected(function()
+    local a, from_a = pair()
+    local b, from_b = pair()
+    local c, from_c = pair()
+    b:write("x")
+    assert.equal("x", from_b:read()) -- it goes on reading, though nobody waits
+    local reading_a, reading_c = from_a:read_exactly_async(2000), from_c:read_exactly_async(40000)
+    helper.settle()
+    -- libuv is asked after 256 turns at most; what has come lands when all of these have ended
+    local acts = {
+      [1] = function() a:write(("a"):rep(1000)) end,
+      [600] = function() b:write(("b"):rep(5000)) end,
+      [1200] = function() a:write(("a"):rep(1000)) end, -- where these lie was free for the next one
+      [1800] = function() c:write(("c"):rep(40000)) end,
+    }
+    for i = 1, 4000 do flow.spawn(acts[i] or function() end) end
+    assert.is_true(("a"):rep(2000) == flow.await(reading_a))
+    assert.is_true(("c"):rep(40000) == flow.await(reading_c))
+    assert.is_true(("b"):rep(5000) == from_b:read_exactly(5000))
+  end))
+
   it("knows lines by \\n and \\r\\n", connected(function()
     local client, server = pair()
     client:write("one\r\ntwo\n\n\r\nfi\rve\nlast")

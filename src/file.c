@@ -7,6 +7,10 @@
 ** and a canceled write may be repeated in its place. Bytes that were read ahead stay in the buffer: those
 ** at the position, which is the kernel's own for what cannot be sought (a pipe, a terminal).
 **
+** Making the string that a read gives may run finalizers of users. Only then are the bytes taken, if the read is not
+** canceled by now; others wait meanwhile, for it is the running job until it has landed. next_line is no job, and so
+** looks whether the file is still as it was.
+**
 ** Invariants: file->running is the job that a thread, or the ready list, has; it holds the file. Those after
 **             it wait in file->first …; none waits when none runs. A descriptor is closed by the job that
 **             opened it (release), by the file's own close job, or by the finalizer, for whom no job is left.
@@ -42,7 +46,6 @@ static ssize_t fill(struct job *j, size_t wanted) {
   ssize_t got = job_read_some(f->fd, f->buffer + f->length, wanted,
                               f->seekable ? f->position + (int64_t)f->length : -1);
   if (got < 0) return job_error();
-  f->end = got == 0;
   f->length += (size_t)got;
   return got;
 }
@@ -100,7 +103,7 @@ static ssize_t run_write(struct job *j) {
   if (status >= 0 && f->append && f->seekable) { /* it stands behind what was written */
     j->offset = (int64_t)lseek(f->fd, 0, SEEK_CUR);
     if (j->offset < 0) return job_checked(j, "lseek", -1);
-  } else
+  } else if (status >= 0)
     j->offset = f->position + (int64_t)j->length;
   return status;
 }
@@ -157,6 +160,7 @@ void file_close(struct file *f) {
   free(f->buffer);
   f->buffer = NULL;
   f->at = f->length = f->size = 0;
+  f->epoch++;
 }
 
 /* ---- results ---- */
@@ -167,6 +171,7 @@ int file_land_open(lua_State *L, struct io *op) {
   f->fd = -1;
   lua_getiuservalue(L, 1, IO_PATH);
   lua_setiuservalue(L, -2, FILE_PATH);
+  if (task_done(&op->pending.task)) return 1; /* canceled by a finalizer: nobody gets the file */
   f->fd = j->fd;
   j->fd = -1;
   f->seekable = job_is_plain((mode_t)j->mode);
@@ -174,12 +179,12 @@ int file_land_open(lua_State *L, struct io *op) {
   return 1;
 }
 
-/* [-0, +1, m] n bytes of the buffer, which then are read */
-static void take(lua_State *L, struct file *f, size_t n, size_t drop) {
-  lua_pushlstring(L, n > 0 ? f->buffer + f->at : "", n);
-  f->at += n + drop;
-  f->length -= n + drop;
-  f->position += (int64_t)(n + drop);
+/* n bytes of the buffer have been read */
+static void consume(struct file *f, size_t n) {
+  f->epoch++;
+  f->at += n;
+  f->length -= n;
+  f->position += (int64_t)n;
   if (f->length > 0) return;
   f->at = 0;
   if (f->size <= BIG_CHUNK) return;
@@ -188,11 +193,17 @@ static void take(lua_State *L, struct file *f, size_t n, size_t drop) {
   f->size = 0;
 }
 
+/* [-0, +1, m] n bytes of the buffer; these, and `drop` behind them, then are read */
+static void take(lua_State *L, const struct io *op, struct file *f, size_t n, size_t drop) {
+  lua_pushlstring(L, n > 0 ? f->buffer + f->at : "", n);
+  if (!task_done(&op->pending.task)) consume(f, n + drop);
+}
+
 static int land_read(lua_State *L, struct io *op) {
   const struct job *j = as_job(op);
   struct file *f = j->file;
   if (f->length > 0 || j->limit == 0)
-    take(L, f, (int64_t)f->length < j->limit ? f->length : (size_t)j->limit, 0);
+    take(L, op, f, (int64_t)f->length < j->limit ? f->length : (size_t)j->limit, 0);
   else
     lua_pushnil(L);
   return 1;
@@ -201,24 +212,21 @@ static int land_read(lua_State *L, struct io *op) {
 static int land_read_all(lua_State *L, struct io *op) {
   struct file *f = as_job(op)->file;
   if (f->length > 0)
-    take(L, f, f->length, 0);
+    take(L, op, f, f->length, 0);
   else
     lua_pushliteral(L, "");
   return 1;
 }
 
-static void take_line(lua_State *L, struct file *f) {
+static int land_read_line(lua_State *L, struct io *op) {
+  struct file *f = as_job(op)->file;
   size_t line = line_in(f, 0);
   if (line > 0)
-    take(L, f, line - 1, 1);
+    take(L, op, f, line - 1, 1);
   else if (f->length > 0)
-    take(L, f, f->length, 0);
+    take(L, op, f, f->length, 0);
   else
     lua_pushnil(L);
-}
-
-static int land_read_line(lua_State *L, struct io *op) {
-  take_line(L, as_job(op)->file);
   return 1;
 }
 
@@ -226,6 +234,7 @@ static void file_move(struct file *f, int64_t position) {
   if (!f->seekable) return;
   f->position = position;
   f->at = f->length = 0;
+  f->epoch++;
 }
 
 static int land_write(lua_State *L, struct io *op) {
@@ -365,7 +374,10 @@ static int l_next_line(lua_State *L) {
   if (line == 0 || (k != NULL && token_canceled(k))) return 0;
   if (((struct fiber *)runtime(L)->me)->member.scope->canceled)
     return 0; /* the operation says so */
-  take(L, f, line - 1, 1);
+  uint32_t epoch = f->epoch;
+  lua_pushlstring(L, f->buffer + f->at, line - 1);
+  if (f->running != NULL || f->epoch != epoch) return 0; /* a finalizer has been here */
+  consume(f, line);
   return 1;
 }
 
@@ -444,19 +456,24 @@ static bool always(struct job *j) {
   return true;
 }
 
+static void hurry(struct job *j) {
+  if (!j->certain) atomic_store(&j->stop, true); /* another close is */
+}
+
 /* close(): after all that was begun before; nothing cancels it, so no descriptor is left behind */
 static int l_close(lua_State *L) {
   struct file *f = (struct file *)object_check(L, 1, TAG_FILE);
   lua_settop(L, 1);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NONE);
-  bool closed = f->closing; /* then only what is left before it is waited for */
-  struct job *j = begin_for(L, 2, &close_class, run_close, closed ? always : NULL);
-  if (j != NULL) j->certain = true;
+  struct job *j = begin_for(L, 2, &close_class, run_close, NULL);
+  if (j != NULL) {
+    j->certain = true;
+    if (f->closing) j->ready = always; /* only what is left before it is waited for */
+  }
   f->closing = true;
   if (!f->seekable) { /* those that wait for others do so no longer */
-    if (f->running != NULL) atomic_store(&f->running->stop, true);
-    for (struct job *before = f->first; before != NULL; before = before->next)
-      atomic_store(&before->stop, true);
+    if (f->running != NULL) hurry(f->running);
+    for (struct job *before = f->first; before != NULL; before = before->next) hurry(before);
   }
   return queue(L, j);
 }

@@ -367,7 +367,8 @@ static int land_bytes(lua_State *L, struct io *op) {
 
 static int land_mkdtemp(lua_State *L, struct io *op) {
   land_bytes(L, op);
-  as_job(op)->made = false;
+  if (!task_done(&op->pending.task))
+    as_job(op)->made = false; /* else a finalizer has canceled it */
   return 1;
 }
 

@@ -12,7 +12,8 @@
 ** *released*: an opened descriptor is closed, memory is freed. Release runs once, after libuv has let go,
 ** for every operation; what `land` has handed over is not there any more. An interruption that comes
 ** between the callback and the landing wins, for its result has not been given to anybody: bytes that
-** were read are where they were.
+** were read are where they were. So does one by a finalizer, while `land` makes the result: it settles the operation,
+** `land` takes nothing then, and what it looks at is there until it returns, as only then is the operation released.
 **
 ** Invariants: from io_begin until release the operation is held by its slot, complete or not, so libuv
 **             may write to it. It is in rt->flights exactly while libuv may call back. It is a member of its
@@ -147,7 +148,9 @@ void io_land(lua_State *L, int i) {
   } else {
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_IO_RESULT);
     lua_pushvalue(L, i);
+    op->landing = true;
     int status = lua_pcall(L, 1, LUA_MULTRET, 0);
+    op->landing = false;
     if (!task_done(t)) { /* the same */
       leave(L, i, op);
       if (status == LUA_OK)
@@ -157,6 +160,7 @@ void io_land(lua_State *L, int i) {
     }
   }
   lua_settop(L, top);
+  if (op->landing) return;                                /* from within, and there it goes on */
   if (io_in_flight(op) || t->flags & TASK_LINKED) return; /* it lands once more */
   release(op);
   for (int n = IO_PATH;; n++) {

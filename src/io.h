@@ -23,8 +23,10 @@ struct io;
 struct io_class {
   const char *name;    /* of the task: "fs.open" */
   const char *syscall; /* of its errors, unless op->syscall tells another one */
-  int (*land)(lua_State *L,
-              struct io *op);   /* [-0, +n, e] it is at index 1, op->status >= 0: its results */
+  int (*land)(
+      lua_State *L,
+      struct io *op); /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what
+                              ** it gives away last of all, and only if it is not done by then. */
   void (*abort)(struct io *op); /* asks libuv to stop; io_end(op) if it has stopped at once */
   void (*release)(
       struct io *op); /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
@@ -40,6 +42,7 @@ struct io {
   bool deaf;           /* given `none` */
   bool quiet;          /* whoever awaits it in direct style is not told how it ended */
   bool aborted, released;
+  bool landing; /* its result is being made, in which finalizers of users may cancel it */
 };
 static inline bool io_in_flight(const struct io *op) { return op->flight.next != NULL; }
 struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t size,

@@ -34,7 +34,7 @@ struct file {
   /* the running job writes, the loop reads when none runs */
   char *buffer;
   size_t at, length, size; /* the bytes read ahead */
-  bool end;                /* the last read found the end */
+  uint32_t epoch;          /* changes whenever bytes of these are read, or dropped; the loop's */
 };
 
 struct bytes {
@@ -49,7 +49,8 @@ struct job {
   bool (*ready)(struct job *);  /* of a file's job, or NULL: it can do without a thread */
   atomic_bool stop;             /* loop writes, worker reads */
   bool started;                 /* given to libuv */
-  bool certain;                 /* once asked for it happens: a cancellation ends the wait only */
+  bool
+      certain; /* once asked for it happens: a cancellation ends the wait only, `stop` is never set */
   const char *path, *to, *data;
   size_t length;
   int flags, mode; /* mode: permissions, or the result of fstat */

@@ -8,7 +8,8 @@
 ** costs HIGH bytes and one read. Bytes are taken out only when it is certain who gets them (handle.c), so a
 ** canceled read loses none.
 **
-** Invariants: `in` has memory only while it holds bytes; part.slab is NULL or counts us among its refs.
+** Invariants: `in` has memory only while it holds bytes; part.slab is NULL or counts us among its refs. What is
+**             beyond `used` of the slab belongs to nobody: whoever reads next writes there.
 ** SPDX-License-Identifier: MIT
 */
 #include "uvstream.h"
@@ -150,17 +151,18 @@ static void on_alloc(uv_handle_t *uv, size_t suggested, uv_buf_t *buf) {
 /* n bytes of the slab are ours */
 static void take_part(struct stream *s, const char *base, size_t n) {
   struct slab *slab = s->handle.rt->slab;
-  if (s->part.slab != NULL && (s->part.slab != slab || s->part.base + s->part.length != base) &&
-      !gather(s)) {
-    s->read_status = UV_ENOMEM;
-    return;
-  }
   slab->used += (uint32_t)n;
-  if (s->part.slab != NULL) {
+  if (s->part.slab == slab && s->part.base + s->part.length == base) {
     s->part.length += n;
     return;
   }
-  slab->refs++;
+  slab->refs++; /* first: else it begins anew, over these bytes, when the part before them is gathered */
+  if (!gather(s)) {
+    slab->used -= (uint32_t)n;
+    slab->refs--;
+    s->read_status = UV_ENOMEM;
+    return;
+  }
   s->part.slab = slab;
   s->part.base = base;
   s->part.length = n;

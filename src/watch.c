@@ -5,10 +5,12 @@
 ** things: the object of the script, and what libuv knows, which lives until the handle is closed. The
 ** handle keeps the loop alive only while somebody waits for a change.
 **
-** A change is *promised* to a waiter when that becomes ready, and taken out of the list when that lands:
-** one who is canceled in between has lost nothing, and the change is the next one's.
+** A change goes over from the list to a waiter when that becomes ready, and is told when that lands: if it is
+** canceled in between, or while the change is made a table, which may run finalizers of users, the change goes back
+** to its place in the list, and is the next one's.
 **
-** Invariants: promised <= count; somebody waits only if promised == count, and the watcher is open.
+** Invariants: a change is in the list, or one waiter's that is ready, and `count` counts both; the list is in the order
+**             of `number`. Somebody waits only if the list is empty, and the watcher is open.
 ** SPDX-License-Identifier: MIT
 */
 #include "io.h"
@@ -23,14 +25,16 @@ enum { OVERFLOW = 1 << 30 };       /* … which is a change of its own */
 
 struct change {
   struct change *next;
+  uint64_t number; /* of the watcher's changes */
   int events;
   char name[];
 };
 
 struct watch {
   uv_fs_event_t handle;
-  struct change *first, *last;
-  int count, promised;
+  struct change *first, *last; /* nobody's yet */
+  uint64_t number;             /* of the last one that came */
+  int count;                   /* not told yet */
   int error;
   bool closed;
   struct link waiting;
@@ -44,7 +48,7 @@ struct watcher {
 struct next_op {
   struct io io;
   struct watcher *watcher; /* a user value as well */
-  bool promised;           /* a change, not yet taken */
+  struct change *change;   /* NULL: none, or it is told */
   struct link link;        /* among those who wait */
 };
 
@@ -60,23 +64,37 @@ static void stop_waiting(struct watch *w, struct next_op *op) {
   if (first_waiting(w) == NULL) uv_unref((uv_handle_t *)&w->handle);
 }
 
+/* the first of the list, or NULL */
+static struct change *take_first(struct watch *w) {
+  struct change *c = w->first;
+  if (c == NULL) return NULL;
+  w->first = c->next;
+  if (w->first == NULL) w->last = NULL;
+  return c;
+}
+
 /* whoever waits longest gets what has come */
 static void promise(struct watch *w) {
   for (struct next_op *op; (op = first_waiting(w)) != NULL;) {
-    if (w->promised == w->count && w->error == 0 && !w->closed) return;
+    if (w->first == NULL && w->error == 0 && !w->closed) return;
     stop_waiting(w, op);
-    if (w->promised < w->count) {
-      w->promised++;
-      op->promised = true;
-    }
+    op->change = take_first(w);
     io_done(&op->io, 0);
   }
 }
 
+static void give_back(struct watch *w, struct change *c) {
+  struct change **at = &w->first;
+  while (*at != NULL && (*at)->number < c->number) at = &(*at)->next;
+  c->next = *at;
+  *at = c;
+  if (c->next == NULL) w->last = c;
+  promise(w);
+}
+
 static void add(struct watch *w, const char *name, int events) {
   if (name == NULL) name = "";
-  if (w->last != NULL && w->last->events == events && strcmp(w->last->name, name) == 0 &&
-      w->count > w->promised)
+  if (w->last != NULL && w->last->events == events && strcmp(w->last->name, name) == 0)
     return; /* the same once more */
   if (w->count > MOST) return;
   if (w->count == MOST) {
@@ -87,6 +105,7 @@ static void add(struct watch *w, const char *name, int events) {
   struct change *c = malloc(sizeof *c + n + 1);
   if (c == NULL) return;
   c->next = NULL;
+  c->number = ++w->number;
   c->events = events;
   memcpy(c->name, name, n + 1);
   if (w->last)
@@ -106,17 +125,9 @@ static void on_change(uv_fs_event_t *handle, const char *name, int events, int s
   promise(w);
 }
 
-static void drop_first(struct watch *w) {
-  struct change *c = w->first;
-  w->first = c->next;
-  if (w->first == NULL) w->last = NULL;
-  w->count--;
-  free(c);
-}
-
 static void on_close(uv_handle_t *handle) {
   struct watch *w = container_of((uv_fs_event_t *)handle, struct watch, handle);
-  while (w->first != NULL) drop_first(w);
+  for (struct change *c; (c = take_first(w)) != NULL;) free(c);
   free(w);
 }
 
@@ -134,10 +145,14 @@ static void next_abort(struct io *op) {
 }
 
 static void next_release(struct io *op) {
-  struct watch *w = as_next(op)->watcher ? as_next(op)->watcher->watch : NULL;
-  if (w == NULL || !as_next(op)->promised) return;
-  w->promised--;
-  promise(w);
+  struct change *c = as_next(op)->change;
+  if (c == NULL) return;
+  as_next(op)->change = NULL;
+  struct watch *w = as_next(op)->watcher->watch;
+  if (w == NULL || op->rt->closed)
+    free(c);
+  else
+    give_back(w, c);
 }
 
 /* ---- Lua face ---- */
@@ -156,17 +171,17 @@ static void push_change(lua_State *L, const struct change *c) {
 
 static int next_land(lua_State *L, struct io *op) {
   struct next_op *n = as_next(op);
-  struct watch *w = n->watcher->watch;
+  const struct watch *w = n->watcher->watch;
   if (w == NULL) { /* closed */
     lua_pushnil(L);
     return 1;
   }
-  if (n->promised) {
-    push_change(L, w->first);
-    if (n->watcher->watch == NULL) return 1; /* closed by a finalizer */
-    drop_first(w);
-    w->promised--;
-    n->promised = false;
+  if (n->change != NULL) {
+    push_change(L, n->change);
+    if (task_done(&op->pending.task)) return 1;                /* canceled by a finalizer */
+    if (n->watcher->watch != NULL) n->watcher->watch->count--; /* else closed by one */
+    free(n->change);
+    n->change = NULL;
     return 1;
   }
   lua_getiuservalue(L, 1, IO_PATH);
@@ -195,11 +210,8 @@ static int l_next(lua_State *L) {
   lua_setiuservalue(L, -2, WATCH_WATCHER);
   lua_getiuservalue(L, 1, WATCHER_PATH);
   lua_setiuservalue(L, -2, IO_PATH);
-  if (w == NULL || w->error != 0 || w->promised < w->count) {
-    if (w != NULL && w->promised < w->count) {
-      w->promised++;
-      op->promised = true;
-    }
+  if (w == NULL || w->error != 0 || w->first != NULL) {
+    if (w != NULL) op->change = take_first(w);
     io_end(&op->io);
     io_land(L, lua_gettop(L));
     return 1;

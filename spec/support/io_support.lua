@@ -5,12 +5,13 @@ local assert = require "luassert"
 local flow = require "coflow"
 local helper = require "spec.helper"
 
-local fs = flow.fs
+local fs, Source = flow.fs, flow.CancellationTokenSource
 local support = {}
 
 fs.watch("/"):close() -- libuv's loop has one descriptor for all that is watched, from now on
 
-local function descriptors()
+---How many descriptors this process has open.
+function support.descriptors()
   local n = 0
   for _ in fs.scandir("/proc/self/fd") do n = n + 1 end
   return n
@@ -30,12 +31,12 @@ function support.in_task(fn)
     local dir = fs.mkdtemp(os.tmpname() .. ".d")
     os.remove((dir:gsub("%.d......$", "")))
     settle()
-    local before = descriptors()
+    local before = support.descriptors()
     local ok, err = pcall(flow.run, fn, dir)
     settle()
     os.execute("rm -rf '" .. dir .. "'")
     if not ok then error(err, 0) end
-    assert.equal(before, descriptors(), "descriptors are left open")
+    assert.equal(before, support.descriptors(), "descriptors are left open")
     assert.is_false(flow.loop.is_alive(), "something is left alive")
   end
 end
@@ -53,6 +54,45 @@ function support.spinning()
     for _ = 1, 40 + n % 60 do flow.yield() end
   end
   return setmetatable(spinning, { __close = function() spinning.on = false end })
+end
+
+---Until the value is closed, the collector runs whenever an allocation lets it, and with it, the k-th time, the
+---finalizer `fn()`: a spec that tries each k has it called at every point where C makes something.
+function support.at_collection(k, fn)
+  local on, n = true, 0
+  local function litter()
+    setmetatable({}, { __gc = function()
+      if not on then return end
+      n = n + 1
+      if n == k then fn() else litter() end
+    end })
+  end
+  local mode = collectgarbage("incremental", 1, 1000, 63)
+  collectgarbage() -- from now on
+  litter()
+  return setmetatable({}, { __close = function()
+    on = false
+    collectgarbage("incremental", 200, 100, 13)
+    collectgarbage(mode)
+  end })
+end
+
+---Cancels `start(token)` at every point of its landing where C makes something: `check(ok, result, round)` is told how
+---each ended. Some were canceled, and some were not.
+function support.canceled_while_landing(start, check)
+  local canceled, rounds = 0, 24
+  for k = 1, rounds do
+    local source = Source()
+    local task = start(source.token, k)
+    local ok, result
+    do
+      local _ <close> = support.at_collection(k, function() source:cancel() end)
+      ok, result = task:try_await()
+    end
+    if not ok and flow.errors.is(result, "OperationCanceled") then canceled = canceled + 1 end
+    check(ok, result, k)
+  end
+  assert.is_true(canceled > 0 and canceled < rounds or os.getenv("COFLOW_GC_STRESS") ~= nil, canceled)
 end
 
 ---The path of a new pipe in `dir`.
