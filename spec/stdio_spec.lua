@@ -206,6 +206,36 @@ describe("a standard stream that is a file", function()
     ]], "one"))
   end)
 
+  for what, shell in pairs {
+    ["a file"] = "CHILD <DIR/input", ["a device"] = "CHILD </dev/zero", ["a socket"] = "PARENT socket CHILD",
+    ["a pipe"] = "PARENT pipe CHILD",
+  } do
+    it("keeps its flags when a program that was to have it could not be started: " .. what, function()
+      local out, err, code = run(shell, [[
+        local function flags(fd)
+          return flow.fs.read_file("/proc/self/fdinfo/" .. fd):match("flags:%s*(%d+)")
+        end
+        local ins, outs = flags(0), flags(1)
+        local ok, why = pcall(flow.process.spawn, { args = { "/no/program" }, stdin = stdin, stdout = stdout })
+        assert(not ok and why.code == "ENOENT", why)
+        print(flags(0) == ins, flags(1) == outs)
+      ]], "text")
+      assert.same({ "true\ttrue\n", "", 0 }, { out, err, code })
+    end)
+  end
+
+  it("is in use while a thread reads it, though nobody waits for that any more", function()
+    assert.equal("InvalidOperation\nInvalidOperation\n300000\n", output("CHILD <DIR/input", [[
+      local spawn, options = flow.process.spawn, { args = { "cat" }, stdin = stdin }
+      stdin:read_async(10):cancel()
+      print(select(2, pcall(spawn, options)).name) -- it used to be lent, and the child missed what the thread took
+      local some = stdin:read()
+      stdin:read_async(10):cancel()
+      print(select(2, pcall(spawn, options)).name)
+      print(#some + #stdin:read_all())
+    ]], ("x"):rep(300000)))
+  end)
+
   it("is written where the descriptor stands, by several processes in turn", function()
     assert.equal("before\none\ntwo\nafter\n", output("(echo before; CHILD; echo after) >DIR/file; cat DIR/file", [[
       stdout:write("one\n")

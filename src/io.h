@@ -165,6 +165,7 @@ int stream_init(struct stream *s);                              /* a status of l
 int stream_adopt(struct stream *s, int fd); /* the same, of a descriptor, which it owns. No Lua. */
 uv_stream_t *stream_uv(struct stream *s);
 int stream_lend(struct stream *s);       /* what a child gets: as file_lend. No Lua. */
+void stream_take_back(struct stream *s); /* there is no child. No Lua. */
 void stream_connected(struct stream *s); /* it is for its user now. No Lua; then handle_changed */
 void stream_open(lua_State *L);
 void read_free(struct runtime *rt); /* the state is closed */

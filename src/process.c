@@ -429,9 +429,8 @@ static int l_spawn(lua_State *L) {
   for (int n = 0; n < STREAMS; n++) {
     if (ends[n] != NULL && status != 0) drop_stream(L, object + 1 + n);
     if (at[n].kind == STREAM && status == 0) drop_stream(L, at[n].index);
-    if (at[n].kind == STREAM &&
-        status != 0) /* it stays here, and the child may have made it wait */
-      uv_stream_set_blocking(stream_uv((struct stream *)lua_touserdata(L, at[n].index)), 0);
+    if (at[n].kind == STREAM && status != 0) /* it stays here */
+      stream_take_back((struct stream *)lua_touserdata(L, at[n].index));
   }
   if (status == 0) {
     uv_unref((uv_handle_t *)&c->uv);

@@ -96,8 +96,16 @@ int stream_lend(struct stream *s) {
   if (waiter_any(&s->readers) || waiter_any(&s->writers) || waiter_any(&s->flushers) ||
       s->queued > 0 || s->in.end > s->in.start || s->part.length > 0)
     return UV_EBUSY;
+  if (s->kind == STREAM_FD && (s->uv.fd.read != NULL || s->uv.fd.write != NULL))
+    return UV_EBUSY; /* by a thread, whoever has given up what it does: it moves the position */
   if (s->standard != 0) return s->standard - 1; /* not the open file of our own */
   return uv_fileno(s->handle.uv, &fd) == 0 ? fd : UV_EBADF;
+}
+
+/* libuv has made what was lent wait, in the child that came to nothing. A standard stream has lent a descriptor that is
+** not ours to make non-blocking; what libuv has of it is another open file, or no stream at all (STREAM_FD). */
+void stream_take_back(struct stream *s) {
+  if (s->standard == 0) uv_stream_set_blocking(&s->uv.stream, 0);
 }
 
 /* ---- Lua face ---- */
