@@ -891,6 +891,27 @@ describe("a FIFO, where nobody may ever come,", function()
     end
   end))
 
+  it("that nobody reads any more refuses what is written, in a program without sockets as well", in_task(function(dir)
+    local path = fifo(dir)
+    put(dir .. "/script.lua", ([[
+      package.path, package.cpath = %q, %q
+      local fs, path = require("coflow").fs, %q
+      require("coflow").run(function()
+        local reader = fs.open(path)
+        local writer <close> = fs.open(path, "w")
+        reader:close()
+        local ok, err = pcall(writer.write, writer, "hello")
+        print(ok, err.name, err.code)
+      end)
+    ]]):format(package.path, package.cpath, path))
+    -- unlike os.execute, this gives it the default of every signal
+    local out, _, err, signal = flow.process.run({ "sh", "-c", '$LUA "$0"', dir .. "/script.lua" }, nil, {
+      env = { LUA = os.getenv("LUA") or "lua5.4" },
+    })
+    assert.same({ "false\tIO\tEPIPE\n", "" }, { out, err })
+    assert.is_nil(signal)
+  end))
+
   it("stays one when it is written atomically", in_task(function(dir)
     local path = fifo(dir)
     local reading = fs.read_file_async(path)

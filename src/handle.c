@@ -128,9 +128,10 @@ void handle_close_all(struct runtime *rt) {
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
 
-/* Writing to a connection that the peer has closed is an error, not the end of the process: unless the host
-** has a handler of its own. */
-static void ignore_broken_pipes(void) {
+/* Writing to a connection that the peer has closed, or to a FIFO that nobody reads any more (job.c), is an error, not
+** the end of the process: unless the host has a handler of its own. Asked again and again, since others may have made
+** it the default since. */
+void handle_ignore_broken_pipes(void) {
   struct sigaction now;
   if (sigaction(SIGPIPE, NULL, &now) != 0 || now.sa_handler != SIG_DFL) return;
   now.sa_handler = SIG_IGN;
@@ -138,7 +139,7 @@ static void ignore_broken_pipes(void) {
 }
 
 void handle_opened(struct handle *h, uv_handle_t *uv) {
-  if (h->rt->handles.next == &h->rt->handles) ignore_broken_pipes();
+  if (h->rt->handles.next == &h->rt->handles) handle_ignore_broken_pipes();
   uv->data = NULL; /* luv, on the same loop, takes what is there for its own */
   uv_unref(uv);
   h->uv = uv;

@@ -127,6 +127,7 @@ struct request {
 };
 void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
                  int uservalues);                      /* [-0, +1, m] not libuv's yet */
+void handle_ignore_broken_pipes(void);                 /* SIGPIPE. No Lua. */
 void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No Lua. */
 void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
 void handle_closed(struct handle *h);                  /* by on_close. No Lua. */

@@ -126,6 +126,7 @@ static void on_job(uv_work_t *work, int status) {
 
 int job_start(struct job *j) {
   j->started = true;
+  if (j->data != NULL) handle_ignore_broken_pipes(); /* it may write, to a FIFO as well */
   return uv_queue_work(loop_uv(j->io.rt), &j->work, on_run, on_job);
 }
 

@@ -1281,6 +1281,7 @@ function File:read_line(max, token) end
 function File:read_line_async(max, token) end
 
 ---Writes strings and numbers, all of them; a token may follow. Returns the file.
+---Raises: IO (ENOSPC …; EPIPE: nobody reads that FIFO any more; SIGPIPE is ignored unless the program handles it).
 ---@param ... string|number|coflow.CancellationToken
 ---@return coflow.File
 function File:write(...) end
