@@ -714,6 +714,51 @@ describe("closing", function()
     helper.raises("ObjectDisposed", client.read, client)
   end))
 
+  for name, close in pairs {
+    ["by the task's own scope"] = "flow.spawn(flow.with_cancellation, source.token, client.close, client)",
+    ["by its token"] = "flow.spawn(client.close, client, source.token)",
+    ["by the token of close_async"] = "client:close_async(source.token)",
+  } do
+    it("that a finalizer cancels before it waits drops it as well: " .. name, function()
+      assert.equal("true\ttrue\tOperationCanceled\tECANCELED\tnil\n", helper.output(([[
+        package.path, package.cpath = %q, %q
+        local flow = require "coflow"
+        flow.run(function()
+          local listener = flow.net.listen("127.0.0.1", 0)
+          local client = flow.net.connect("127.0.0.1", listener.port)
+          repeat -- until the system takes no more
+            client:write(("x"):rep(50000))
+            local flushing = client:flush_async()
+            for _ = 1, 20 do flow.yield() end -- libuv is asked meanwhile
+          until not flushing.is_completed
+          local reading, source = client:read_async(), flow.CancellationTokenSource()
+          local first -- whether it is canceled at once, while the reader has not been told yet
+          local function watch()
+            setmetatable({}, { __gc = function()
+              if client.is_closed then
+                first = not reading.is_completed
+                source:cancel()
+              else
+                watch()
+              end
+            end })
+          end
+          watch()
+          collectgarbage("incremental", 1, 1000, 25) -- where something is created a cycle ends, …
+          collectgarbage() -- … from the end of this one on
+          local task = %s
+          local ok, err = flow.try_await(task)
+          collectgarbage("generational")
+          local _, told = flow.try_await(reading)
+          -- it used to stay open, with what was not sent
+          print(source.is_cancellation_requested, first, err.name, told.code, client.local_address)
+          client:dispose()
+          listener:close()
+        end)
+      ]]):format(package.path, package.cpath, close)))
+    end)
+  end
+
   it("by <close> flushes, but not while an error unwinds", connected(function()
     local client, server = pair()
     do

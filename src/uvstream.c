@@ -31,6 +31,7 @@ static bool changed(struct handle *h) {
   s->epoch++;
   s->was_cut = false;
   if (waiter_any(&s->writes)) write_changed(s);
+  if (waiter_any(&s->closers)) s->lingers = false;
   if (h->disposed && !s->lingers && !waiter_any(&s->closers)) handle_close(h);
   bool reads = waiter_any(&s->readers), awaited = reads;
   if (s->kind == STREAM_FD) {
@@ -184,33 +185,47 @@ static int closed_now(lua_State *L, struct stream *s, bool async) {
   return 1;
 }
 
+/* (stream, token, async): it lingers */
+static int wait_and_close(lua_State *L) {
+  struct stream *s = stream_check(L);
+  struct request r = {.verb = &close_verb, .what = FLUSH_WAITING};
+  bool async = lua_toboolean(L, 3);
+  lua_settop(L, 2);
+  dispose(L, s); /* which may break it */
+  if (s->queued == 0 || s->broken || s->handle.closing) return closed_now(L, s, async);
+  return async ? handle_ask_async(L, &s->handle, &r, 2)
+               : handle_ask(L, &s->handle, &r, 2, wait_and_close);
+}
+
+/* whoever closes the stream at 1 is in the queue of those who wait, or does not wait any more */
+static int close_k(lua_State *L, int status, lua_KContext ctx) {
+  struct stream *s = stream_check(L);
+  (void)ctx;
+  s->lingers = false;
+  handle_changed(L, 1);
+  return status == LUA_OK || status == LUA_YIELD ? 1 : lua_error(L);
+}
+
+/* Until it waits the stream lingers, while much is created: a finalizer may cancel it before it has begun, memory may
+** fail. Whatever comes of it, the stream is closed in the end. */
 static int close_any(lua_State *L, lua_CFunction f) {
   struct stream *s = stream_check(L);
-  struct request r = {.verb = &close_verb, .what = FLUSH_CLOSE};
-  struct token *token = token_opt(L, 2);
+  token_opt(L, 2);
   lua_settop(L, 2);
-  if (s->handle.disposed) return closed_now(L, s, f == NULL);
-  if (f != NULL && s->queued > 0) {
-    struct fiber *me = fiber_here(L, s->handle.rt);
-    if (me == NULL) return fiber_outside(L, f);
-    struct scope *scope = me->member.scope;
-    if (operation_canceled(token, scope) && !token_none(L, 2)) {
-      dispose(L, s); /* what is left is not sent */
-      handle_changed(L, 1);
-      operation_throw_canceled(L, token, 2, scope);
-    }
+  if (s->queued > 0 && !s->handle.disposed) {
+    if (f != NULL && fiber_here(L, s->handle.rt) == NULL) return fiber_outside(L, f);
+    module_push_function(L, wait_and_close); /* stream token function */
   }
-  s->lingers = true;
-  dispose(L, s); /* which may break it */
-  if (s->queued == 0 || s->broken || s->handle.closing) {
-    s->lingers = false;
+  if (s->handle.disposed) return closed_now(L, s, f == NULL);
+  if (s->queued == 0) {
+    dispose(L, s);
     return closed_now(L, s, f == NULL);
   }
-  if (f != NULL) return handle_ask(L, &s->handle, &r, 2, f);
-  handle_ask_async(L, &s->handle, &r, 2);
-  s->lingers = false; /* the operation waits, or is canceled */
-  handle_changed(L, 1);
-  return 1;
+  lua_pushvalue(L, 1);
+  lua_pushvalue(L, 2);
+  lua_pushboolean(L, f == NULL);
+  s->lingers = true;
+  return close_k(L, lua_pcallk(L, 3, 1, 0, 0, f != NULL ? close_k : NULL), 0);
 }
 
 static int l_close(lua_State *L) { return close_any(L, l_close); }

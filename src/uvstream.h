@@ -52,7 +52,7 @@ struct stream {
   int write_status, free_slot;
   bool broken, shut, ended;
   bool was_cut; /* a write, by the last change of who waits */
-  bool lingers; /* `close` is about to wait for the queue */
+  bool lingers; /* `close` is about to wait for the queue: the handle stays open */
   uint8_t kind;
   uint8_t standard; /* 1, 2, 3: it is standard input, output or error; 0: none of these */
   union {
@@ -105,7 +105,7 @@ void write_free(struct stream *s);             /* … and all is freed. No Lua. 
 void write_done(struct stream *s, int status); /* of what was in flight. No Lua. */
 enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request *r);
 bool write_wait_flush(lua_State *L, struct handle *h, struct request *r);
-enum { FLUSH_NEW, FLUSH_WAITING, FLUSH_CLOSE };           /* what is asked of these */
+enum { FLUSH_NEW, FLUSH_WAITING };                        /* what is asked of these */
 void write_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the one at i */
 void write_refuse(lua_State *L, int i, struct stream *s); /* [-0, +0, m] all that are suspended */
 void write_forget(lua_State *L, struct stream *s, int i); /* [-0, +0, -] strings that are sent */

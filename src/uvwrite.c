@@ -458,7 +458,7 @@ static int l_write_async(lua_State *L) { return write_any(L, NULL); }
 
 enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request *r) {
   struct stream *s = as_stream(h);
-  int top = lua_gettop(L);
+  (void)i;
   if (r->what == FLUSH_NEW && stream_push_hindrance(L, s, r, NULL)) return LOOK_ERROR;
   if (s->broken)
     stream_push_broken(L, s, r->verb->name);
@@ -466,18 +466,15 @@ enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request
     io_push_error(L, s->write_status, r->verb->name, NULL);
   else if (s->queued > 0)
     return LOOK_WAIT;
-  if (r->what == FLUSH_CLOSE) { /* it needs not wait */
-    s->lingers = false;
-    handle_changed(L, i);
+  else {
+    lua_pushboolean(L, 1);
+    return LOOK_VALUE;
   }
-  if (lua_gettop(L) > top) return LOOK_ERROR;
-  lua_pushboolean(L, 1);
-  return LOOK_VALUE;
+  return LOOK_ERROR;
 }
 
 bool write_wait_flush(lua_State *L, struct handle *h, struct request *r) {
-  (void)L, (void)r;
-  as_stream(h)->lingers = false; /* it waits */
+  (void)L, (void)h, (void)r;
   return true;
 }
 
