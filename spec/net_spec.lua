@@ -390,6 +390,20 @@ describe("writing", function()
     assert.matches("bad argument #3", helper.raised(client.write, client, "a", {}, "b"))
   end))
 
+  it("takes more than one call of the system does, and what follows it", connected(function()
+    local client, server = pair()
+    local part = 1 << 20 -- what one call is given
+    local strings = {
+      ("a"):rep(part - 1), "bc", "", ("d"):rep(part), "e", ("f"):rep(2 * part + 3), ("g"):rep(part // 2), "", "h",
+    }
+    for i = 1, 20 do strings[#strings + 1] = i % 3 == 0 and "" or tostring(i) end
+    local expected = table.concat(strings)
+    local reading = server:read_exactly_async(2 * #expected)
+    assert.is_true(client:write(table.unpack(strings)))
+    client:write(table.unpack(strings))
+    assert.is_true(flow.await(reading) == expected .. expected)
+  end))
+
   it("takes a nil at the end for a token, but not for a string", connected(function()
     local client, server = pair()
     local function refuses(n, fn)

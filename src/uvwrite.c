@@ -30,6 +30,7 @@
 
 enum { SHORT = 4096, BLOCK = 16384, BUFFERS = 16, ON_STACK = 16 };
 #define FLIGHT_MOST ((size_t)1 << 18)
+#define TRY_MOST ((size_t)1 << 20) /* in one call: libuv's lengths are unsigned, not size_t */
 
 struct piece {
   struct piece *next;
@@ -362,32 +363,24 @@ static void put(lua_State *L, struct stream *s, int n) {
     uv_buf_t buffers[ON_STACK];
     size_t size = 0;
     int last = i;
-    for (; last <= n && last - i < ON_STACK; last++) {
+    for (; last <= n && last - i < ON_STACK && size < TRY_MOST; last++) {
       size_t length;
       const char *text = lua_tolstring(L, last, &length);
-      size_t skip = last == i ? from : 0;
-      buffers[last - i] = uv_buf_init((char *)text + skip, (unsigned)(length - skip));
-      size += length - skip;
+      size_t skip = last == i ? from : 0, room = TRY_MOST - size;
+      length -= skip;
+      if (length > room) length = room; /* then nothing follows: it is full */
+      buffers[last - i] = uv_buf_init((char *)text + skip, (unsigned)length);
+      size += length;
     }
     int status = size > 0 ? uv_try_write(&s->uv.stream, buffers, (unsigned)(last - i)) : 0;
     if (status < 0 && status != UV_EAGAIN) s->write_status = status;
     if (status < 0) break;
     s->sent += (size_t)status;
-    bool all = (size_t)status == size;
-    if (all) {
-      i = last;
-      from = 0;
-      continue;
-    }
-    for (size_t sent = (size_t)status;; i++, from = 0) {
-      size_t left = lua_rawlen(L, i) - from;
-      if (sent < left) {
-        from += sent;
-        break;
-      }
+    size_t sent = (size_t)status;
+    for (size_t left; i <= n && sent >= (left = lua_rawlen(L, i) - from); i++, from = 0)
       sent -= left;
-    }
-    break;
+    from += sent;
+    if ((size_t)status < size) break;
   }
   if (s->write_status != 0) return;
   for (; i <= n; i++, from = 0) enqueue(L, s, i, from);
@@ -474,7 +467,7 @@ enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request
 }
 
 bool write_wait_flush(lua_State *L, struct handle *h, struct request *r) {
-  (void)L, (void)h, (void)r;
+  (void)L, (void)h, (void)r; /* whatever is written before it waits is waited for as well */
   return true;
 }
 
