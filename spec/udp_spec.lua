@@ -155,6 +155,24 @@ describe("a datagram", function()
 end)
 
 describe("receiving", function()
+  it("tells and takes link-local addresses with their interface, where there is one", in_task(function()
+    local ok, interfaces = pcall(flow.fs.read_file, "/proc/net/if_inet6")
+    local digits, name = (ok and interfaces or ""):match("(fe80%x+) %x+ %x+ %x+ %x+ +(%S+)")
+    if not digits then return pending("no link-local address here") end
+    local here = digits:gsub("%x%x%x%x", "%0:"):sub(1, -2) .. "%" .. name
+    local a <close> = net.udp { host = here }
+    local b <close> = net.udp { host = here }
+    assert.equal("%" .. name .. "]:" .. a.port, a.local_address:match("%%.*"))
+    a:send("ping", b.local_address)
+    local data, from = b:receive()
+    assert.same({ "ping", a.local_address }, { data, from }) -- it used to be without the interface
+    b:send("pong", from)
+    assert.equal("pong", (a:receive()))
+    local listener <close> = net.listen(here, 0)
+    local client <close> = net.connect(here, listener.port)
+    assert.equal(listener.local_address, client.peer_address)
+  end))
+
   it("is served in the order of asking", in_task(function()
     local a <close> = socket()
     local b <close> = socket()

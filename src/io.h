@@ -177,6 +177,9 @@ int listener_adopt(
     const char *path); /* a status of libuv; it owns fd, and the path if any. No Lua. */
 void listener_open(lua_State *L);
 bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
+enum { ADDRESS_SIZE = 80 }; /* of an address of IPv6, '%' and an interface */
+/* the link-local ones with their interface, "fe80::1%eth0", without which they are nobody's. No Lua. */
+bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]);
 bool address_push(lua_State *L,
                   const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
 void tcp_open(lua_State *L);

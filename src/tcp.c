@@ -12,6 +12,9 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -51,6 +54,17 @@ bool address_parse(const char *host, int port, struct sockaddr_storage *to) {
          uv_ip6_addr(host, port, (struct sockaddr_in6 *)(void *)to) == 0;
 }
 
+bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]) {
+  char interface[IF_NAMESIZE];
+  if (uv_ip6_name(a, name, ADDRESS_SIZE) != 0) return false;
+  bool local = IN6_IS_ADDR_LINKLOCAL(&a->sin6_addr) || IN6_IS_ADDR_MC_LINKLOCAL(&a->sin6_addr);
+  if (local && a->sin6_scope_id != 0 && if_indextoname(a->sin6_scope_id, interface) != NULL) {
+    size_t n = strlen(name);
+    snprintf(name + n, ADDRESS_SIZE - n, "%%%s", interface);
+  }
+  return true;
+}
+
 /* a socket of ours that listens, or an error of libuv */
 static int listen_at(const struct sockaddr *address, socklen_t n, bool reuse_port, int backlog) {
 #ifdef SOCK_CLOEXEC
@@ -72,7 +86,7 @@ static int listen_at(const struct sockaddr *address, socklen_t n, bool reuse_por
 /* ---- Lua face ---- */
 
 bool address_push(lua_State *L, const struct sockaddr_storage *from) {
-  char host[64];
+  char host[ADDRESS_SIZE];
   if (from->ss_family == AF_INET) {
     const struct sockaddr_in *a = (const struct sockaddr_in *)(const void *)from;
     if (uv_ip4_name(a, host, sizeof host) != 0) return false;
@@ -80,7 +94,7 @@ bool address_push(lua_State *L, const struct sockaddr_storage *from) {
     return true;
   }
   const struct sockaddr_in6 *a = (const struct sockaddr_in6 *)(const void *)from;
-  if (from->ss_family != AF_INET6 || uv_ip6_name(a, host, sizeof host) != 0) return false;
+  if (from->ss_family != AF_INET6 || !address_name6(a, host)) return false;
   lua_pushfstring(L, "[%s]:%d", host, (int)ntohs(a->sin6_port));
   return true;
 }

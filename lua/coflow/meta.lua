@@ -1422,7 +1422,7 @@ function flow.net.connect_pipe_async(path, token) end
 ---it is under the ambient token, and ends at once when that is canceled. One that is forgotten is closed when it is
 ---collected.
 ---@class coflow.Stream
----@field local_address string? "127.0.0.1:80", "[::1]:80", or the path of a pipe; nil once it is closed
+---@field local_address string? "127.0.0.1:80", "[::1]:80", "[fe80::1%eth0]:80", or the path of a pipe; nil once it is closed
 ---@field peer_address string? the same, of the other end
 ---@field is_closed boolean
 local Stream = {}
