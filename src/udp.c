@@ -1,6 +1,6 @@
 /*
 ** udp.c - UDP sockets: send, receive, options. Names of hosts, and the loop around a send that must wait, are in
-** Lua (net.lua).
+** Lua (udp.lua).
 **
 ** As a listener does with connections, a socket takes a datagram from the system only for somebody who asks. So
 ** what nobody receives stays in the system's queue, whose bound is the bound, and it is the system that drops what
@@ -423,7 +423,9 @@ static void land(lua_State *L, struct handle *h, int i) {
   if (waiter_any(&u->receivers)) handle_answer(L, i, h, &receive);
   if (waiter_any(&u->senders)) handle_answer(L, i, h, &send);
   u->writable = false;
-  if (!h->disposed && wanted(u) & ~u->events) poll_for(u, u->events | wanted(u));
+  if (h->disposed || !(wanted(u) & ~u->events)) return;
+  poll_for(u, u->events | wanted(u));
+  if (u->status != 0) handle_news(h); /* those who wait are told: nothing else would come */
 }
 
 /* ---- the peer, options, closing ---- */
