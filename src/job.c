@@ -7,8 +7,8 @@
 ** are its own fields, the strings that it was given (held by user values) and, if it is about an open
 ** file, that file.
 **
-** No thread stays where nobody may ever come: reads and writes of pipes and terminals wait in poll, and
-** look at `stop`.
+** Reads and writes of pipes and terminals wait in poll, as does who opens a FIFO for writing, and look at `stop`: each
+** has a thread of the pool meanwhile, but once it is stopped no thread stays where nobody may ever come.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -112,7 +112,7 @@ ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, 
   }
 }
 
-/* ---- libuv side: no Lua below this line until the Lua face ---- */
+/* ---- libuv side: no Lua below this line until the Lua face; on_run is in the thread still ---- */
 
 static void on_run(uv_work_t *work) {
   struct job *j = container_of(work, struct job, work);

@@ -161,7 +161,7 @@ static void need(lua_State *L, struct runtime *rt, int number) {
   if (s == NULL) luaL_error(L, "not enough memory");
   *s = (struct caught){.next = rt->caught, .number = number};
   uv_signal_init(loop,
-                 &s->uv); /* which fails only if the loop cannot have signals at all: see use */
+                 &s->uv); /* which cannot fail: uv_loop_init has made the pipe that it needs */
   uv_unref((uv_handle_t *)&s->uv);
   rt->caught = s;
 }

@@ -1028,8 +1028,9 @@ flow.fs = {}
 
 ---Opens a file. `mode` is Lua's: "r" (the default), "w", "a", each with "+" to read and write; "x" after "w" or "a"
 ---refuses a file that is there. Close it, best by `local file <close> = …`.
----A FIFO is opened for reading at once (the first read waits for a writer); for writing this waits for a reader, and
----keeps a thread of the pool meanwhile.
+---A FIFO is opened for reading at once (the first read waits for a writer); for writing this waits for a reader.
+---Whoever waits for the other end of a FIFO, or at a terminal or a device, keeps a thread of the pool until it comes or
+---the wait is canceled: an open, a read, a write. As many as there are threads hold up all others.
 ---Source: fopen.
 ---@param path string
 ---@param mode? string
@@ -1422,7 +1423,7 @@ function flow.net.connect_pipe_async(path, token) end
 ---it is under the ambient token, and ends at once when that is canceled. One that is forgotten is closed when it is
 ---collected.
 ---@class coflow.Stream
----@field local_address string? "127.0.0.1:80", "[::1]:80", "[fe80::1%eth0]:80", or the path of a pipe; nil once it is closed
+---@field local_address string? "127.0.0.1:80", "[fe80::1%eth0]:80", or the path of a pipe; nil once it is closed
 ---@field peer_address string? the same, of the other end
 ---@field is_closed boolean
 local Stream = {}
