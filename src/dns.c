@@ -64,14 +64,13 @@ static int resolve_land(lua_State *L, struct io *op) {
   lua_newtable(L); /* list seen */
   lua_Integer n = 0;
   for (const struct addrinfo *a = as_resolve(op)->found; a != NULL; a = a->ai_next) {
-    char text[64];
-    int status =
+    char text[ADDRESS_SIZE];
+    bool named =
         a->ai_family == AF_INET
-            ? uv_ip4_name((const struct sockaddr_in *)(void *)a->ai_addr, text, sizeof text)
-        : a->ai_family == AF_INET6
-            ? uv_ip6_name((const struct sockaddr_in6 *)(void *)a->ai_addr, text, sizeof text)
-            : -1;
-    if (status != 0) continue;
+            ? uv_ip4_name((const struct sockaddr_in *)(void *)a->ai_addr, text, sizeof text) == 0
+            : a->ai_family == AF_INET6 &&
+                  address_name6((const struct sockaddr_in6 *)(void *)a->ai_addr, text);
+    if (!named) continue;
     lua_pushstring(L, text);
     lua_pushvalue(L, -1);
     if (lua_rawget(L, -3) != LUA_TNIL) { /* once for each sort of socket */
