@@ -986,7 +986,7 @@ describe("a state that closes", function()
 end)
 
 describe("a PeriodicTimer whose waiter somebody has closed", function()
-  it("has room for another one", in_task(function()
+  it("has room for another one", in_order(function()
     local timer <close> = PeriodicTimer(math.huge) -- nothing but the coroutine holds who waits for it
     local kept
     local task = flow.spawn(function()

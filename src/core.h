@@ -427,12 +427,13 @@ struct runtime {
   struct task *landing, *landing_last, *lands; /* to land; the one that does */
   bool pumping, land_busy, stopping;
   bool closed;
-  int signaled;                /* set by the signal callback, read by the pump */
-  const struct fiber *started; /* the one started last: until it suspends, it lies … */
-  lua_State *started_on;       /* … on this stack, … */
-  int started_at;              /* … there */
-  struct fiber *handoff;       /* to be run at once by whoever runs the one that yields now */
-  int depth;                   /* fibers nested on the C stack */
+  int signaled;                 /* set by the signal callback, read by the pump */
+  const struct fiber *entering; /* of which handlers are told, before it is resumed */
+  const struct fiber *started;  /* the one started last: until it suspends, it lies … */
+  lua_State *started_on;        /* … on this stack, … */
+  int started_at;               /* … there */
+  struct fiber *handoff;        /* to be run at once by whoever runs the one that yields now */
+  int depth;                    /* fibers nested on the C stack */
   int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
   struct level *level; /* the innermost coroutine of ours that is resumed now */
   int slice;           /* how many more tasks may run before the pump polls */
@@ -574,6 +575,11 @@ static inline bool task_done(const struct task *t) { return t->state >= TASK_SUC
 static inline int task_kind(const struct task *t) { return (int)(t->tag & 0xff); }
 static inline bool task_is(const struct task *t, int kind) { return task_kind(t) == kind; }
 struct task *task_check(lua_State *L, int i);
+/* [-0, +0, v] the state of a loop over when_each is a task, but none to wait for */
+static inline void task_refuse_state(lua_State *L, int i, const struct task *t) {
+  if (task_is(t, KIND_EACH))
+    luaL_argerror(L, i, "the state of a when_each iteration cannot be awaited");
+}
 struct task *
 task_awaitable(lua_State *L,
                int i); /* [-0, +0, e] replaces what is at i by its task; NULL if none */
@@ -674,7 +680,8 @@ void fiber_open(lua_State *L);
 /* L belongs to the running task: its own coroutine, or the innermost one of ours that it is in */
 static inline bool fiber_on_top(lua_State *L, struct runtime *rt) {
   const struct level *l = rt->level;
-  return ((struct fiber *)rt->me)->co == L || (l != NULL && l->co == L && l->task == rt->me);
+  const struct fiber *me = (struct fiber *)rt->me;
+  return (me->co == L && rt->entering != me) || (l != NULL && l->co == L && l->task == rt->me);
 }
 bool fiber_can_suspend(lua_State *L, struct runtime *rt);
 struct fiber *fiber_not_here(lua_State *L, struct runtime *rt); /* NULL outside, or raises why */
@@ -870,6 +877,8 @@ static inline void scope_join(struct scope *s, struct member *m) {
   link_append(&s->members, &m->link);
 }
 void scope_left(lua_State *L, struct runtime *rt, struct scope *s);
+void scope_let_go(lua_State *L, struct runtime *rt,
+                  struct scope *s); /* [-0, +0, -] one less holds it (refs) */
 /* [-0, +0, -] a member leaves; its scope may end with it */
 static inline void scope_leave(lua_State *L, struct runtime *rt, struct member *m) {
   struct scope *s = m->scope;
@@ -942,6 +951,11 @@ void schedule_run(lua_State *L, struct runtime *rt,
                   struct fiber *f); /* [-0, +0, -] a ready one with traits */
 void schedule_end(lua_State *L,
                   struct runtime *rt); /* [-1, +0, -] the task on top is over: forgets its plan */
+bool schedule_find(lua_State *L,
+                   const struct fiber *f); /* [-0, +1, -] f, which has a plan; false: [-0, +0] */
+int schedule_call_outside(
+    lua_State *L, struct runtime *rt,
+    int arguments); /* [-(n+1), +1 if it fails, -] calls a function of the user under no task */
 void schedule_push_context(lua_State *L, struct task *t); /* [-0, +1, -] its current one, or nil */
 void schedule_set_context(lua_State *L, struct task *t);  /* [-1, +0, m] the one on top, or nil */
 int schedule_await(lua_State *L,

@@ -190,7 +190,7 @@ static bool watch_plain(lua_State *L, struct combine *c, uint32_t k, int i) {
 static void watch_shared(lua_State *L, struct combine *c) {
   for (uint32_t k = 0; k < c->count && !c->fired; k++) {
     int i = direct_place(c, k);
-    if (c->waits[k].on != NULL || task_done((struct task *)lua_touserdata(L, i))) continue;
+    if (c->waits[k].on != NULL) continue;
     if (wait_add(L, i, &c->waits[k], 1, WAIT_INPUT + k))
       c->left++;
     else if (task_is(&c->task, KIND_ANY) && !c->fired) {

@@ -389,7 +389,8 @@ static void render_live(lua_State *L, int i) {
   for (int n = 0; n < TRACE_SEGMENTS; n++) {
     struct task *t = (struct task *)lua_touserdata(L, at);
     task_push_name(L, at);
-    if (task_is(t, KIND_FIBER) && t->flags & TASK_STARTED && !task_done(t))
+    if (task_is(t, KIND_FIBER) && t->flags & TASK_STARTED && !task_done(t) &&
+        ((struct fiber *)t)->co != NULL)
       push_stacks(L, ((struct fiber *)t)->co, true);
     else
       lua_pushliteral(L, "");
@@ -590,7 +591,7 @@ void error_report(lua_State *L, int error, int task) {
   error = lua_absindex(L, error);
   if (task != 0) task = lua_absindex(L, task);
   int top = lua_gettop(L);
-  if (!lua_checkstack(L, 10)) return;
+  if (!lua_checkstack(L, 16)) return;
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER) == LUA_TBOOLEAN) {
     lua_settop(L, top);
     return;
@@ -604,15 +605,11 @@ void error_report(lua_State *L, int error, int task) {
     lua_pushvalue(L, task);
   else
     lua_pushnil(L);
-  struct task *me = rt->me; /* the handler is not part of the task that happens to run now */
-  rt->me = rt->outside;
-  rt->depth++;
-  if (lua_pcall(L, 2, 0, 0) != LUA_OK) {
+  if (schedule_call_outside(L, rt, 2) !=
+      LUA_OK) { /* it is not part of the task that happens to run now */
     const char *text = push_text(L, -1);
     fprintf(stderr, "coflow: error in the handler of unobserved exceptions: %s\n", text);
   }
-  rt->depth--;
-  rt->me = me;
   lua_settop(L, top);
 }
 

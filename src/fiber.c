@@ -283,7 +283,7 @@ static int start_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   struct fiber *f = (struct fiber *)rt->me;
   (void)ctx;
-  if (f->co != L) return refuse_stranger(L, rt);
+  if (f->co != L || rt->entering == f) return refuse_stranger(L, rt);
   status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_HANDLER, 0, main_k);
   return finish(L, rt, f, status);
 }
@@ -437,16 +437,16 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
 }
 
 /* [-0, +0, m] Tells the handlers that the running f, which is about to be resumed, has another context. What they
-** do may ask for the task, so it is held and named; and may resume its coroutine, which is hidden, so that this is
-** known for a stranger's doing (fiber_on_top). */
-static void show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
+** do may ask for the task, so it is held; may resume its coroutine, which is a stranger's doing (fiber_on_top); and
+** may close it: false then. */
+static bool show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
+  const struct fiber *before = rt->entering;
   task_push(L, &f->task);
-  if (f->task.label == 0) fiber_label(L, -1);
-  lua_State *co = f->co;
-  f->co = NULL;
-  context_show(L, rt, &f->task);
-  f->co = co;
   lua_pop(L, 1);
+  rt->entering = f;
+  context_show(L, rt, &f->task);
+  rt->entering = before;
+  return !(f->task.flags & TASK_ABANDONED);
 }
 
 /* [-0, +0, -] f has ended, and given its coroutine back */
@@ -473,10 +473,11 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
       fiber_drop_coroutine(L, rt, f);
       goto stopped;
     }
-    f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
     f->task.state = TASK_RUNNING;
     rt->me = &f->task;
-    if (rt->shown_watched || f->task.flags & TASK_WATCHED) show_context(L, rt, f);
+    if ((rt->shown_watched || f->task.flags & TASK_WATCHED) && !show_context(L, rt, f))
+      goto stopped;
+    f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
     int status = lua_resume(f->co, L, 0, &results);
     switch (status) {
       case LUA_YIELD:
@@ -605,25 +606,35 @@ static int l_new(lua_State *L) {
   return 1;
 }
 
-/* the cold task at index 1, with a scheduler or nil at 2 */
+/* the task at index 1 is cold; to be asked after whatever creates, as a finalizer may start it */
 static struct fiber *check_cold(lua_State *L) {
   struct fiber *f = (struct fiber *)task_check(L, 1);
-  lua_settop(L, 2);
-  if (!lua_isnil(L, 2)) schedule_check(L, 2);
   if (!task_is(&f->task, KIND_FIBER) || f->task.state != TASK_CREATED) {
     task_push_name(L, 1);
     error_throw(L, ERROR_OPERATION,
                 "task '%s' was started before: only a task made by Task.new starts, once",
                 lua_tostring(L, -1));
   }
-  scope_adopt(L, runtime(L), f, scope_flowing(L, runtime(L))); /* it is started here */
+  return f;
+}
+
+/* the cold task at index 1, with a scheduler or nil at 2, which is to be started here */
+static struct fiber *adopt_cold(lua_State *L, struct runtime *rt) {
+  task_check(L, 1);
+  lua_settop(L, 2);
+  if (!lua_isnil(L, 2)) schedule_check(L, 2);
+  struct scope *s = scope_flowing(L, rt);
+  struct fiber *f = check_cold(L);
+  scope_adopt(L, rt, f, s);
   return f;
 }
 
 static int l_start(lua_State *L) {
   struct runtime *rt = runtime(L);
-  struct fiber *f = check_cold(L);
-  if (!lua_isnil(L, 2) && schedule_give(L, 1, 2)) {
+  struct fiber *f = adopt_cold(L, rt);
+  bool elsewhere = !lua_isnil(L, 2) && schedule_give(L, 1, 2);
+  check_cold(L);
+  if (elsewhere) {
     lua_settop(L, 1);
     schedule_start(L, rt, 1);
     return 1;
@@ -636,11 +647,12 @@ static int l_start(lua_State *L) {
 
 static int l_run_synchronously(lua_State *L) {
   struct runtime *rt = runtime(L);
-  struct fiber *f = check_cold(L);
+  struct fiber *f = adopt_cold(L, rt);
   if (!lua_isnil(L, 2)) {
     if (schedule_give(L, 1, 2)) schedule_join(L, rt, 1);
   } else if (rt->me->traits & TRAIT_PLAN)
     schedule_inherit(L, rt, 1);
+  check_cold(L);
   lua_settop(L, 1);
   task_hold(L, 1, &f->task);
   return fiber_run_hot(L, 1, f, hot_k);

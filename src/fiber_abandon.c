@@ -49,6 +49,7 @@ static void push_abandoned(lua_State *L, int i) {
 void fiber_abandon(lua_State *L, int i, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct task *t = &f->task;
+  fiber_hold(L, i, f);
   if (t->state == TASK_WAITING &&
       fiber_naps(f)) { /* else it is ready, or awaits: see fiber_end_abandoned */
     waiter_leave(L, f, true);
@@ -129,6 +130,11 @@ static int l_watch_close(lua_State *L) {
     known = lua_rawgeti(L, 2, f->task.slot) == LUA_TUSERDATA;
     lua_remove(L, 2);
   }
+  if (!known &&
+      f->task.traits & TRAIT_PLAN) { /* the keys of the plans are still there when finalizers run */
+    lua_settop(L, 1);
+    known = schedule_find(L, f);
+  }
   struct wait *w = task_waiters(&f->task);
   if (!known && w != NULL && w->role == WAIT_FIBER) { /* who waits for it has it */
     lua_settop(L, 1);
@@ -147,9 +153,10 @@ static int l_watch_close(lua_State *L) {
 }
 
 /* [-0, +0, -] at the end of the state */
-static void dispose(lua_State *L, struct fiber *f) {
+static void dispose(lua_State *L, int i, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
+  if (f->task.label == 0) fiber_label(L, i);
   rt->me = &f->task;
   lua_State *co = f->co;
   f->co = NULL;
@@ -187,7 +194,7 @@ static int l_watch_gc(lua_State *L) {
   if (closes) {
     lua_pushvalue(L, 3); /* its `<close>` variables may ask for it */
     lua_rawseti(L, UP_ANCHORS, f->task.slot);
-    dispose(L, f);
+    dispose(L, 3, f);
     return 0;
   }
   if (f->task.flags & TASK_LINKED &&

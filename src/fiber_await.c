@@ -192,6 +192,7 @@ static int l_first(lua_State *L) {
 static int l_continuation(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *on = task_check(L, 1);
+  task_refuse_state(L, 1, on);
   struct token *k = token_opt(L, 3);
   module_check_callable(L, 2);
   lua_settop(L, 5);
@@ -267,6 +268,7 @@ int fiber_await_value(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, false);
   if (task_done(t)) return task_push_outcome(L, 1, t);
+  task_refuse_state(L, 1, t);
   struct runtime *rt = runtime(L);
   struct fiber *me = fiber_here(L, rt);
   if (lua_gettop(L) != 1) lua_settop(L, 1);
@@ -303,6 +305,7 @@ static int l_try_await(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, true);
   if (task_done(t)) return try_await_k(L, LUA_OK, (lua_KContext)t);
+  task_refuse_state(L, 1, t);
   struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 1);
   if (me == NULL) return fiber_outside(L, l_try_await);

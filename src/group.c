@@ -69,6 +69,12 @@ static void append(lua_State *L, const struct group *g, int list) {
 
 static void child_failed(lua_State *L, struct group *g);
 
+/* One child more runs. While any does, the group stays in the tree, though its owner may be gone: a child finds it
+** there (group_of). */
+static void child_runs(struct group *g) {
+  if (g->running++ == 0) g->scope.refs++;
+}
+
 /* [-0, +0, m] starts those in the queue for which there is room now */
 static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
   if (g->scope.canceled) return; /* they are being discarded */
@@ -79,8 +85,8 @@ static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
     lua_pushboolean(L, 0);
     lua_rawseti(L, -3, g->first++);
     struct task *t = (struct task *)lua_touserdata(L, -1);
-    if (t != NULL && fiber_is_lost(t)) {
-      fiber_settle_lost(L, -1);
+    if (t != NULL && fiber_is_lost(t)) fiber_settle_lost(L, -1);
+    if (t != NULL && t->state == TASK_FAULTED) { /* somebody has closed its coroutine */
       child_failed(L, g);
       if (g->scope.canceled) { /* the others are being discarded */
         lua_pop(L, 3);
@@ -90,7 +96,7 @@ static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
     if (t != NULL && !task_done(t)) {
       task_hold(L, -1, t);
       t->traits ^= TRAIT_QUEUED | TRAIT_CHILD;
-      g->running++;
+      child_runs(g);
       loop_ready(rt, t);
     }
     lua_pop(L, 1);
@@ -113,16 +119,18 @@ static void child_failed(lua_State *L, struct group *g) {
 
 /* [-0, +0, m] there is one less that runs */
 static void child_left(lua_State *L, struct runtime *rt, struct group *g) {
-  g->running--;
+  bool last = --g->running == 0;
   if (g->first <= g->last) start_next(L, rt, g);
-  if (g->running > 0) return;
-  push_group(L, g);
-  if (lua_getiuservalue(L, -1, GROUP_IDLE) != LUA_TNIL) {
-    lua_pushnil(L);
-    lua_setiuservalue(L, -3, GROUP_IDLE);
-    task_settle(L, rt, lua_gettop(L), 0);
+  if (g->running == 0) {
+    push_group(L, g);
+    if (lua_getiuservalue(L, -1, GROUP_IDLE) != LUA_TNIL) {
+      lua_pushnil(L);
+      lua_setiuservalue(L, -3, GROUP_IDLE);
+      task_settle(L, rt, lua_gettop(L), 0);
+    }
+    lua_pop(L, 2);
   }
-  lua_pop(L, 2);
+  if (last) scope_let_go(L, rt, &g->scope); /* of child_runs; the group may be gone now */
 }
 
 static struct group *group_of(const struct fiber *f) {
@@ -201,7 +209,7 @@ static int l_spawn(lua_State *L) {
   g->had_children = true;
   if (g->running < g->limit) {
     f->task.traits |= TRAIT_CHILD;
-    g->running++;
+    child_runs(g);
     loop_ready(rt, &f->task);
     return 1;
   }
@@ -214,6 +222,7 @@ static int l_spawn(lua_State *L) {
   lua_pushvalue(L, 2);
   append(L, g, GROUP_QUEUE);
   g->last++;
+  start_next(L, rt, g); /* should a finalizer have ended a child meanwhile */
   return 1;
 }
 

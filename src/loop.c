@@ -555,6 +555,7 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
     rt->me = rt->outside;
     rt->depth = rt->hot = rt->resetting = 0;
     rt->level = NULL;
+    rt->entering = NULL;
     rt->handoff = NULL;
     rt->land_busy = false;
     land_again(rt);

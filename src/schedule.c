@@ -138,6 +138,19 @@ bool schedule_give(lua_State *L, int i, int s) {
   return true;
 }
 
+bool schedule_find(lua_State *L, const struct fiber *f) {
+  int top = lua_gettop(L);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_PLANS);
+  for (lua_pushnil(L); lua_next(L, top + 1); lua_pop(L, 1))
+    if (lua_touserdata(L, -2) == (const void *)f) {
+      lua_pop(L, 1);
+      lua_replace(L, top + 1);
+      return true;
+    }
+  lua_settop(L, top);
+  return false;
+}
+
 void schedule_push_context(lua_State *L, struct task *t) {
   if (!(t->traits & TRAIT_PLAN)) {
     lua_pushnil(L);
@@ -170,7 +183,7 @@ void schedule_set_context(lua_State *L, struct task *t) {
 
 /* [-(n+1), +1 if it fails, -] calls a function of the user as a callback: with no task running, from
 ** which nothing leaks into the code outside */
-static int call_outside(lua_State *L, struct runtime *rt, int arguments) {
+int schedule_call_outside(lua_State *L, struct runtime *rt, int arguments) {
   struct task *me = rt->me, *outside = rt->outside;
   uint16_t suppressed = outside->flags & TASK_SUPPRESSED;
   int base = lua_gettop(L) - arguments;
@@ -211,7 +224,7 @@ static void tell(lua_State *L, struct runtime *rt, int s, const char *what, int 
   }
   lua_pushvalue(L, s);
   lua_pushvalue(L, i);
-  if (call_outside(L, rt, 2) != LUA_OK) {
+  if (schedule_call_outside(L, rt, 2) != LUA_OK) {
     error_report(L, -1, 0);
     lua_pop(L, 1);
   }
@@ -331,12 +344,12 @@ static bool hand_over(lua_State *L, struct runtime *rt, int i, struct task *t) {
   t->flags |= TASK_LINKED;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HAND);
   lua_pushvalue(L, i);
-  return call_outside(L, rt, 1) == LUA_OK;
+  return schedule_call_outside(L, rt, 1) == LUA_OK;
 }
 
 /* [-1, +0, -] it was not: the task at i, if nobody has run it yet, fails with the error on top */
 static void refuse(lua_State *L, struct runtime *rt, int i, struct fiber *f) {
-  if (!(f->task.traits & TRAIT_HANDED)) {
+  if (!(f->task.traits & TRAIT_HANDED) || f->task.flags & TASK_ABANDONED) { /* run, or closed */
     error_report(L, -1, 0);
     lua_pop(L, 1);
     return;
@@ -371,7 +384,9 @@ void schedule_start(lua_State *L, struct runtime *rt, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   f->task.state = TASK_QUEUED;
   if (hand_over(L, rt, i, &f->task)) return;
-  if (f->task.traits & TRAIT_HANDED) { /* else it has been run: the error is its caller's alone */
+  if (f->task.traits & TRAIT_HANDED &&
+      !(f->task.flags & TASK_ABANDONED)) { /* else it has been run, or closed: the error
+ is its caller's alone */
     f->task.flags |= TASK_OBSERVED;
     lua_pushvalue(L, -1);
     refuse(L, rt, i, f);

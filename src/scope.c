@@ -177,7 +177,7 @@ static void dissolve(struct scope *s) {
   m->link.prev->next = m->link.next->prev = &m->link;
 }
 
-static void let_go(lua_State *L, struct runtime *rt, struct scope *s) {
+void scope_let_go(lua_State *L, struct runtime *rt, struct scope *s) {
   if (--s->refs == 0 && s->owner == NULL) scope_left(L, rt, s);
 }
 
@@ -194,8 +194,8 @@ void scope_left(lua_State *L, struct runtime *rt, struct scope *s) {
     if (origin == s) origin = NULL;
     scope_free(L, rt, s);
     up->refs++; /* it is next: those that we let go of must not take it along */
-    if (origin != NULL) let_go(L, rt, origin);
-    if (outer != NULL) let_go(L, rt, outer);
+    if (origin != NULL) scope_let_go(L, rt, origin);
+    if (outer != NULL) scope_let_go(L, rt, outer);
     up->refs--;
     s = up;
   }

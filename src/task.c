@@ -397,7 +397,10 @@ struct task *task_check(lua_State *L, int i) {
 
 struct task *task_awaitable(lua_State *L, int i) {
   struct task *t = (struct task *)object_test(L, i, TAG_TASK);
-  if (t != NULL) return t;
+  if (t != NULL) {
+    task_refuse_state(L, i, t);
+    return t;
+  }
   i = lua_absindex(L, i);
   if (luaL_getmetafield(L, i, "__await") == LUA_TNIL) return NULL;
   lua_pushvalue(L, i);

@@ -387,6 +387,7 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
 /* wait_async(task, timeout, token) */
 int timer_wait_async(lua_State *L) {
   struct task *on = task_check(L, 1);
+  task_refuse_state(L, 1, on);
   if (!lua_isnoneornil(L, 2)) module_seconds(L, 2);
   token_opt(L, 3);
   lua_settop(L, 3);
@@ -398,7 +399,7 @@ int timer_wait_async(lua_State *L) {
 }
 
 void timer_push_wait(lua_State *L) {
-  task_check(L, 1);
+  task_refuse_state(L, 1, task_check(L, 1));
   if (!lua_isnoneornil(L, 2)) module_seconds(L, 2);
   lua_settop(L, 3);
   new_wait(L, runtime(L)->root, true);
@@ -413,7 +414,7 @@ static int await_with_k(lua_State *L, int status, lua_KContext ctx) {
 
 int timer_await_with(lua_State *L) {
   struct runtime *rt = runtime(L);
-  task_check(L, 1);
+  task_refuse_state(L, 1, task_check(L, 1));
   bool given = token_opt(L, 2) != NULL, deaf = token_none(L, 2);
   if (given) {
     lua_settop(L, 2);
