@@ -79,8 +79,9 @@ static bool is_idle(lua_State *co) { return lua_status(co) == LUA_YIELD; }
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
   if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) &&
-      lua_gethook(co) == NULL && idle_room(L, rt)) { /* a hook is the task's, not of the next one */
-    if (held) {                                      /* else the slot holds it already */
+      lua_gethook(co) == lua_gethook(L) &&
+      idle_room(L, rt)) { /* one of its own is not for the next task */
+    if (held) {           /* else the slot holds it already */
       lua_pushthread(co);
       lua_xmove(co, L, 1);
       lua_rawseti(L, UP_ANCHORS, slot);
@@ -327,7 +328,7 @@ static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *
   f->co = co;
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
-  if (lua_gethook(L) != NULL) /* as a new coroutine has it */
+  if (lua_gethook(co) != lua_gethook(L)) /* a new coroutine has that of who makes it */
     lua_sethook(co, lua_gethook(L), lua_gethookmask(L), lua_gethookcount(L));
   scope_join(s, &f->member);
   testing_born(L, rt, f->task.slot);
