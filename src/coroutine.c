@@ -391,7 +391,10 @@ static int wrapped(lua_State *L, int n) {
 }
 
 static int go_on(lua_State *L, lua_KFunction k, bool wrapped) {
-  ((struct coroutine *)lua_touserdata(L, FRAME_RECORD))->state = ENTERED;
+  struct coroutine *c = (struct coroutine *)lua_touserdata(L, FRAME_RECORD);
+  if (c == NULL || lua_tothread(L, FRAME_COROUTINE) == NULL)
+    return luaL_error(L, "somebody has changed the stack of the task"); /* by debug.setlocal */
+  c->state = ENTERED;
   lua_settop(L, FRAME_RECORD);
   return step(L, 0, k, wrapped);
 }
