@@ -21,22 +21,27 @@ local function used_before()
   return kept
 end
 
+-- A body that leaves a child behind in a group, where it waits for what never comes.
+local function leaving(seconds, ended)
+  return function()
+    flow.task_group(function(group)
+      group:spawn(function()
+        flow.shield(flow.sleep, seconds)
+        ended()
+      end)
+      flow.yield()
+      flow.shield(function() never():await() end)
+    end)
+  end
+end
+
 describe("a group whose owner is abandoned", function()
   before_each(function() flow.on_unobserved_exception(false) end)
   after_each(function() flow.on_unobserved_exception(nil) end)
 
   it("waits for nobody, and its children end as they like", in_order(function()
     local ended = false
-    local victim = flow.spawn(function()
-      flow.task_group(function(group)
-        group:spawn(function()
-          flow.shield(flow.sleep, 20)
-          ended = true
-        end)
-        flow.yield()
-        flow.shield(function() never():await() end)
-      end)
-    end)
+    local victim = flow.spawn(leaving(20, function() ended = true end))
     flow.sleep(1)
     victim:cancel()
     victim = nil -- luacheck: ignore
@@ -52,16 +57,7 @@ describe("a group whose owner is abandoned", function()
   it("leaves the group that it was in as it was", in_order(function()
     local inner, outer = false, false
     local task = flow.spawn(flow.task_group, function(around)
-      around:spawn(function()
-        flow.task_group(function(group)
-          group:spawn(function()
-            flow.shield(flow.sleep, 5)
-            inner = true
-          end)
-          flow.yield()
-          flow.shield(function() never():await() end)
-        end)
-      end)
+      around:spawn(leaving(5, function() inner = true end))
       around:spawn(function()
         flow.shield(flow.sleep, 30)
         outer = true

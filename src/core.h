@@ -269,7 +269,7 @@ struct nap {
 **     ready again                QUEUED    LINKED HELD      it                    the pump
 **     handed to a scheduler      QUEUED    LINKED HANDED    its address           the scheduler, who holds it
 **     abandoned, or closed       any       LINKED ABANDONED it                    the pump, which fails it
-**     lost                       any       co == NULL       has none              whoever looks at it (fiber_abandon.c)
+**     lost                       any       not complete     has none              whoever looks at it (fiber_abandon.c)
 **     complete                   from SUCCEEDED on          has none
 **
 ** (1) it, if its scope or token is armed, or it has a deadline of its own. (2) it, if HELD. (3) u.wait.pos is
@@ -642,18 +642,18 @@ struct fiber *fiber_blank(lua_State *L);  /* [-0, +1, m] */
 bool fiber_reuse(
     lua_State *L,
     int i); /* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
-void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, -] until it stops */
+void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, m] until it stops */
 void fiber_run_at(lua_State *L, struct runtime *rt, struct fiber *f,
-                  int i); /* [-0, +0, -] … the one that lies at i, an absolute index */
+                  int i); /* [-0, +0, m] … the one that lies at i, an absolute index */
 void fiber_start(lua_State *L, struct runtime *rt,
-                 struct fiber *f); /* [-0, +0, -] … one that lies on its coroutine only */
+                 struct fiber *f); /* [-0, +0, m] … one that lies on its coroutine only */
 int fiber_run_hot(
     lua_State *L, int i, struct fiber *f,
     lua_KFunction k); /* the one at i, at once, up to its first suspension; k ends the caller */
 void fiber_wake(lua_State *L, struct runtime *rt,
                 struct fiber *f); /* [-1, +0, -] the fiber on top becomes ready */
 void fiber_fail(lua_State *L, struct runtime *rt,
-                struct fiber *f); /* [-1, +0, -] stops it where it stands, with the error on top */
+                struct fiber *f); /* [-1, +0, m] stops it where it stands, with the error on top */
 void fiber_discard(lua_State *L, struct runtime *rt,
                    int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
 void fiber_drop_coroutine(lua_State *L, struct runtime *rt,

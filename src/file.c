@@ -324,24 +324,20 @@ static int queue(lua_State *L, struct job *j) {
 
 static bool read_ready(struct job *j) { return j->limit == 0 || j->file->length > 0; }
 
-/* read(max, token) */
-static int l_read(lua_State *L) {
+/* read…(max, token): max is `usual` unless given */
+static int read_some(lua_State *L, int64_t usual, const struct io_class *class,
+                     ssize_t (*run)(struct job *), bool (*ready)(struct job *)) {
   check_file(L);
-  int64_t max = lua_isnoneornil(L, 2) ? CHUNK : job_check_size(L, 2);
+  int64_t max = lua_isnoneornil(L, 2) ? usual : job_check_size(L, 2);
   lua_settop(L, 3);
-  struct job *j = begin_for(L, 3, &read_class, run_read, read_ready);
+  struct job *j = begin_for(L, 3, class, run, ready);
   if (j != NULL) j->limit = max;
   return queue(L, j);
 }
 
-/* read_all(max, token) */
+static int l_read(lua_State *L) { return read_some(L, CHUNK, &read_class, run_read, read_ready); }
 static int l_read_all(lua_State *L) {
-  check_file(L);
-  int64_t max = lua_isnoneornil(L, 2) ? -1 : job_check_size(L, 2);
-  lua_settop(L, 3);
-  struct job *j = begin_for(L, 3, &read_all_class, run_read_all, NULL);
-  if (j != NULL) j->limit = max;
-  return queue(L, j);
+  return read_some(L, -1, &read_all_class, run_read_all, NULL);
 }
 
 static bool line_ready(struct job *j) {
@@ -356,14 +352,8 @@ static ssize_t run_read_first_line(struct job *j) {
   return line > 0 ? 0 : run_read_line(j);
 }
 
-/* read_line(max, token) */
 static int l_read_line(lua_State *L) {
-  check_file(L);
-  int64_t max = lua_isnoneornil(L, 2) ? -1 : job_check_size(L, 2);
-  lua_settop(L, 3);
-  struct job *j = begin_for(L, 3, &read_line_class, run_read_first_line, line_ready);
-  if (j != NULL) j->limit = max;
-  return queue(L, j);
+  return read_some(L, -1, &read_line_class, run_read_first_line, line_ready);
 }
 
 /* next_line(file, token) -> the next line, if it has been read ahead and nothing is in the way: no task */

@@ -213,11 +213,11 @@ static int l_spawn(lua_State *L) {
     loop_ready(rt, &f->task);
     return 1;
   }
+  fiber_make_cold(L, 2, f); /* should anything raise */
   if (g->scope.canceled) {
     group_discard(L, 2);
     return 1;
   }
-  fiber_make_cold(L, 2, f);
   f->task.traits |= TRAIT_QUEUED;
   lua_pushvalue(L, 2);
   append(L, g, GROUP_QUEUE);

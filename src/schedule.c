@@ -26,7 +26,8 @@
 ** Invariants: TRAIT_HANDED is set from the call of queue_task or post until the task is run, taken back,
 **             failed or closed; TASK_LINKED with it, so that no wake, and no cancellation, puts it
 **             on the ready list a second time.
-**             Each way out of it goes through take_back, which voids the key: nothing runs twice.
+**             Each way out of it but the end of the task (abandoned, lost) goes through take_back, which voids
+**             the key: nothing runs twice.
 **
 ** Source:    .NET TaskScheduler and SynchronizationContext; the order and the one stack are ours.
 ** SPDX-License-Identifier: MIT
@@ -384,9 +385,8 @@ void schedule_start(lua_State *L, struct runtime *rt, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   f->task.state = TASK_QUEUED;
   if (hand_over(L, rt, i, &f->task)) return;
-  if (f->task.traits & TRAIT_HANDED &&
-      !(f->task.flags & TASK_ABANDONED)) { /* else it has been run, or closed: the error
- is its caller's alone */
+  /* one that has been run, or closed, meanwhile leaves the error to its caller alone */
+  if (f->task.traits & TRAIT_HANDED && !(f->task.flags & TASK_ABANDONED)) {
     f->task.flags |= TASK_OBSERVED;
     lua_pushvalue(L, -1);
     refuse(L, rt, i, f);

@@ -741,10 +741,9 @@ static int l_cancel(lua_State *L) {
   struct task *t = task_check(L, 1);
   lua_settop(L, 2);
   bool fresh = false;
-  if (task_done(t) || task_is(t, KIND_PROMISE)) { /* nobody to cancel */
-  } else if (task_is(t, KIND_FIBER))
+  if (task_is(t, KIND_FIBER) && !task_done(t))
     fresh = scope_cancel(L, scope_own(L, rt, (struct fiber *)t), 2);
-  else
+  else if (!task_is(t, KIND_PROMISE) && !task_done(t)) /* of a promise there is nobody to cancel */
     fresh = operation_cancel(L, 1, 2);
   lua_pushboolean(L, fresh);
   return 1;
