@@ -195,57 +195,56 @@ describe("a handler that is called as a task is entered", function()
 end)
 
 describe("a finalizer", function()
-  -- Runs fn(arm, n) with the collector at another point each time round; what was armed is a finalizer.
-  local function each_moment(fn)
+  -- Runs fn(arm) some times: what it arms, { __gc = finalizer }, is called by the next thing that is created.
+  local function next_creation(fn)
     return in_order(function()
-      for n = 1, helper.many(60, 10) do
-        collectgarbage("stop")
-        fn(function(finalizer)
-          for _ = 1, n * 7 do local _ = {} end
-          setmetatable({}, { __gc = finalizer })
-          collectgarbage("generational")
+      collectgarbage("generational")
+      for _ = 1, 10 do
+        fn(function(class)
+          collectgarbage("stop")
+          setmetatable({}, class)
           collectgarbage("restart")
         end)
-        collectgarbage("incremental")
       end
+      collectgarbage("incremental")
     end)
   end
 
-  it("that starts a cold task while it is started starts it, or is refused", each_moment(function(arm)
+  it("that starts a cold task while it is started starts it, or is refused", next_creation(function(arm)
     local scheduler = flow.TaskScheduler.new { queue_task = function(self, task) self:try_execute_task(task) end }
     local runs, started, other = 0, 0, nil
     local task = flow.Task.new(function()
       runs = runs + 1
       flow.yield()
     end)
-    local finalizer = function()
+    local called
+    local class = { __gc = function()
+      called = true
       if pcall(task.start, task) then
         started = started + 1
         other = flow.spawn(function() return "other" end)
       end
-    end
-    arm(finalizer)
-    if pcall(task.start, task, scheduler) then started = started + 1 end
+    end }
+    local start = task.start
+    arm(class)
+    if pcall(start, task, scheduler) then started = started + 1 end
+    assert.is_true(called)
     task:await()
     assert.equal(1, started)
     assert.equal(1, runs)
     if other then assert.equal("other", other:await()) end
   end))
 
-  it("that completes an input while await_any begins to wait wakes it", each_moment(function(arm)
+  it("that completes an input while await_any begins to wait wakes it", next_creation(function(arm)
     local a, b = flow.TaskCompletionSource(), flow.TaskCompletionSource()
     local first, second = a.task, b.task
     flow.async(function() first:await() end)() -- others wait, too: to join them takes memory
     flow.async(function() second:await() end)()
-    local finalizer = function() b:try_set_result(1) end
+    local class, await_any = { __gc = function() b:try_set_result(1) end }, flow.await_any
     local task = flow.spawn(function()
-      arm(finalizer)
-      return (flow.await_any(first, second))
+      arm(class)
+      return (await_any(first, second))
     end)
-    flow.yield()
-    collect()
-    flow.yield()
-    flow.yield()
     assert.equal(second, task:await())
     a:set_result()
   end))

@@ -1415,17 +1415,24 @@ describe("a cancellation at an awkward moment", function()
     local gate = flow.TaskCompletionSource()
     local first = flow.spawn(function() return gate.task:await() end)
     flow.yield()
-    for _ = 1, 20 do
+    collectgarbage("generational")
+    local task, called = gate.task, 0
+    local await = task.await
+    for n = 1, 10 do
       local source = flow.CancellationTokenSource()
       raises("OperationCanceled", flow.with_cancellation, source.token, function()
-        setmetatable({}, { __gc = function() source:cancel() end })
-        flow.spawn(function() -- should no collection have come before
-          flow.sleep(1)
-          collect()
-        end)
-        gate.task:await()
+        local class = { __gc = function()
+          called = called + 1
+          source:cancel()
+        end }
+        collectgarbage("stop")
+        setmetatable({}, class)
+        collectgarbage("restart") -- the finalizer is called by the next thing that is created
+        await(task)
       end)
+      assert.equal(n, called)
     end
+    collectgarbage("incremental")
     gate:set_result(1)
     assert.equal(1, first:await())
   end))
