@@ -49,6 +49,10 @@
 #define UP_RUNTIME lua_upvalueindex(1)
 #define UP_ANCHORS lua_upvalueindex(2)
 
+/* Runs once, when the module is loaded or the state closes: such functions lie together, and the pages of
+** other code are not read for their sake. */
+#define ONCE __attribute__((cold))
+
 #define container_of(ptr, type, field) ((type *)(void *)((char *)(ptr)-offsetof(type, field)))
 
 /* The first word of every userdata of ours says what it is; for tasks the low byte is the kind. */
@@ -564,7 +568,7 @@ void error_push_left(lua_State *L, lua_State *co,
                                  ** left the coroutine (with a body of ours); nil outside tasks */
 void error_keep_left(lua_State *L, int i); /* [-0, +0, m] it goes on as the error on top */
 int error_handler(lua_State *L);           /* the message handler of fibers */
-void error_open(lua_State *L);
+ONCE void error_open(lua_State *L);
 
 /* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
 
@@ -622,7 +626,7 @@ int task_push_outcome(lua_State *L, int i,
                       struct task *t);     /* [-0, +n, e] the values, or raises the error */
 void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
-void task_open(lua_State *L);
+ONCE void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: their coroutines, start, run ---- */
 
@@ -673,7 +677,7 @@ void fiber_name(
     lua_State *L,
     struct fiber *f); /* [-1, +0, -] f, not started, is named after the function on top */
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
-void fiber_open(lua_State *L);
+ONCE void fiber_open(lua_State *L);
 
 /* ---- fiber_await.c: where a task may suspend, and how it waits ---- */
 
@@ -742,7 +746,7 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
                 lua_KFunction k);
 /* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
-void fiber_await_open(lua_State *L);
+ONCE void fiber_await_open(lua_State *L);
 
 /* ---- fiber_abandon.c: collected while it waits, or its coroutine closed by somebody ---- */
 
@@ -754,7 +758,7 @@ static inline bool fiber_is_lost(const struct task *t) {
   return t->slot == 0 && task_is(t, KIND_FIBER) && !task_done(t);
 }
 void fiber_settle_lost(lua_State *L, int i); /* [-0, +0, m] the one at i fails */
-void fiber_abandon_open(lua_State *L);
+ONCE void fiber_abandon_open(lua_State *L);
 
 /* ---- combine.c: tasks made of other tasks ---- */
 
@@ -762,12 +766,12 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
                   const struct task *t); /* [-0, +0, -] the input at `on` is complete */
 void combine_land(lua_State *L, int i);
 void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */
-void combine_open(lua_State *L);
+ONCE void combine_open(lua_State *L);
 
 /* ---- direct.c: await_all and await_any without a task of their own ---- */
 
 void direct_forget(lua_State *L, int i); /* [-0, +0, -] the input at i keeps no combinator */
-void direct_open(lua_State *L);
+ONCE void direct_open(lua_State *L);
 
 /* ---- context.c: async locals and execution contexts ---- */
 
@@ -790,13 +794,13 @@ void context_set_local(lua_State *L, int l,
                        int v);             /* [-0, +0, m] the local at l to the value at v */
 bool context_watches(lua_State *L, int l); /* the local at l has a handler, which may raise */
 void context_check(lua_State *L, int i);   /* [-0, +0, e] there is a context */
-void context_open(lua_State *L);
+ONCE void context_open(lua_State *L);
 
 /* ---- guard.c: scopes of the context ---- */
 
 void guard_drop_all(struct guard **home); /* [-0, +0, -] of an owner whose end has come */
 void guard_refuse_yield(lua_State *L);    /* [-0, +0, e] out of a guard opened in the coroutine L */
-void guard_open(lua_State *L);
+ONCE void guard_open(lua_State *L);
 
 /* ---- coroutine.c: the coroutine library, with awaits that pass through ---- */
 
@@ -827,7 +831,7 @@ void coroutine_refuse(lua_State *L,
                       const char *place); /* [-0, +0, e] to yield: out of that scope */
 void coroutine_push_place(lua_State *L,
                           int level); /* [-0, +1, m] "file:line" there, outside this library */
-void coroutine_open(lua_State *L);
+ONCE void coroutine_open(lua_State *L);
 
 /* ---- cancel.c: sources, tokens, registrations ---- */
 
@@ -855,8 +859,8 @@ void token_follow(lua_State *L, int k,
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
 void expiry_land(lua_State *L, int i);
 void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
-void cancel_open(lua_State *L);
-void source_open(lua_State *L);
+ONCE void cancel_open(lua_State *L);
+ONCE void source_open(lua_State *L);
 
 /* ---- scope.c: the tree of ambient cancellation ---- */
 
@@ -921,7 +925,7 @@ void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
 void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
 struct fiber *scope_find(struct runtime *rt,
                          const lua_State *co); /* whose coroutine it is, or NULL */
-void scope_open(lua_State *L);
+ONCE void scope_open(lua_State *L);
 
 /* ---- group.c: task groups ---- */
 
@@ -933,7 +937,7 @@ void group_child_lost(lua_State *L, struct runtime *rt,
                       struct group *g);     /* [-0, +0, m] after that */
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
-void group_open(lua_State *L);
+ONCE void group_open(lua_State *L);
 
 /* ---- schedule.c: schedulers and synchronization contexts ---- */
 
@@ -960,7 +964,7 @@ void schedule_push_context(lua_State *L, struct task *t); /* [-0, +1, -] its cur
 void schedule_set_context(lua_State *L, struct task *t);  /* [-1, +0, m] the one on top, or nil */
 int schedule_await(lua_State *L,
                    lua_CFunction f); /* the operation f on the configured task at index 1 */
-void schedule_open(lua_State *L);
+ONCE void schedule_open(lua_State *L);
 
 /* ---- deadline.c: what waits for a time, in order ---- */
 
@@ -989,7 +993,7 @@ double deadline_look(
 void deadline_shift(struct runtime *rt, double from,
                     double to); /* the clock goes from … to …: all have the same time left */
 bool deadline_trim(lua_State *L, struct runtime *rt); /* gives memory back if none is set */
-void deadline_close(lua_State *L, struct runtime *rt);
+ONCE void deadline_close(lua_State *L, struct runtime *rt);
 
 /* ---- timer.c: delay, sleep, wait_async; interruption ---- */
 
@@ -1029,7 +1033,7 @@ void operation_push_canceled(lua_State *L, struct token *token, int k,
                              struct scope *s); /* [-0, +1, m] the error of that */
 int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s);
 void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
-void timer_open(lua_State *L);
+ONCE void timer_open(lua_State *L);
 
 /* ---- periodic.c: Timer and PeriodicTimer ---- */
 
@@ -1043,7 +1047,7 @@ bool periodic_push_armed(lua_State *L, struct runtime *rt, uint32_t index,
 void periodic_disarm(lua_State *L, int i); /* [-0, +0, -] the Timer at i */
 void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
-void periodic_open(lua_State *L);
+ONCE void periodic_open(lua_State *L);
 
 /* ---- loop.c: the ready list, the pump, time ---- */
 
@@ -1086,7 +1090,7 @@ int loop_run(
     lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
-void loop_open(lua_State *L);
+ONCE void loop_open(lua_State *L);
 
 /* ---- testing.c: what a test changes ---- */
 
@@ -1106,7 +1110,7 @@ static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t
 void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
 void testing_land(lua_State *L, int i);
-void testing_open(lua_State *L);
+ONCE void testing_open(lua_State *L);
 
 #pragma GCC visibility pop
 #endif

@@ -187,8 +187,8 @@ void udp_open(lua_State *L);
 
 /* ---- stdio.c: the standard streams ---- */
 
-void stdio_guard(void); /* nothing else gets the descriptors 0, 1 and 2 */
-int stdio_end(int fd);  /* what is written to it is over. A status of libuv. No Lua. */
+ONCE void stdio_guard(void); /* nothing else gets the descriptors 0, 1 and 2 */
+int stdio_end(int fd);       /* what is written to it is over. A status of libuv. No Lua. */
 bool stdio_sends(const struct runtime *rt); /* one of them has something to send yet. No Lua. */
 void stdio_open(lua_State *L);
 
