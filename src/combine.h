@@ -26,9 +26,8 @@ struct combine {
 
 /* ---- combine.c ---- */
 
-void combine_push_first(
-    lua_State *L, int i,
-    const struct task *t); /* [-0, +1, -] the first value of t, which has succeeded */
+/* [-0, +1, -] the first value of t, which has succeeded */
+void combine_push_first(lua_State *L, int i, const struct task *t);
 /* [-0, +1, m] the Aggregate of the errors of a combinator's inputs; how many, and which comes first */
 uint32_t combine_push_aggregate(lua_State *L, const struct combine *c, int inputs, uint32_t *first);
 int combine_await_all(lua_State *L); /* by way of when_all, whatever the arguments are */
@@ -40,7 +39,7 @@ int combine_await_any(lua_State *L);
 static inline int direct_place(const struct combine *c, uint32_t k) {
   return (int)(c->pairs ? 4 + 2 * k : 3 + k);
 }
-void direct_fire(lua_State *L, struct runtime *rt, int i,
-                 struct combine *c); /* [-0, +0, -] enough inputs of the one at i are complete */
+/* [-0, +0, -] enough inputs of the one at i are complete */
+void direct_fire(lua_State *L, struct runtime *rt, int i, struct combine *c);
 
 #endif

@@ -521,31 +521,31 @@ void module_push_function(lua_State *L, lua_CFunction f);                  /* [-
 static inline bool module_is_ours(const struct runtime *rt, const char *source) {
   return rt->library_length > 0 && strncmp(source, rt->library, rt->library_length) == 0;
 }
-void module_push_table(
-    lua_State *L, int i,
-    int uservalue); /* [-0, +1, m] that of the object at i, made if it is not there */
+/* [-0, +1, m] that of the object at i, made if it is not there */
+void module_push_table(lua_State *L, int i, int uservalue);
+/* [-0, +0, m] */
 void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *methods,
-                  const luaL_Reg *properties); /* [-0, +0, m] */
-void module_methods(lua_State *L, uint32_t tag,
-                    const luaL_Reg *methods); /* [-0, +0, m] more of them */
-void module_finalized(lua_State *L, uint32_t tag, uint32_t twin,
-                      lua_CFunction gc); /* [-0, +0, m] the class once more, with a finalizer */
-void module_functions(lua_State *L,
-                      const luaL_Reg *functions); /* [-0, +0, m] into the table on top */
-void module_push_name(
-    lua_State *L); /* [-0, +1, m] that of the function of C on top: "string.rep" */
+                  const luaL_Reg *properties);
+/* [-0, +0, m] more of them */
+void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
+/* [-0, +0, m] the class once more, with a finalizer */
+void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
+/* [-0, +0, m] into the table on top */
+void module_functions(lua_State *L, const luaL_Reg *functions);
+/* [-0, +1, m] that of the function of C on top: "string.rep" */
+void module_push_name(lua_State *L);
 double module_seconds(lua_State *L, int i);  /* [-0, +0, v] >= 0, no NaN */
 void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }
-int module_blame(
-    lua_State *L, int n,
-    const char *message); /* for a public function in Lua, which calls us: its argument */
+/* for a public function in Lua, which calls us: its argument */
+int module_blame(lua_State *L, int n, const char *message);
+
 int module_blame_type(lua_State *L, int n, const char *expected, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
-int slots_add(lua_State *L, int i,
-              int *free); /* [-1, +0, m] stores the value on top in a free slot */
+/* [-1, +0, m] stores the value on top in a free slot */
+int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
 /* ---- error.c: error objects, traces, unobserved failures ---- */
@@ -553,19 +553,19 @@ void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /* [-0, +1, m] */
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 bool error_is(lua_State *L, int i, enum error_kind kind);
-void error_attach(lua_State *L, int i,
-                  int from); /* [-0, +0, -] the trace of the failed task at i */
-void error_remember(lua_State *L,
-                    int i); /* [-0, +0, -] the task at i is where an error comes from */
-void error_report_caught(
-    lua_State *L); /* [-1, +0, m] the error on top, as if the running task had failed with
-                                       ** it, but that goes on: a task that has failed stands for it */
+/* [-0, +0, -] the trace of the failed task at i */
+void error_attach(lua_State *L, int i, int from);
+/* [-0, +0, -] the task at i is where an error comes from */
+void error_remember(lua_State *L, int i);
+/* [-1, +0, m] the error on top, as if the running task had failed with it, but that goes on: a
+** task that has failed stands for it */
+void error_report_caught(lua_State *L);
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
 void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
 int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
-void error_push_left(lua_State *L, lua_State *co,
-                     bool body); /* [-0, +1, -] what is known of the error on top, which has
-                                 ** left the coroutine (with a body of ours); nil outside tasks */
+/* [-0, +1, -] what is known of the error on top, which has left the coroutine (with a body of
+** ours); nil outside tasks */
+void error_push_left(lua_State *L, lua_State *co, bool body);
 void error_keep_left(lua_State *L, int i); /* [-0, +0, m] it goes on as the error on top */
 int error_handler(lua_State *L);           /* the message handler of fibers */
 ONCE void error_open(lua_State *L);
@@ -584,19 +584,18 @@ static inline void task_refuse_state(lua_State *L, int i, const struct task *t) 
   if (task_is(t, KIND_EACH))
     luaL_argerror(L, i, "the state of a when_each iteration cannot be awaited");
 }
-struct task *
-task_awaitable(lua_State *L,
-               int i); /* [-0, +0, e] replaces what is at i by its task; NULL if none */
-struct task *task_new(lua_State *L, int kind, size_t size, int uservalues,
-                      bool mortal); /* [-0, +1, m] mortal: it may die before it lands */
+/* [-0, +0, e] replaces what is at i by its task; NULL if none */
+struct task *task_awaitable(lua_State *L, int i);
+/* [-0, +1, m] mortal: it may die before it lands */
+struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool mortal);
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
-void task_weaken(lua_State *L,
-                 int i); /* [-0, +0, m] the operation at i may die while it is parked */
-void task_forget_weak(lua_State *L,
-                      const void *p); /* [-0, +0, -] the address p means nothing now */
+/* [-0, +0, m] the operation at i may die while it is parked */
+void task_weaken(lua_State *L, int i);
+/* [-0, +0, -] the address p means nothing now */
+void task_forget_weak(lua_State *L, const void *p);
 /* [-1, +0, -] the waiter on top is the only one of the pending task t at `on`, an absolute index */
 static inline void wait_first(lua_State *L, int on, struct task *t, struct wait *w, uint32_t role) {
   lua_setiuservalue(L, on, TASK_WAITERS);
@@ -605,25 +604,25 @@ static inline void wait_first(lua_State *L, int on, struct task *t, struct wait 
   w->pos = 0;
   w->role = role;
 }
-bool wait_add(lua_State *L, int on, struct wait *w, int owner,
-              uint32_t role); /* [-0, +0, m] false: it is complete; `on` is absolute */
-void wait_remove(lua_State *L, int on,
-                 struct wait *w); /* [-0, +0, -] from the task at on, or nil */
+/* [-0, +0, m] false: it is complete; `on` is absolute */
+bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role);
+/* [-0, +0, -] from the task at on, or nil */
+void wait_remove(lua_State *L, int on, struct wait *w);
 void wait_owner(lua_State *L, int on, const struct wait *w); /* [-0, +1, -] */
-void wait_notify(lua_State *L, struct runtime *rt, int on,
-                 struct task *t); /* [-0, +0, -] wakes all that wait for the task at on */
+/* [-0, +0, -] wakes all that wait for the task at on */
+void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t);
 void task_settle(lua_State *L, struct runtime *rt, int i, int results); /* [-n, +0, m] succeeded */
-void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t,
-                  int results); /* the same */
-void task_settle_error(lua_State *L, struct runtime *rt, int i,
-                       int from); /* [-1, +0, -] canceled or faulted, as the error says */
+/* [-n, +0, m] … of a t that is known */
+void task_succeed(lua_State *L, struct runtime *rt, int i, struct task *t, int results);
+/* [-1, +0, -] canceled or faulted, as the error says */
+void task_settle_error(lua_State *L, struct runtime *rt, int i, int from);
 void task_settle_canceled(lua_State *L, struct runtime *rt, int i); /* [-1, +0, -] */
-void task_settle_like(lua_State *L, struct runtime *rt, int i,
-                      int from); /* [-0, +0, -] the outcome of the one at `from` */
-void task_settle_faulted(lua_State *L, struct runtime *rt, int i,
-                         int from); /* [-1, +0, -] `from`: the input it comes from, or 0 */
-int task_push_outcome(lua_State *L, int i,
-                      struct task *t);     /* [-0, +n, e] the values, or raises the error */
+/* [-0, +0, -] the outcome of the one at `from` */
+void task_settle_like(lua_State *L, struct runtime *rt, int i, int from);
+/* [-1, +0, -] `from`: the input it comes from, or 0 */
+void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from);
+/* [-0, +n, e] the values, or raises the error */
+int task_push_outcome(lua_State *L, int i, struct task *t);
 void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
 ONCE void task_open(lua_State *L);
@@ -637,45 +636,42 @@ int scope_throw(lua_State *L, struct scope *s);
 enum { FIBER_MAX_DEPTH = 16 }; /* how deep fibers run on top of each other on the C stack */
 enum { FIBER_WATCHED = 1 };    /* user value of the watch: its coroutine */
 
-struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments,
-                        struct scope *s); /* [-(n+1), +1, m] held, in state created, in s */
+/* [-(n+1), +1, m] held, in state created, in s */
+struct fiber *fiber_new(lua_State *L, struct runtime *rt, int arguments, struct scope *s);
 void fiber_reserve(lua_State *L, struct runtime *rt); /* [-0, +0, m] the next fit cannot fail */
-struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments,
-                        struct scope *s); /* [-(n+2), +1, m] the same, of the blank one on top */
-struct fiber *fiber_blank(lua_State *L);  /* [-0, +1, m] */
-bool fiber_reuse(
-    lua_State *L,
-    int i); /* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
+/* [-(n+2), +1, m] the same, of the blank one on top */
+struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments, struct scope *s);
+struct fiber *fiber_blank(lua_State *L); /* [-0, +1, m] */
+/* [-0, +0, -] makes the one at i blank, if it ended well and nobody has it */
+bool fiber_reuse(lua_State *L, int i);
 void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f); /* [-0, +0, m] until it stops */
-void fiber_run_at(lua_State *L, struct runtime *rt, struct fiber *f,
-                  int i); /* [-0, +0, m] … the one that lies at i, an absolute index */
-void fiber_start(lua_State *L, struct runtime *rt,
-                 struct fiber *f); /* [-0, +0, m] … one that lies on its coroutine only */
-int fiber_run_hot(
-    lua_State *L, int i, struct fiber *f,
-    lua_KFunction k); /* the one at i, at once, up to its first suspension; k ends the caller */
-void fiber_wake(lua_State *L, struct runtime *rt,
-                struct fiber *f); /* [-1, +0, -] the fiber on top becomes ready */
-void fiber_fail(lua_State *L, struct runtime *rt,
-                struct fiber *f); /* [-1, +0, m] stops it where it stands, with the error on top */
-void fiber_discard(lua_State *L, struct runtime *rt,
-                   int i); /* [-1, +0, -] the fiber at i never starts: canceled with that error */
-void fiber_drop_coroutine(lua_State *L, struct runtime *rt,
-                          struct fiber *f); /* [-0, +0, -] of one that did not end well */
-void fiber_trim(lua_State *L);              /* [-0, +0, -] drops coroutines long unused */
-void fiber_make_cold(lua_State *L, int i,
-                     struct fiber *f); /* [-0, +0, -] the new one at i may be dropped */
-void fiber_hold(lua_State *L, int i,
-                struct fiber *f); /* [-0, +0, -] the fiber at i holds its coroutine */
-void fiber_push(lua_State *L,
-                lua_State *co); /* [-0, +1, -] the one whose coroutine that is, or nil */
-bool fiber_push_awaited(lua_State *L,
-                        struct fiber *f); /* [-0, +1, -] the task it waits for, or nil */
-void fiber_push_place(lua_State *L,
-                      struct fiber *f); /* [-0, +1, m] "file:line" where it is suspended */
-void fiber_name(
-    lua_State *L,
-    struct fiber *f); /* [-1, +0, -] f, not started, is named after the function on top */
+/* [-0, +0, m] … the one that lies at i, an absolute index */
+void fiber_run_at(lua_State *L, struct runtime *rt, struct fiber *f, int i);
+/* [-0, +0, m] … one that lies on its coroutine only */
+void fiber_start(lua_State *L, struct runtime *rt, struct fiber *f);
+/* the one at i, at once, up to its first suspension; k ends the caller */
+int fiber_run_hot(lua_State *L, int i, struct fiber *f, lua_KFunction k);
+/* [-1, +0, -] the fiber on top becomes ready */
+void fiber_wake(lua_State *L, struct runtime *rt, struct fiber *f);
+/* [-1, +0, m] stops it where it stands, with the error on top */
+void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f);
+/* [-1, +0, -] the fiber at i never starts: canceled with that error */
+void fiber_discard(lua_State *L, struct runtime *rt, int i);
+/* [-0, +0, -] of one that did not end well */
+void fiber_drop_coroutine(lua_State *L, struct runtime *rt, struct fiber *f);
+void fiber_trim(lua_State *L); /* [-0, +0, -] drops coroutines long unused */
+/* [-0, +0, -] the new one at i may be dropped */
+void fiber_make_cold(lua_State *L, int i, struct fiber *f);
+/* [-0, +0, -] the fiber at i holds its coroutine */
+void fiber_hold(lua_State *L, int i, struct fiber *f);
+/* [-0, +1, -] the one whose coroutine that is, or nil */
+void fiber_push(lua_State *L, lua_State *co);
+/* [-0, +1, -] the task it waits for, or nil */
+bool fiber_push_awaited(lua_State *L, struct fiber *f);
+/* [-0, +1, m] "file:line" where it is suspended */
+void fiber_push_place(lua_State *L, struct fiber *f);
+/* [-1, +0, -] f, not started, is named after the function on top */
+void fiber_name(lua_State *L, struct fiber *f);
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
 ONCE void fiber_open(lua_State *L);
 
@@ -697,8 +693,8 @@ static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
 int fiber_outside(lua_State *L, lua_CFunction f); /* runs the operation f as a root task */
 /* A suspended coroutine is anybody's, who may even close it: from the first suspension on the slot holds the task,
 ** and the task the coroutine; until then it was the other way round. */
-void fiber_push_unheld(lua_State *L, struct runtime *rt,
-                       struct fiber *f); /* [-0, +1, -] f, which holds its coroutine from now on */
+/* [-0, +1, -] f, which holds its coroutine from now on */
+void fiber_push_unheld(lua_State *L, struct runtime *rt, struct fiber *f);
 /* [-0, +1, -] the running task, which is to park; returns whether its slot holds it, for fiber_park */
 static inline bool fiber_push_me(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->task.flags & TASK_HELD) {
@@ -742,18 +738,18 @@ static inline bool fiber_awaited(lua_State *L, const struct task *on, int status
   fiber_resumed(L, rt);
   return task_done(on) && fiber_on_top(L, rt);
 }
+/* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
                 lua_KFunction k);
-/* waits for the pending task `on` at index 1; k gets its address as context */
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 ONCE void fiber_await_open(lua_State *L);
 
 /* ---- fiber_abandon.c: collected while it waits, or its coroutine closed by somebody ---- */
 
-void fiber_abandon(lua_State *L, int i,
-                   struct fiber *f); /* [-0, +0, -] the pump will close the parked one at i */
-void fiber_end_abandoned(lua_State *L, struct runtime *rt,
-                         struct fiber *f); /* [-0, +0, -] an abandoned one */
+/* [-0, +0, -] the pump will close the parked one at i */
+void fiber_abandon(lua_State *L, int i, struct fiber *f);
+/* [-0, +0, -] an abandoned one */
+void fiber_end_abandoned(lua_State *L, struct runtime *rt, struct fiber *f);
 static inline bool fiber_is_lost(const struct task *t) {
   return t->slot == 0 && task_is(t, KIND_FIBER) && !task_done(t);
 }
@@ -762,8 +758,10 @@ ONCE void fiber_abandon_open(lua_State *L);
 
 /* ---- combine.c: tasks made of other tasks ---- */
 
+/* [-0, +0, -] the input at `on` is complete */
 void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int on,
-                  const struct task *t); /* [-0, +0, -] the input at `on` is complete */
+                  const struct task *t);
+
 void combine_land(lua_State *L, int i);
 void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */
 ONCE void combine_open(lua_State *L);
@@ -778,20 +776,21 @@ ONCE void direct_open(lua_State *L);
 void context_push_flowing(lua_State *L, struct task *t); /* [-0, +1, -] what a child gets, or nil */
 void context_push_current(lua_State *L); /* [-0, +1, -] of the running task, or nil */
 void context_give(lua_State *L, int i, struct task *t); /* [-1, +0, -] the context on top to t */
-void context_inherit(lua_State *L, int i, struct task *t, struct task *me);
 /* [-0, +0, -] the new task t at i, negative, gets what flows from me, which has a context */
+void context_inherit(lua_State *L, int i, struct task *t, struct task *me);
 void context_drop(lua_State *L, int i, struct task *t); /* [-0, +0, -] t, at i, is complete */
-void context_swap(
-    lua_State *L); /* [-1, +1, -] the running task gets that on top; leaves the old one */
+/* [-1, +1, -] the running task gets that on top; leaves the old one */
+void context_swap(lua_State *L);
+
 void context_show(lua_State *L, struct runtime *rt, struct task *t);
 /* [-0, +0, -] the context of t has become the current one: tells the handlers, if there are any */
 static inline void context_switched(lua_State *L, struct runtime *rt, struct task *t) {
   if (rt->shown_watched || t->flags & TASK_WATCHED) context_show(L, rt, t);
 }
-void context_push_local(lua_State *L,
-                        int i); /* [-0, +1, -] its value there, or nil: of the local at i */
-void context_set_local(lua_State *L, int l,
-                       int v);             /* [-0, +0, m] the local at l to the value at v */
+/* [-0, +1, -] its value there, or nil: of the local at i */
+void context_push_local(lua_State *L, int i);
+/* [-0, +0, m] the local at l to the value at v */
+void context_set_local(lua_State *L, int l, int v);
 bool context_watches(lua_State *L, int l); /* the local at l has a handler, which may raise */
 void context_check(lua_State *L, int i);   /* [-0, +0, e] there is a context */
 ONCE void context_open(lua_State *L);
@@ -813,24 +812,23 @@ static inline int coroutine_reset(lua_State *co,
   return lua_resetthread(co);
 #endif
 }
-lua_State *
-coroutine_inner(lua_State *co,
-                bool *body); /* the one that it resumes, even if suspended, or NULL; body: its
-                                ** outermost function is ours */
+/* the one that it resumes, even if suspended, or NULL; body: its outermost function is ours */
+lua_State *coroutine_inner(lua_State *co, bool *body);
 /* the innermost one with a context of its own that the running task is in, or NULL */
 const struct level *coroutine_own(const struct runtime *rt);
 struct guard **coroutine_guards(struct coroutine *record);       /* its stack of open guards */
 void coroutine_push_record(lua_State *L, const struct level *l); /* [-0, +1, -] */
-bool coroutine_shares(lua_State *L,
-                      struct runtime *rt); /* L is one of ours in its resumer's context */
-void coroutine_close_inner(lua_State *L, struct runtime *rt,
-                           lua_State *co); /* [-0, +0, -] all those in the suspended `co` */
-bool coroutine_has_body(lua_State *L,
-                        struct runtime *rt); /* the outermost function of L, which runs, is ours */
-void coroutine_refuse(lua_State *L,
-                      const char *place); /* [-0, +0, e] to yield: out of that scope */
-void coroutine_push_place(lua_State *L,
-                          int level); /* [-0, +1, m] "file:line" there, outside this library */
+/* L is one of ours in its resumer's context */
+bool coroutine_shares(lua_State *L, struct runtime *rt);
+/* [-0, +0, -] all those in the suspended `co` */
+void coroutine_close_inner(lua_State *L, struct runtime *rt, lua_State *co);
+/* the outermost function of L, which runs, is ours */
+bool coroutine_has_body(lua_State *L, struct runtime *rt);
+/* [-0, +0, e] to yield: out of that scope */
+void coroutine_refuse(lua_State *L, const char *place);
+/* [-0, +1, m] "file:line" there, outside this library */
+void coroutine_push_place(lua_State *L, int level);
+
 ONCE void coroutine_open(lua_State *L);
 
 /* ---- cancel.c: sources, tokens, registrations ---- */
@@ -845,17 +843,17 @@ struct token *token_new(lua_State *L, bool ambient); /* [-0, +1, m] of a scope, 
 void token_attach(struct token *k, struct scope *s); /* it is that of the scope */
 void token_push_canceled(lua_State *L, int reason);  /* [-0, +1, m] a new one */
 void token_link(struct token *k, struct link *l);    /* l will be interrupted, while it is alive */
-void token_push_error(lua_State *L,
-                      int i); /* [-0, +1, m] the OperationCanceled of the token at i */
-void token_mark(lua_State *L, int k, int reason, int cause,
-                int run); /* [-0, +0, -] canceled; its callbacks are put on the list at run */
+/* [-0, +1, m] the OperationCanceled of the token at i */
+void token_push_error(lua_State *L, int i);
+/* [-0, +0, -] canceled; its callbacks are put on the list at run */
+void token_mark(lua_State *L, int k, int reason, int cause, int run);
 void token_run(lua_State *L, bool first); /* [-1, +0, e] the callbacks of the list on top */
 void token_detach(struct token *k);       /* its scope is gone, and can cancel it no more */
-void token_inherit(lua_State *L, int k,
-                   int from); /* [-0, +0, -] canceled at birth, as the one at `from` is */
+/* [-0, +0, -] canceled at birth, as the one at `from` is */
+void token_inherit(lua_State *L, int k, int from);
 void token_rearmed(lua_State *L, struct token *k); /* [-0, +0, -] it is armed now, or is not */
-void token_follow(lua_State *L, int k,
-                  int up);                /* [-0, +0, m] it is canceled with the one at `up` */
+/* [-0, +0, m] it is canceled with the one at `up` */
+void token_follow(lua_State *L, int k, int up);
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
 void expiry_land(lua_State *L, int i);
 void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
@@ -864,8 +862,8 @@ ONCE void source_open(lua_State *L);
 
 /* ---- scope.c: the tree of ambient cancellation ---- */
 
-struct scope *scope_own(lua_State *L, struct runtime *rt,
-                        struct fiber *f); /* [-0, +0, m] that of the task itself */
+/* [-0, +0, m] that of the task itself */
+struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f);
 /* [-0, +0, m] the one of the running task that what it waits for becomes a member of */
 static inline struct scope *scope_ambient(lua_State *L, struct runtime *rt) {
   struct fiber *me = (struct fiber *)rt->me;
@@ -881,8 +879,8 @@ static inline void scope_join(struct scope *s, struct member *m) {
   link_append(&s->members, &m->link);
 }
 void scope_left(lua_State *L, struct runtime *rt, struct scope *s);
-void scope_let_go(lua_State *L, struct runtime *rt,
-                  struct scope *s); /* [-0, +0, -] one less holds it (refs) */
+/* [-0, +0, -] one less holds it (refs) */
+void scope_let_go(lua_State *L, struct runtime *rt, struct scope *s);
 /* [-0, +0, -] a member leaves; its scope may end with it */
 static inline void scope_leave(lua_State *L, struct runtime *rt, struct member *m) {
   struct scope *s = m->scope;
@@ -900,41 +898,42 @@ static inline void scope_end_task(lua_State *L, struct runtime *rt, struct fiber
   if (s->owner == f || s->owner == NULL) scope_end_owner(L, rt, f, s);
 }
 void scope_refuse_yield(lua_State *L); /* [-0, +0, e] out of a scope opened in the coroutine L */
-void scope_unwind(lua_State *L, struct runtime *rt,
-                  lua_State *co); /* [-1, +1, m] the error on top has left the coroutine, and with
-                                  ** it the scopes opened there */
-void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f,
-                 struct scope *s); /* [-0, +0, -] f, not started, becomes a member of s */
-void scope_expire(lua_State *L, struct runtime *rt,
-                  struct scope *s);                       /* [-0, +0, m] its deadline has passed */
+/* [-1, +1, m] the error on top has left the coroutine, and with it the scopes opened there */
+void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co);
+/* [-0, +0, -] f, not started, becomes a member of s */
+void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope *s);
+/* [-0, +0, m] its deadline has passed */
+void scope_expire(lua_State *L, struct runtime *rt, struct scope *s);
 void scope_run_expired(lua_State *L, struct runtime *rt); /* [-0, +0, m] their callbacks */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
 int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
-bool scope_cancel(lua_State *L, struct scope *s,
-                  int reason); /* [-0, +0, e] false: it was canceled before */
-void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, int cause,
-                int run); /* [-0, +0, -] as token_mark */
+/* [-0, +0, e] false: it was canceled before */
+bool scope_cancel(lua_State *L, struct scope *s, int reason);
+/* [-0, +0, -] as token_mark */
+void scope_mark(lua_State *L, struct runtime *rt, struct scope *s, int reason, int cause, int run);
+/* [-0, +1, e] opened by the running task for `what` */
 struct scope *scope_block(lua_State *L, const char *what, enum scope_kind kind, size_t size,
-                          double seconds); /* [-0, +1, e] opened by the running task for `what` */
-void scope_finish(lua_State *L, struct runtime *rt,
-                  struct scope *s); /* [-0, +0, -] its block has been left */
-void scope_arm(lua_State *L, struct scope *s,
-               double seconds);                       /* [-0, +0, m] unless it has a deadline */
+                          double seconds);
+/* [-0, +0, -] its block has been left */
+void scope_finish(lua_State *L, struct runtime *rt, struct scope *s);
+/* [-0, +0, m] unless it has a deadline */
+void scope_arm(lua_State *L, struct scope *s, double seconds);
 void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
 void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
-struct fiber *scope_find(struct runtime *rt,
-                         const lua_State *co); /* whose coroutine it is, or NULL */
+/* whose coroutine it is, or NULL */
+struct fiber *scope_find(struct runtime *rt, const lua_State *co);
+
 ONCE void scope_open(lua_State *L);
 
 /* ---- group.c: task groups ---- */
 
 struct group;
-void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f,
-                       bool well); /* [-0, +0, m] before it settles; else its error is on top */
+/* [-0, +0, m] before it settles; else its error is on top */
+void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool well);
 struct group *group_leave(struct fiber *f); /* the group that the child is in no more */
-void group_child_lost(lua_State *L, struct runtime *rt,
-                      struct group *g);     /* [-0, +0, m] after that */
+/* [-0, +0, m] after that */
+void group_child_lost(lua_State *L, struct runtime *rt, struct group *g);
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
 ONCE void group_open(lua_State *L);
@@ -942,108 +941,108 @@ ONCE void group_open(lua_State *L);
 /* ---- schedule.c: schedulers and synchronization contexts ---- */
 
 void schedule_check(lua_State *L, int i); /* [-0, +0, v] it is a TaskScheduler */
-bool schedule_give(
-    lua_State *L, int i,
-    int s); /* [-0, +0, m] the task at i gets the scheduler at s; false: the default */
-void schedule_inherit(lua_State *L, struct runtime *rt,
-                      int i); /* [-0, +0, m] the hot task at i goes on where its caller does */
-void schedule_join(lua_State *L, struct runtime *rt,
-                   int i); /* [-0, +0, m] it starts there unqueued */
-void schedule_start(lua_State *L, struct runtime *rt,
-                    int i); /* [-0, +0, e] queues the task at i, or fails it and raises */
-void schedule_run(lua_State *L, struct runtime *rt,
-                  struct fiber *f); /* [-0, +0, -] a ready one with traits */
-void schedule_end(lua_State *L,
-                  struct runtime *rt); /* [-1, +0, -] the task on top is over: forgets its plan */
-bool schedule_find(lua_State *L,
-                   const struct fiber *f); /* [-0, +1, -] f, which has a plan; false: [-0, +0] */
-int schedule_call_outside(
-    lua_State *L, struct runtime *rt,
-    int arguments); /* [-(n+1), +1 if it fails, -] calls a function of the user under no task */
+/* [-0, +0, m] the task at i gets the scheduler at s; false: the default */
+bool schedule_give(lua_State *L, int i, int s);
+/* [-0, +0, m] the hot task at i goes on where its caller does */
+void schedule_inherit(lua_State *L, struct runtime *rt, int i);
+/* [-0, +0, m] it starts there unqueued */
+void schedule_join(lua_State *L, struct runtime *rt, int i);
+/* [-0, +0, e] queues the task at i, or fails it and raises */
+void schedule_start(lua_State *L, struct runtime *rt, int i);
+/* [-0, +0, -] a ready one with traits */
+void schedule_run(lua_State *L, struct runtime *rt, struct fiber *f);
+/* [-1, +0, -] the task on top is over: forgets its plan */
+void schedule_end(lua_State *L, struct runtime *rt);
+/* [-0, +1, -] f, which has a plan; false: [-0, +0] */
+bool schedule_find(lua_State *L, const struct fiber *f);
+/* [-(n+1), +1 if it fails, -] calls a function of the user under no task */
+int schedule_call_outside(lua_State *L, struct runtime *rt, int arguments);
 void schedule_push_context(lua_State *L, struct task *t); /* [-0, +1, -] its current one, or nil */
 void schedule_set_context(lua_State *L, struct task *t);  /* [-1, +0, m] the one on top, or nil */
-int schedule_await(lua_State *L,
-                   lua_CFunction f); /* the operation f on the configured task at index 1 */
+/* the operation f on the configured task at index 1 */
+int schedule_await(lua_State *L, lua_CFunction f);
+
 ONCE void schedule_open(lua_State *L);
 
 /* ---- deadline.c: what waits for a time, in order ---- */
 
-uint32_t deadline_reserve(
-    lua_State *L,
-    struct runtime *rt); /* [-0, +0, m] room for one more; the index that it will get */
+/* [-0, +0, m] room for one more; the index that it will get */
+uint32_t deadline_reserve(lua_State *L, struct runtime *rt);
 double deadline_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
 void deadline_set(struct runtime *rt, struct deadline *d, double now, double due);
-void deadline_move(struct runtime *rt, struct deadline *d,
-                   double due); /* one that is set, as if set now */
+/* one that is set, as if set now */
+void deadline_move(struct runtime *rt, struct deadline *d, double due);
+
 void deadline_drop(struct runtime *rt, struct deadline *d);
-void deadline_rest(struct runtime *rt,
-                   struct deadline *d); /* not set any more, but it keeps its index */
+/* not set any more, but it keeps its index */
+void deadline_rest(struct runtime *rt, struct deadline *d);
+
 bool deadline_rests(const struct runtime *rt, const struct deadline *d);
 bool deadline_any(const struct runtime *rt);
 static inline bool deadline_is_set(const struct deadline *d) { /* or rests */
   return d->index != 0;
 }
 double deadline_due(const struct runtime *rt, const struct deadline *d);
-struct deadline *deadline_first(struct runtime *rt,
-                                double now); /* of what is due by now, or NULL */
-double
-deadline_next(const struct runtime *rt); /* when the first one is due, found by a look at some */
-double deadline_look(
-    const struct runtime *rt); /* a time, not after that, at which to look: found at once */
-void deadline_shift(struct runtime *rt, double from,
-                    double to); /* the clock goes from … to …: all have the same time left */
+/* of what is due by now, or NULL */
+struct deadline *deadline_first(struct runtime *rt, double now);
+/* when the first one is due, found by a look at some */
+double deadline_next(const struct runtime *rt);
+/* a time, not after that, at which to look: found at once */
+double deadline_look(const struct runtime *rt);
+/* the clock goes from … to …: all have the same time left */
+void deadline_shift(struct runtime *rt, double from, double to);
 bool deadline_trim(lua_State *L, struct runtime *rt); /* gives memory back if none is set */
 ONCE void deadline_close(lua_State *L, struct runtime *rt);
 
 /* ---- timer.c: delay, sleep, wait_async; interruption ---- */
 
-void timer_fire_due(lua_State *L,
-                    struct runtime *rt); /* [-0, +0, m] wakes the owners of what is due */
-void timer_shift(struct runtime *rt, double from,
-                 double to); /* moves all deadlines: the clock changes */
+/* [-0, +0, m] wakes the owners of what is due */
+void timer_fire_due(lua_State *L, struct runtime *rt);
+/* moves all deadlines: the clock changes */
+void timer_shift(struct runtime *rt, double from, double to);
 /* [-0, +0, m] the fiber sleeps until then, or until the token k (or NULL) or its scope, unless deaf to it */
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due);
 void delay_land(lua_State *L, int i);
-void wait_op_fire(lua_State *L, struct runtime *rt,
-                  int i); /* [-0, +0, -] what the operation at i awaited is complete */
+/* [-0, +0, -] what the operation at i awaited is complete */
+void wait_op_fire(lua_State *L, struct runtime *rt, int i);
+
 void wait_op_land(lua_State *L, int i);
-void timer_push_wait(
-    lua_State *L); /* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true,
-                                    ** or of false after the timeout; it observes nothing */
-int timer_await_with(
-    lua_State *L); /* await_with(task, token): … that ends with the token, too; `none` opts out
-                                     ** of the ambient one */
+/* [-0, +1, e] for task, timeout, token at 1, 2, 3: a task of true, or of false after the timeout;
+** it observes nothing */
+void timer_push_wait(lua_State *L);
+/* await_with(task, token): … that ends with the token, too; `none` opts out of the ambient one */
+int timer_await_with(lua_State *L);
 int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
 /* [-0, +0, -] the suspended f waits for nothing any more; gone: its coroutine is, and what it awaited was there */
 void pending_withdraw(lua_State *L, struct runtime *rt, struct fiber *f, bool gone);
 void pending_interrupt(lua_State *L, struct pending *p); /* [-0, +0, -] by its token or its scope */
-void pending_hold(lua_State *L, struct pending *p,
-                  bool hold); /* [-0, +0, -] if parked: whether the anchors hold it */
-bool operation_cancel(lua_State *L, int i,
-                      int reason); /* [-0, +0, m] the operation at i, by hand */
+/* [-0, +0, -] if parked: whether the anchors hold it */
+void pending_hold(lua_State *L, struct pending *p, bool hold);
+/* [-0, +0, m] the operation at i, by hand */
+bool operation_cancel(lua_State *L, int i, int reason);
 /* What all operations share. k: index of the token that it was given, or of nil. */
-struct timed *operation_new(lua_State *L, int kind, int uservalues,
-                            double seconds);        /* [-0, +1, m] */
+/* [-0, +1, m] */
+struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds);
 struct scope *operation_scope(lua_State *L, int k); /* [-0, +0, m] that of a new one */
-void operation_start(lua_State *L, int i, struct timed *op, int k,
-                     struct scope *s);                      /* [-0, +0, m] in flight */
+/* [-0, +0, m] in flight */
+void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope *s);
 void operation_stop(lua_State *L, int i, struct timed *op); /* [-0, +0, -] about to be settled */
 bool operation_canceled(const struct token *k, const struct scope *s); /* before it started */
-void operation_push_canceled(lua_State *L, struct token *token, int k,
-                             struct scope *s); /* [-0, +1, m] the error of that */
+/* [-0, +1, m] the error of that */
+void operation_push_canceled(lua_State *L, struct token *token, int k, struct scope *s);
+
 int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s);
 void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
 ONCE void timer_open(lua_State *L);
 
 /* ---- periodic.c: Timer and PeriodicTimer ---- */
 
-void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d,
-                   double now); /* [-0, +0, m] a Timer is due */
+/* [-0, +0, m] a Timer is due */
+void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d, double now);
 void periodic_land(lua_State *L, struct runtime *rt, struct task *tick); /* [-0, +0, m] */
 void periodic_wait_land(lua_State *L, int i);
-bool periodic_push_armed(lua_State *L, struct runtime *rt, uint32_t index,
-                         double *due); /* [-0, +1, -] the Timer whose deadline has that index, if it
-                                       ** will start a task; false: [-0, +0] */
+/* [-0, +1, -] the Timer whose deadline has that index, if it will start a task; false: [-0, +0] */
+bool periodic_push_armed(lua_State *L, struct runtime *rt, uint32_t index, double *due);
 void periodic_disarm(lua_State *L, int i); /* [-0, +0, -] the Timer at i */
 void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
@@ -1060,8 +1059,8 @@ static inline double loop_after(double now, double seconds) { /* later, however 
 }
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
-void loop_push_wait(lua_State *L,
-                    int i); /* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
+/* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
+void loop_push_wait(lua_State *L, int i);
 static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the end of the list */
   if (t->flags & TASK_LINKED) return;
   t->flags |= TASK_LINKED;
@@ -1083,11 +1082,12 @@ static inline void loop_queue(struct runtime *rt, struct fiber *f) { /* … a fi
   loop_ready(rt, &f->task);
 }
 void loop_remove(struct runtime *rt, struct task *t); /* from anywhere on the list */
-void loop_land(lua_State *L, struct runtime *rt, int i,
-               struct task *t);                       /* [-0, +0, -] at the end of this settling */
+/* [-0, +0, -] at the end of this settling */
+void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t);
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
-int loop_run(
-    lua_State *L); /* the function at index 1 as a root task, with the arguments above it */
+/* the function at index 1 as a root task, with the arguments above it */
+int loop_run(lua_State *L);
+
 void loop_init(struct runtime *rt);
 void loop_close(lua_State *L, struct runtime *rt);
 ONCE void loop_open(lua_State *L);

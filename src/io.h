@@ -45,23 +45,22 @@ struct io {
   bool landing; /* its result is being made, in which finalizers of users may cancel it */
 };
 static inline bool io_in_flight(const struct io *op) { return op->flight.next != NULL; }
-struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t size,
-                    int uservalues); /* [-0, +1, e] given the token at k; NULL: canceled before */
-int io_started(lua_State *L, struct io *op,
-               int status); /* [-0, +0, m] op is on top; what libuv said; returns 1 */
+/* [-0, +1, e] given the token at k; NULL: canceled before */
+struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t size, int uservalues);
+/* [-0, +0, m] op is on top; what libuv said; returns 1 */
+int io_started(lua_State *L, struct io *op, int status);
 void io_done(struct io *op, ssize_t status); /* called by libuv: its callback has come. No Lua. */
 void io_end(struct io *op); /* libuv knows it no more, and will not call. No Lua. */
 void io_land(lua_State *L, int i);
-int io_await(lua_State *L,
-             struct fiber *me); /* returns for the direct style, with the operation on top */
+/* returns for the direct style, with the operation on top */
+int io_await(lua_State *L, struct fiber *me);
 int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that x_async is */
-void io_functions(
-    lua_State *L,
-    const luaL_Reg *functions); /* [-0, +0, m] into the table on top: as x_async and x */
-void io_methods(lua_State *L, uint32_t tag,
-                const luaL_Reg *functions); /* [-0, +0, m] … of a class */
-void io_push_error(lua_State *L, int status, const char *syscall,
-                   const char *path);    /* [-0, +1, m] the IO error; both may be NULL */
+/* [-0, +0, m] into the table on top: as x_async and x */
+void io_functions(lua_State *L, const luaL_Reg *functions);
+/* [-0, +0, m] … of a class */
+void io_methods(lua_State *L, uint32_t tag, const luaL_Reg *functions);
+/* [-0, +1, m] the IO error; both may be NULL */
+void io_push_error(lua_State *L, int status, const char *syscall, const char *path);
 void io_abort_all(struct runtime *rt);   /* the state is closing */
 void io_release_all(struct runtime *rt); /* what has not landed by then */
 void io_open(lua_State *L);              /* [-0, +0, m] before all that begins operations */
@@ -125,36 +124,34 @@ struct request {
   int what;
   size_t size, seen, found, skip;
 };
+/* [-0, +1, m] not libuv's yet */
 void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
-                 int uservalues);                      /* [-0, +1, m] not libuv's yet */
+                 int uservalues);
 void handle_ignore_broken_pipes(void);                 /* SIGPIPE. No Lua. */
 void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No Lua. */
 void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
 void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
 void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
-void handle_look_again(
-    lua_State *L,
-    struct runtime *rt); /* [-0, +0, -] one that waited for any of them does so no more */
+/* [-0, +0, -] one that waited for any of them does so no more */
+void handle_look_again(lua_State *L, struct runtime *rt);
 void handle_await(struct handle *h, bool awaited); /* whether it keeps the loop alive. No Lua. */
 void handle_news(struct handle *h);                /* it will land. No Lua. */
 void handle_land(lua_State *L, int i);
 int64_t handle_left(struct handle *h); /* a waiter has given up: a number for it, or -1. No Lua. */
-void handle_tell_written(
-    lua_State *L, int i); /* [-0, +0, m] that number, of the operation at i, to its error on top */
-int handle_ask(lua_State *L, struct handle *h, struct request *r, int k,
-               lua_CFunction f); /* x(…) with the arguments 1 … k, the last one the token */
-int handle_wait(
-    lua_State *L, struct fiber *me,
-    struct link *q); /* suspends the running fiber, with the handle and nil on its stack */
+/* [-0, +0, m] that number, of the operation at i, to its error on top */
+void handle_tell_written(lua_State *L, int i);
+/* x(…) with the arguments 1 … k, the last one the token */
+int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFunction f);
+/* suspends the running fiber, with the handle and nil on its stack */
+int handle_wait(lua_State *L, struct fiber *me, struct link *q);
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
-void handle_answer(
-    lua_State *L, int i, struct handle *h,
-    struct request *r); /* [-0, +0, m] those who wait for it, as far as it is there */
+/* [-0, +0, m] those who wait for it, as far as it is there */
+void handle_answer(lua_State *L, int i, struct handle *h, struct request *r);
 void handle_refuse(lua_State *L, int i, struct link *q); /* [-1, +0, m] all in q, with that error */
 int handle_gc(lua_State *L);
 void handle_close_all(struct runtime *rt); /* the state is closing */
-void handle_push_code(lua_State *L, const char *code, const char *syscall, const char *format,
-                      ...);                                      /* [-0, +1, m] an IO error */
+/* [-0, +1, m] an IO error */
+void handle_push_code(lua_State *L, const char *code, const char *syscall, const char *format, ...);
 void handle_push_disposed(lua_State *L, const struct handle *h); /* [-0, +1, m] */
 
 /* ---- uvstream.c, uvread.c, listener.c, tcp.c, udp.c ---- */
@@ -172,16 +169,17 @@ void stream_open(lua_State *L);
 void read_free(struct runtime *rt); /* the state is closed */
 struct listener;
 struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, m] */
-int listener_adopt(
-    struct listener *l, int fd,
-    const char *path); /* a status of libuv; it owns fd, and the path if any. No Lua. */
+/* a status of libuv; it owns fd, and the path if any. No Lua. */
+int listener_adopt(struct listener *l, int fd, const char *path);
+
 void listener_open(lua_State *L);
 bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
 enum { ADDRESS_SIZE = 80 }; /* of an address of IPv6, '%' and an interface */
 /* the link-local ones with their interface, "fe80::1%eth0", without which they are nobody's. No Lua. */
 bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]);
-bool address_push(lua_State *L,
-                  const struct sockaddr_storage *from); /* [-0, +0/1, m] "host:port" */
+/* [-0, +0/1, m] "host:port" */
+bool address_push(lua_State *L, const struct sockaddr_storage *from);
+
 void tcp_open(lua_State *L);
 void udp_open(lua_State *L);
 

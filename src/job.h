@@ -74,11 +74,12 @@ static inline bool job_is_plain(mode_t mode) {
   return S_ISREG(mode) || S_ISBLK(mode) || S_ISDIR(mode);
 }
 bool job_stops(struct job *j); /* nobody wants the result any more */
-ssize_t job_checked(struct job *j, const char *syscall,
-                    ssize_t result); /* what `call` returned, as libuv's errors */
+/* what `call` returned, as libuv's errors */
+ssize_t job_checked(struct job *j, const char *syscall, ssize_t result);
+
 bool bytes_reserve(struct bytes *b, size_t more);
-ssize_t job_read_some(int fd, char *to, size_t n,
-                      int64_t offset);             /* < 0: where the system stands */
+/* < 0: where the system stands */
+ssize_t job_read_some(int fd, char *to, size_t n, int64_t offset);
 int job_wait(struct job *j, int fd, short events); /* until what is not plain can be used */
 ssize_t job_write_all(struct job *j, int fd, const char *data, size_t n, int64_t offset,
                       bool plain);
@@ -93,8 +94,8 @@ ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, 
 struct job *job_begin(lua_State *L, int k, const struct io_class *class,
                       ssize_t (*run)(struct job *));
 /* [-0, +1, e] with the token at k; NULL: canceled before */
-void job_give_data(lua_State *L, struct job *j,
-                   int i); /* [-0, +0, -] the string at i is kept for the thread */
+/* [-0, +0, -] the string at i is kept for the thread */
+void job_give_data(lua_State *L, struct job *j, int i);
 int job_started(lua_State *L, struct job *j); /* … starts it, unless it was canceled; returns 1 */
 int job_start(struct job *j);                 /* a status of libuv. No Lua. */
 void job_abort(struct io *op);
@@ -111,8 +112,8 @@ void file_next(struct file *f);                  /* its next job has its turn. N
 void file_leave(struct file *f, struct job *j);  /* it was waiting. No Lua. */
 void file_close(struct file *f);                 /* at once. No Lua. */
 void file_open(lua_State *L);
-void file_push_next_line(
-    lua_State *L); /* [-0, +1, m] next_line(file, token): a line, if it is there */
+/* [-0, +1, m] next_line(file, token): a line, if it is there */
+void file_push_next_line(lua_State *L);
 
 #pragma GCC visibility pop
 #endif

@@ -36,15 +36,15 @@ enum {
 /* ---- cancel.c ---- */
 
 struct token *token_check(lua_State *L, int i);
-void token_count_arm(lua_State *L, struct token *k,
-                     int n); /* [-0, +0, -] one armed deadline more, or less */
-void token_sweep(lua_State *L,
-                 struct token *token); /* [-0, +0, -] takes the dead out of its list, on top */
+/* [-0, +0, -] one armed deadline more, or less */
+void token_count_arm(lua_State *L, struct token *k, int n);
+/* [-0, +0, -] takes the dead out of its list, on top */
+void token_sweep(lua_State *L, struct token *token);
 void token_drop_registrations(lua_State *L, int k); /* [-0, +0, -] all those of the token at k */
-void token_mark_all(lua_State *L, int k, int reason, int cause,
-                    int run); /* [-0, +0, -] as token_mark, and its scope */
-int token_cancel(
-    lua_State *L); /* cancel_token(token, reason, first) -> whether it was not canceled before */
+/* [-0, +0, -] as token_mark, and its scope */
+void token_mark_all(lua_State *L, int k, int reason, int cause, int run);
+/* cancel_token(token, reason, first) -> whether it was not canceled before */
+int token_cancel(lua_State *L);
 int token_run_callbacks(lua_State *L); /* run_callbacks(list of marked tokens) */
 
 /* ---- source.c ---- */

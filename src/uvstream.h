@@ -81,20 +81,19 @@ static inline struct stream *stream_check(lua_State *L) { /* [-0, +0, v] at inde
 
 /* ---- uvstream.c ---- */
 
-bool stream_push_hindrance(
-    lua_State *L, struct stream *s, const struct request *r,
-    const struct link
-        *q); /* [-0, +0/1, m] what hinders every new request; q: one at a time in it */
-void stream_push_broken(lua_State *L, const struct stream *s,
-                        const char *syscall); /* [-0, +1, m] why it is of no use any more */
+/* [-0, +0/1, m] what hinders every new request; q: one at a time in it */
+bool stream_push_hindrance(lua_State *L, struct stream *s, const struct request *r,
+                           const struct link *q);
+/* [-0, +1, m] why it is of no use any more */
+void stream_push_broken(lua_State *L, const struct stream *s, const char *syscall);
 
 /* ---- uvread.c ---- */
 
 extern const luaL_Reg read_methods[];
 void read_stop(struct stream *s); /* No Lua. */
 void read_drop(struct stream *s); /* frees what has come. No Lua. */
-void read_came(struct stream *s, char *base, size_t n, size_t size,
-               int status); /* n bytes of that block, which is the stream's now. No Lua. */
+/* n bytes of that block, which is the stream's now. No Lua. */
+void read_came(struct stream *s, char *base, size_t n, size_t size, int status);
 void read_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the one at i */
 
 /* ---- uvwrite.c ---- */
@@ -109,8 +108,8 @@ enum { FLUSH_NEW, FLUSH_WAITING };                        /* what is asked of th
 void write_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the one at i */
 void write_refuse(lua_State *L, int i, struct stream *s); /* [-0, +0, m] all that are suspended */
 void write_forget(lua_State *L, struct stream *s, int i); /* [-0, +0, -] strings that are sent */
-size_t write_copy(const struct stream *s, char *to,
-                  size_t most); /* the first of the queue. No Lua. */
+/* the first of the queue. No Lua. */
+size_t write_copy(const struct stream *s, char *to, size_t most);
 
 /* ---- fdstream.c: streams of descriptors that libuv cannot poll. No Lua. ---- */
 

@@ -50,33 +50,34 @@ static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
+/* suspends the running fiber */
 int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
-                lua_KContext ctx, lua_KFunction k);               /* suspends the running fiber */
+                lua_KContext ctx, lua_KFunction k);
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
-struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses,
-                                double seconds); /* [-0, +1, m] */
-void waiter_start(
-    lua_State *L, int i, struct link *q, int k,
-    struct scope *s); /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
-int waiter_await(lua_State *L, struct fiber *me, struct task *op,
-                 bool deaf); /* [-1, …, e] in direct style: the operation on top */
-void waiter_enqueue(lua_State *L, int i, int holder, struct link *q,
-                    struct clause *c); /* [-0, +0, m] one clause of it */
-struct nap *waiter_take(lua_State *L, int holder,
-                        struct link *q); /* [-0, +1, -] the first of q; NULL: [-0, +0] */
+/* [-0, +1, m] */
+struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds);
+/* [-0, +0, m] the operation at i waits in q of the holder at 1 */
+void waiter_start(lua_State *L, int i, struct link *q, int k, struct scope *s);
+/* [-1, …, e] in direct style: the operation on top */
+int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf);
+/* [-0, +0, m] one clause of it */
+void waiter_enqueue(lua_State *L, int i, int holder, struct link *q, struct clause *c);
+/* [-0, +1, -] the first of q; NULL: [-0, +0] */
+struct nap *waiter_take(lua_State *L, int holder, struct link *q);
 void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
-void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k,
-                   bool failed); /* [-1, +0, m] the operation at i, by its clause k */
+/* [-1, +0, m] the operation at i, by its clause k */
+void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool failed);
 void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
 void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
 /* quiet: the holder need not hear of it: it knows, or is being collected with its waiters */
-void waiter_leave(lua_State *L, struct fiber *f,
-                  bool quiet); /* [-0, +0, -] it naps no more, but for its deadline */
-void waiter_withdraw(lua_State *L, int i,
-                     bool quiet); /* [-0, +0, -] the operation at i leaves all queues */
+/* [-0, +0, -] it naps no more, but for its deadline */
+void waiter_leave(lua_State *L, struct fiber *f, bool quiet);
+/* [-0, +0, -] the operation at i leaves all queues */
+void waiter_withdraw(lua_State *L, int i, bool quiet);
+
 void waiter_land(lua_State *L, int i);
-bool waiter_push_name(lua_State *L,
-                      struct fiber *f); /* [-0, +1, m] what it waits for; false: [-0, +0] */
+/* [-0, +1, m] what it waits for; false: [-0, +0] */
+bool waiter_push_name(lua_State *L, struct fiber *f);
 static inline bool waiter_is_queued(const struct task *t) {
   return task_is(t, KIND_QUEUED) || task_is(t, KIND_SELECT);
 }
@@ -87,16 +88,16 @@ static inline bool waiter_is_queued(const struct task *t) {
 ** brings a list. */
 enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE };
 
-bool channel_check(lua_State *L, int i,
-                   enum ask what); /* [-0, +0, -] a half at i becomes its channel; false: no such */
+/* [-0, +0, -] a half at i becomes its channel; false: no such */
+bool channel_check(lua_State *L, int i, enum ask what);
 bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what,
                   int v);
 /* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
-void channel_enqueue(lua_State *L, int i, int ch,
-                     struct clause *clause); /* [-0, +0, m] … else it waits */
-void channel_announce(
-    lua_State *L, struct runtime *rt, int ch,
-    enum ask what); /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
+/* [-0, +0, m] … else it waits */
+void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause);
+/* [-0, +0, m] somebody waits for it: tells those for whom that counts */
+void channel_announce(lua_State *L, struct runtime *rt, int ch, enum ask what);
+
 void channel_open(lua_State *L);
 void select_open(lua_State *L);
 
