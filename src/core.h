@@ -966,7 +966,9 @@ ONCE void schedule_open(lua_State *L);
 
 /* ---- deadline.c: what waits for a time, in order ---- */
 
-/* [-0, +0, m] room for one more; the index that it will get */
+/* [-0, +0, -] makes room for one more; false: there is no memory */
+bool deadline_has_room(lua_State *L, struct runtime *rt);
+/* [-0, +0, m] … the index that it will get */
 uint32_t deadline_reserve(lua_State *L, struct runtime *rt);
 double deadline_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
 void deadline_set(struct runtime *rt, struct deadline *d, double now, double due);

@@ -16,7 +16,7 @@
 ** that knows of ties), in that order too: equal deadlines fire in the order they were set.
 **
 ** A deadline is one index (core.h) into an array of nodes; a dropped one leaves nothing behind. Only
-** deadline_reserve may fail, and it makes room in the heap as well (memory that is not touched before it
+** making room may fail, and it makes room in the heap as well (memory that is not touched before it
 ** is needed): from there on nothing that moves time or deadlines ever raises.
 **
 ** Under a test's seed equal deadlines draw lots there instead.
@@ -252,22 +252,23 @@ static void *resize(lua_State *L, void *block, size_t from, size_t to) {
   return alloc(ud, block, from, to);
 }
 
-static void grow(lua_State *L, struct deadlines *w) {
+static bool grow(lua_State *L, struct deadlines *w) {
   uint32_t size = w->size ? w->size * 2 : 16;
-  if (size > MOST) luaL_error(L, "too many timers");
+  if (size > MOST) return false;
   struct near *near = (struct near *)resize(L, NULL, 0, size * sizeof *near);
   struct node *nodes =
       near ? (struct node *)resize(L, w->nodes, w->size * sizeof *nodes, size * sizeof *nodes)
            : NULL;
   if (nodes == NULL) {
     resize(L, near, size * sizeof *near, 0);
-    luaL_error(L, "not enough memory");
+    return false;
   }
   if (w->end > 0) memcpy(near, w->near, w->end * sizeof *near); /* touch no more */
   resize(L, w->near, w->size * sizeof *near, 0);
   w->near = near;
   w->nodes = nodes;
   w->size = size;
+  return true;
 }
 
 static void shrink(lua_State *L, struct deadlines *w) {
@@ -279,17 +280,22 @@ static void shrink(lua_State *L, struct deadlines *w) {
   w->used = 1;
 }
 
-uint32_t deadline_reserve(lua_State *L, struct runtime *rt) {
+bool deadline_has_room(lua_State *L, struct runtime *rt) {
   struct deadlines *w = rt->deadlines;
   if (w == NULL) {
     w = (struct deadlines *)resize(L, NULL, 0, sizeof *w);
-    if (w == NULL) luaL_error(L, "not enough memory");
+    if (w == NULL) return false;
     memset(w, 0, sizeof *w);
     w->rt = rt;
     w->used = 1;
     rt->deadlines = w;
   }
-  if (w->free == 0 && w->used >= w->size) grow(L, w);
+  return w->free != 0 || w->used < w->size || grow(L, w);
+}
+
+uint32_t deadline_reserve(lua_State *L, struct runtime *rt) {
+  if (!deadline_has_room(L, rt)) luaL_error(L, "not enough memory");
+  const struct deadlines *w = rt->deadlines;
   return w->free ? w->free : w->used;
 }
 

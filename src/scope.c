@@ -237,8 +237,10 @@ static struct scope *scope_begin(lua_State *L, struct runtime *rt, enum scope_ki
   struct fiber *me = (struct fiber *)rt->me;
   if (scope_own(L, rt, me) == rt->root) luaL_error(L, "the task has ended");
   struct scope *s = scope_new(L, rt, kind, size), *outer = me->member.scope;
-  if (timed)
-    deadline_reserve(L, rt); /* here: a finalizer may have used the room that was there before */
+  if (timed && !deadline_has_room(L, rt)) { /* here: a finalizer may use what was there before */
+    scope_free(L, rt, s);
+    luaL_error(L, "not enough memory");
+  }
   s->outer = outer;
   outer->refs++;
   s->base = outer->base;

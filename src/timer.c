@@ -381,7 +381,11 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   operation_start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
   bool canceled = operation_canceled(k, s);
   if (canceled) t->flags |= TASK_INTERRUPTED;
-  if (canceled || seconds == 0 || !wait_add(L, 1, &op->wait, 4, WAIT_OP)) wait_op_land(L, 4);
+  bool waits = !canceled && seconds != 0 && wait_add(L, 1, &op->wait, 4, WAIT_OP);
+  if (!task_done(t)) {
+    if (!waits) wait_op_land(L, 4);
+  } else if (waits) /* a finalizer has canceled it */
+    wait_remove(L, 1, &op->wait);
 }
 
 /* wait_async(task, timeout, token) */
