@@ -269,6 +269,54 @@ describe("the handler of unobserved exceptions", function()
   end)
 end)
 
+describe("an error that ends a coroutine of Lua's own", function()
+  local loc = flow.AsyncLocal()
+  local ways = {
+    ["loc:run"] = function(fn) return loc:run("in", fn) end,
+    ["context:run"] = function(fn) return flow.ExecutionContext.capture():run(fn) end,
+    ["wrap"] = function(fn) return flow.ExecutionContext.wrap(fn)() end,
+    ["flow.call"] = function(fn) return flow.call(fn) end,
+  }
+
+  local function each_way(fn)
+    for name, call in pairs(ways) do
+      loc:set("out")
+      fn(function(body) return coroutine.create(function() return call(body) end) end, name)
+      assert.equal("out", loc:get(), name)
+    end
+    loc:set(nil)
+  end
+
+  local function specs()
+    each_way(function(create, name) -- raised at once
+      local err = {}
+      local co = create(function()
+        loc:set("changed")
+        error(err)
+      end)
+      local ok, raised = coroutine.resume(co)
+      assert.is_false(ok)
+      assert.equal(err, raised, name)
+    end)
+    each_way(function(create, name) -- after a yield
+      local co = create(function()
+        loc:set("changed")
+        assert.equal(2, coroutine.yield(1))
+        error()
+      end)
+      assert.same({ true, 1 }, { coroutine.resume(co) }, name)
+      assert.same({ false }, { coroutine.resume(co, 2) }, name)
+    end)
+    each_way(function(create, name) -- no error
+      local co = create(function() return 1, nil, 3 end)
+      assert.same(table.pack(true, 1, nil, 3), table.pack(coroutine.resume(co)), name)
+    end)
+  end
+
+  it("leaves the context as it was, in a task", in_order(specs))
+  it("leaves the context as it was, outside every task", specs)
+end)
+
 describe("the state of a loop over when_each", function()
   it("cannot be awaited", in_order(function()
     local _, state, _, closing <close> = flow.when_each { never() } -- luacheck: ignore closing

@@ -282,6 +282,14 @@ static int l_restore_flow(lua_State *L) {
   return 0;
 }
 
+/* dies_open() -> whether Lua leaves what is to be closed open when an error ends this coroutine, which is none of
+** ours then, nor the main one */
+static int l_dies_open(lua_State *L) {
+  bool ours = fiber_on_top(L, runtime(L));
+  lua_pushboolean(L, !lua_pushthread(L) && !ours);
+  return 1;
+}
+
 static int l_is_suppressed(lua_State *L) {
   lua_pushboolean(L, runtime(L)->me->flags & TASK_SUPPRESSED);
   return 1;
@@ -292,6 +300,8 @@ static const luaL_Reg functions[] = {{"enter", l_enter},
                                      {"suppress_flow", l_suppress},
                                      {"restore_flow", l_restore_flow},
                                      {"is_flow_suppressed", l_is_suppressed},
+                                     {"dies_open", l_dies_open},
+                                     {"leave", l_guard_close},
                                      {NULL, NULL}};
 static const luaL_Reg local_methods[] = {{"with", l_with}, {NULL, NULL}};
 static const luaL_Reg context_methods[] = {{"enter", l_context_enter}, {NULL, NULL}};

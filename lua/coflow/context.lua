@@ -5,6 +5,15 @@
 
 local core = require "coflow.core"
 
+local dies_open, leave, error, pcall = core.dies_open, core.leave, error, pcall
+
+-- In a coroutine of Lua's own an error closes nothing: it is held up here until the old context is back.
+local function finish(scope, ok, ...)
+  if ok then return ... end
+  leave(scope)
+  error((...), 0)
+end
+
 local ExecutionContext = {}
 
 ---Calls `fn` under `context`; what it changes stays inside. May suspend.
@@ -16,7 +25,8 @@ local ExecutionContext = {}
 function ExecutionContext.run(context, fn, ...)
   if context ~= nil then core.check_class(1, context, "coflow.ExecutionContext") end
   core.check_function(2, fn)
-  local _ <close> = core.enter(context)
+  local scope <close> = core.enter(context)
+  if dies_open() then return finish(scope, pcall(fn, ...)) end
   return fn(...)
 end
 
@@ -31,7 +41,8 @@ function ExecutionContext.wrap(fn)
   if wrapped[fn] then return fn end
   local context = core.capture() or core.empty_context
   local function wrapper(...)
-    local _ <close> = core.enter(context)
+    local scope <close> = core.enter(context)
+    if dies_open() then return finish(scope, pcall(fn, ...)) end
     return fn(...)
   end
   wrapped[wrapper] = true
@@ -49,7 +60,8 @@ local AsyncLocal = core.methods("coflow.AsyncLocal")
 function AsyncLocal:run(value, fn, ...)
   core.check_class(1, self, "coflow.AsyncLocal")
   core.check_function(3, fn)
-  local _ <close> = self:with(value)
+  local scope <close> = self:with(value)
+  if dies_open() then return finish(scope, pcall(fn, ...)) end
   return fn(...)
 end
 
@@ -62,7 +74,8 @@ local flow = {}
 ---@return any ... what `fn` returns
 function flow.call(fn, ...)
   core.check_function(1, fn)
-  local _ <close> = core.isolate()
+  local scope <close> = core.isolate()
+  if dies_open() then return finish(scope, pcall(fn, ...)) end
   return fn(...)
 end
 
