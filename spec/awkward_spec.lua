@@ -182,6 +182,21 @@ describe("a handler that is called as a task is entered", function()
     assert.same({ "closed" }, log)
   end))
 
+  it("cannot suspend it, and is told so", in_order(function()
+    local errors = {}
+    local seen = flow.AsyncLocal { value_changed = function(args)
+      if args.context_changed then errors[#errors + 1] = tostring(select(2, pcall(flow.yield))) end
+    end }
+    local task = flow.spawn(function()
+      seen:set(1)
+      flow.yield()
+    end)
+    flow.yield() -- it has set it, and we are entered
+    task:await() -- it is entered, and left
+    assert.equal(3, #errors)
+    for _, err in ipairs(errors) do assert.truthy(err:find("inside a value_changed handler", 1, true), err) end
+  end))
+
   it("may ask for its traceback", in_order(function()
     local text
     local loc = local_with(function() text = flow.current_task():traceback() end)
