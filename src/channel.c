@@ -566,23 +566,12 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
   return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, what, wait_k);
 }
 
-/* raises if the token at k, or the ambient one, is canceled */
-static void check_tokens(lua_State *L, const struct runtime *rt, int k) {
-  struct scope *s = ((struct fiber *)rt->me)->member.scope;
-  if (lua_gettop(L) < k) {
-    if (s->canceled) scope_throw(L, s);
-    return;
-  }
-  struct token *token = token_opt(L, k);
-  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
-}
-
 static inline int direct(lua_State *L, enum ask what, int k, lua_CFunction f) {
   struct channel *c =
       check(L, what == ASK_WRITE || what == ASK_CAN_WRITE ? TAG_WRITER : TAG_READER);
   struct runtime *rt = runtime(L);
   if (what == ASK_WRITE) check_item(L, 2);
-  check_tokens(L, rt, k);
+  waiter_check_tokens(L, rt, k);
   switch (attempt(L, rt, 1, c, what, 2, 0)) {
     case PENDING: return wait_for(L, c, what, k, f);
     case DROPPED: return tell_dropped(L, 1, c);
