@@ -42,6 +42,7 @@ build = {
         "src/guard.c",
         "src/handle.c",
         "src/io.c",
+        "src/items.c",
         "src/job.c",
         "src/listener.c",
         "src/lock.c",
