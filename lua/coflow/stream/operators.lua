@@ -21,6 +21,7 @@ local as_stream, check_stream = source.as_stream, source.check_stream
 --
 -- `step(next, argument, token)` gives, for one iteration of the source, what takes the place of its `next`; and, if it
 -- has something of its own to close, a function that does, called before the source's `close`.
+---@return fun(self: coflow.Stream, argument: any): coflow.Stream
 local function operator(name, check_argument, step)
   return function(self, argument)
     check(self, name)
