@@ -1,12 +1,9 @@
 /*
 ** channel.c - queues of items between tasks: bounded, unbounded, rendezvous, prioritized.
 **
-** Items lie in a ring whose size is a power of two: a Lua table (CHANNEL_ITEMS) that doubles when it is full, or,
-** when the capacity is small, user values of the channel itself (CHANNEL_RING on), which cost less. Those of
-** a prioritized channel lie in sorted pieces, which lua/coflow/channel.lua makes. Writers that found the
-** channel full wait with their item; readers that found it empty wait to be handed one. Beside them wait
-** those who only asked to be told (wait_to_read, wait_to_write): they are told all at once, and only when
-** nobody waits for the thing itself.
+** Writers that found the channel full wait with their item; readers that found it empty wait to be handed one.
+** Beside them wait those who only asked to be told (wait_to_read, wait_to_write): they are told all at once, and
+** only when nobody waits for the thing itself. Where the items lie, and in which order, is told in items.c.
 **
 ** Callbacks of users (item_dropped, comparer) are called when the channel is in order and nothing is in our
 ** hands but what the callback is about; whatever they do to the channel, they do to it as it is.
@@ -17,42 +14,11 @@
 ** Source:     System.Threading.Channels. There end of data is an exception too; here read returns nil.
 ** SPDX-License-Identifier: MIT
 */
-#include "waiter.h"
+#include "channel.h"
 
 #include <math.h>
 
-enum mode { MODE_WAIT, MODE_DROP_NEWEST, MODE_DROP_OLDEST, MODE_DROP_WRITE };
-
-struct channel {
-  struct holder holder;
-  uint8_t mode;
-  bool completed, failed; /* failed: with an error */
-  bool sorted;            /* prioritized */
-  bool plain;             /* neither completed nor prioritized */
-  bool own;               /* the ring is among its user values */
-  bool drops;             /* CHANNEL_DROPPED is a function */
-  lua_Integer capacity, count;
-  lua_Integer head, size; /* of the ring */
-  lua_Integer peak;       /* the highest count since the ring was empty */
-  lua_Integer version;    /* of a prioritized one: counts the changes */
-  struct link readers, writers, can_read, can_write;
-  struct runtime *rt;
-};
-/* CHANNEL_ERROR: what it was completed with; CHANNEL_CLOSED: what read and write raise then.
-** CHANNEL_INSERT: of a prioritized one, a function that puts an item in its place. */
-enum {
-  CHANNEL_ITEMS = HOLDER_WAITERS + 1,
-  CHANNEL_COMPLETION,
-  CHANNEL_ERROR,
-  CHANNEL_CLOSED,
-  CHANNEL_DROPPED,
-  CHANNEL_INSERT,
-  CHANNEL_READER,
-  CHANNEL_WRITER,
-  CHANNEL_RING
-};
 enum { HALF_CHANNEL = 1 };
-enum { MIN_RING = 8, SMALL_RING = 1024, MAX_OWN = 256 };
 
 enum outcome { PENDING, VALUE, DROPPED, FAILURE };
 
@@ -63,105 +29,6 @@ static struct link *queue_of(struct channel *c, enum ask what) {
     case ASK_CAN_WRITE: return &c->can_write;
     default: return &c->readers;
   }
-}
-
-/* ---- items ---- */
-
-/* [-0, +0, m] room for one more: the part of the ring that lies before the head moves behind it */
-static void grow(lua_State *L, struct channel *c, int items) {
-  lua_Integer size = c->size ? c->size * 2 : MIN_RING;
-  if (c->size > 0) c->head &= c->size - 1;
-  for (lua_Integer k = 1; k <= c->head; k++) {
-    lua_rawgeti(L, items, k);
-    lua_rawseti(L, items, c->size + k);
-  }
-  for (lua_Integer k = 1; k <= c->head; k++) {
-    lua_pushnil(L);
-    lua_rawseti(L, items, k);
-  }
-  c->size = size;
-}
-
-/* the place in the ring of item k of those that are there, both from 0 */
-static inline lua_Integer place(const struct channel *c, lua_Integer k) {
-  return (c->head + k) & (c->size - 1);
-}
-
-/* [-0, +0, m] the item at v becomes the last one */
-static void put(lua_State *L, int ch, struct channel *c, int v) {
-  if (c->own) {
-    lua_pushvalue(L, v);
-    lua_setiuservalue(L, ch, CHANNEL_RING + (int)place(c, c->count++));
-    return;
-  }
-  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
-  if (c->count == c->size) grow(L, c, lua_gettop(L));
-  lua_pushvalue(L, v < 0 ? v - 1 : v);
-  lua_rawseti(L, -2, place(c, c->count) + 1);
-  lua_pop(L, 1);
-  if (++c->count > c->peak) c->peak = c->count;
-}
-
-/* [-0, +1, -] the first of a prioritized channel, the last one of its last piece */
-static void pop_sorted(lua_State *L, int ch, struct channel *c, bool remove) {
-  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
-  lua_Integer pieces = (lua_Integer)lua_rawlen(L, -1);
-  lua_rawgeti(L, -1, pieces); /* items piece */
-  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
-  lua_rawgeti(L, -1, n);
-  lua_insert(L, -3); /* item items piece */
-  if (remove) {
-    lua_pushnil(L);
-    lua_rawseti(L, -2, n);
-    if (n == 1) {
-      lua_pushnil(L);
-      lua_rawseti(L, -3, pieces);
-    }
-    c->count--;
-    c->version++;
-  }
-  lua_pop(L, 2);
-}
-
-/* [-0, +1, -] the item that came as number k of those that are there, from 0, which is removed if told: it
-** must be the first or the last then */
-static void fetch(lua_State *L, int ch, struct channel *c, lua_Integer k, bool remove) {
-  if (c->sorted) {
-    pop_sorted(L, ch, c, remove);
-    return;
-  }
-  lua_Integer at = place(c, k);
-  if (c->own) {
-    lua_getiuservalue(L, ch, CHANNEL_RING + (int)at);
-    if (remove) {
-      lua_pushnil(L);
-      lua_setiuservalue(L, ch, CHANNEL_RING + (int)at);
-    }
-  } else {
-    lua_getiuservalue(L, ch, CHANNEL_ITEMS);
-    lua_rawgeti(L, -1, at + 1);
-    if (remove) {
-      lua_pushnil(L);
-      lua_rawseti(L, -3, at + 1);
-    }
-    lua_replace(L, -2);
-  }
-  if (!remove) return;
-  c->count--;
-  if (k == 0) c->head++;
-}
-
-/* [-0, +0, m] a ring that had to be large once, and was not since, is given up. Creates. */
-static void shrink(lua_State *L, int ch, struct channel *c) {
-  if (c->peak <= c->size / 4) {
-    lua_createtable(L, MIN_RING, 0);
-    if (c->count == 0) {
-      lua_setiuservalue(L, ch, CHANNEL_ITEMS);
-      c->size = c->head = 0;
-    } else
-      lua_pop(L, 1);
-  }
-  c->peak = c->count;
 }
 
 /* ---- handing over ---- */
@@ -189,8 +56,7 @@ static void tell(lua_State *L, struct runtime *rt, int ch, struct link *q) {
 
 /* [-0, +0, m] the channel is complete and drained */
 static void drained(lua_State *L, struct runtime *rt, int ch, const struct channel *c) {
-  lua_pushnil(L);
-  lua_setiuservalue(L, ch, CHANNEL_ITEMS);
+  items_close(L, ch);
   if (lua_getiuservalue(L, ch, CHANNEL_COMPLETION) == LUA_TUSERDATA) {
     int task = lua_gettop(L);
     if (task_done((struct task *)lua_touserdata(L, task)))
@@ -216,10 +82,10 @@ static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
     waiter_grant(L, rt, n);
     return true;
   }
-  fetch(L, ch, c, 0, true);
+  items_fetch(L, ch, c, 0, true);
   if (waiter_any(&c->writers) && (n = waiter_take(L, ch, &c->writers)) != NULL) {
     waiter_push_value(L, n);
-    put(L, ch, c, -1);
+    items_put(L, ch, c, -1);
     lua_pop(L, 1);
     lua_pushboolean(L, 1);
     waiter_grant(L, rt, n);
@@ -238,7 +104,7 @@ static bool offer(lua_State *L, struct runtime *rt, int ch, struct channel *c, i
     return true;
   }
   if (c->count >= c->capacity) return false;
-  put(L, ch, c, v);
+  items_put(L, ch, c, v);
   if (waiter_any(&c->can_read)) tell(L, rt, ch, &c->can_read);
   return true;
 }
@@ -249,25 +115,16 @@ static void drop(lua_State *L, int ch, struct channel *c, int v) {
     lua_pushvalue(L, v);
     return;
   }
-  fetch(L, ch, c, c->mode == MODE_DROP_NEWEST ? c->count - 1 : 0, true);
-  put(L, ch, c, v);
+  items_fetch(L, ch, c, c->mode == MODE_DROP_NEWEST ? c->count - 1 : 0, true);
+  items_put(L, ch, c, v);
 }
 
 /* [-0, +0, e] the item at v into a prioritized channel; false: it was completed meanwhile */
 static bool insert(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
   struct nap *n;
-  lua_getiuservalue(L, ch, CHANNEL_INSERT);
-  lua_pushvalue(L, ch);
-  lua_getiuservalue(L, ch, CHANNEL_ITEMS);
-  lua_pushvalue(L, v);
-  lua_call(L, 3, 1); /* comparers run in it; the last thing that it does is to put the item there */
-  bool done = lua_toboolean(L, -1);
-  lua_pop(L, 1);
-  if (!done) return false;
-  c->count++;
-  c->version++;
+  if (!items_insert(L, ch, c, v)) return false;
   while (c->count > 0 && (n = waiter_take(L, ch, &c->readers)) != NULL) {
-    fetch(L, ch, c, 0, true);
+    items_fetch(L, ch, c, 0, true);
     hand(L, rt, n);
   }
   if (c->count > 0) tell(L, rt, ch, &c->can_read);
@@ -348,6 +205,23 @@ static bool fill(lua_State *L, struct runtime *rt, int ch, struct channel *c, in
   return n > 0;
 }
 
+/* [-0, +1, e] true, or the dropped item; PENDING: [-0, +0] there is no room, or it has been completed meanwhile */
+static enum outcome write_item(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
+  if (items_may_shrink(c)) {
+    items_shrink(L, ch, c);
+    if (c->completed) return PENDING; /* by a finalizer */
+  }
+  if (c->sorted) {
+    if (!insert(L, rt, ch, c, v)) return PENDING;
+  } else if (!offer(L, rt, ch, c, v)) {
+    if (c->mode == MODE_WAIT) return PENDING;
+    drop(L, ch, c, v);
+    return DROPPED;
+  }
+  lua_pushboolean(L, 1);
+  return VALUE;
+}
+
 /* [-0, +1, e] the result, the dropped item, or the error, as the outcome says; PENDING: [-0, +0].
 ** v: the item to be written, or the list to be filled with at most max items */
 static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct channel *c,
@@ -360,21 +234,11 @@ static enum outcome attempt(lua_State *L, struct runtime *rt, int ch, struct cha
     case ASK_NEXT:
       if (take(L, rt, ch, c)) return VALUE;
       break;
-    case ASK_WRITE:
-      if (c->completed) break;
-      if (c->size > SMALL_RING && c->count == 0 && !c->sorted) {
-        shrink(L, ch, c);
-        if (c->completed) break; /* by a finalizer */
-      }
-      if (c->sorted) {
-        if (!insert(L, rt, ch, c, v)) break;
-      } else if (!offer(L, rt, ch, c, v)) {
-        if (c->mode == MODE_WAIT) return PENDING;
-        drop(L, ch, c, v);
-        return DROPPED;
-      }
-      lua_pushboolean(L, 1);
-      return VALUE;
+    case ASK_WRITE: {
+      enum outcome outcome = c->completed ? PENDING : write_item(L, rt, ch, c, v);
+      if (outcome != PENDING) return outcome;
+      break;
+    }
     case ASK_CAN_READ:
       if (c->count == 0 && !waiter_any(&c->writers)) break;
       lua_pushboolean(L, 1);
@@ -398,6 +262,8 @@ void channel_announce(lua_State *L, struct runtime *rt, int ch, enum ask what) {
   else if (what < ASK_WRITE && waiter_any(&c->can_write))
     tell(L, rt, ch, &c->can_write);
 }
+
+/* ---- dropped items ---- */
 
 static int dropped_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status, (void)ctx;
@@ -427,6 +293,13 @@ static bool try_tell_dropped(lua_State *L, int ch, const struct channel *c) {
   return true;
 }
 
+/* ---- arguments ---- */
+
+/* the half that does it */
+static uint32_t half_for(enum ask what) {
+  return what == ASK_WRITE || what == ASK_CAN_WRITE ? TAG_WRITER : TAG_READER;
+}
+
 /* the channel at index 1, or that of the half there, which it replaces */
 static struct channel *check(lua_State *L, uint32_t half) {
   struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
@@ -435,6 +308,14 @@ static struct channel *check(lua_State *L, uint32_t half) {
   lua_getiuservalue(L, 1, HALF_CHANNEL);
   lua_replace(L, 1);
   return (struct channel *)lua_touserdata(L, 1);
+}
+
+bool channel_check(lua_State *L, int i, enum ask what) {
+  if (object_test(L, i, TAG_CHANNEL) != NULL) return true;
+  if (object_test(L, i, half_for(what)) == NULL) return false;
+  lua_getiuservalue(L, i, HALF_CHANNEL);
+  lua_replace(L, i);
+  return true;
 }
 
 static void check_item(lua_State *L, int v) {
@@ -464,14 +345,6 @@ void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause) {
   waiter_enqueue(L, i, ch, queue_of(c, (enum ask)clause->what), clause);
 }
 
-bool channel_check(lua_State *L, int i, enum ask what) {
-  if (object_test(L, i, TAG_CHANNEL) != NULL) return true;
-  if (object_test(L, i, what == ASK_WRITE ? TAG_WRITER : TAG_READER) == NULL) return false;
-  lua_getiuservalue(L, i, HALF_CHANNEL);
-  lua_replace(L, i);
-  return true;
-}
-
 /* [-0, +1, e] an operation on the channel at 1, with the item, the list or nil at 2 and the token at 3 */
 static struct task *start(lua_State *L, struct channel *c, enum ask what, lua_Integer max,
                           struct scope *s) {
@@ -496,8 +369,7 @@ static struct task *start(lua_State *L, struct channel *c, enum ask what, lua_In
 
 /* x_async: the arguments are the channel, for ASK_WRITE the item, and the token */
 static int twin(lua_State *L, enum ask what) {
-  struct channel *c =
-      check(L, what == ASK_WRITE || what == ASK_CAN_WRITE ? TAG_WRITER : TAG_READER);
+  struct channel *c = check(L, half_for(what));
   if (what == ASK_WRITE)
     check_item(L, 2);
   else {
@@ -507,19 +379,6 @@ static int twin(lua_State *L, enum ask what) {
   }
   lua_settop(L, 3);
   start(L, c, what, 0, operation_scope(L, 3));
-  return 1;
-}
-
-/* read_batch_async(max, token) */
-static int l_read_batch_async(lua_State *L) {
-  struct channel *c = check(L, TAG_READER);
-  lua_Integer max = LUA_MAXINTEGER;
-  if (!lua_isnoneornil(L, 2) && lua_tonumber(L, 2) != HUGE_VAL) max = luaL_checkinteger(L, 2);
-  luaL_argcheck(L, max >= 1, 2, "at least one item must be asked for");
-  lua_settop(L, 3);
-  lua_createtable(L, 1, 0);
-  lua_replace(L, 2);
-  start(L, c, ASK_BATCH, max, operation_scope(L, 3));
   return 1;
 }
 
@@ -534,6 +393,12 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   lua_settop(L, 2);
   if (!lua_isnil(L, 2)) return 1;
   return push_end(L, 1, (struct channel *)lua_touserdata(L, 1), (enum ask)ctx) ? lua_error(L) : 1;
+}
+
+/* returns, or raises, what attempt has left on top */
+static int give(lua_State *L, const struct channel *c, enum outcome outcome) {
+  if (outcome == DROPPED) return tell_dropped(L, 1, c);
+  return outcome == FAILURE ? lua_error(L) : 1;
 }
 
 /* what cannot be had at once, with the arguments as of twin, the token at k; f: from the start */
@@ -555,44 +420,26 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
   lua_settop(L, 2);
   if (c->capacity == 0) {
     channel_announce(L, rt, 1, what);
-    switch (attempt(L, rt, 1, c, what, 2, 0)) { /* a finalizer may have been here */
-      case PENDING: break;
-      case DROPPED: return tell_dropped(L, 1, c);
-      case FAILURE: return lua_error(L);
-      default: return 1;
-    }
+    enum outcome outcome = attempt(L, rt, 1, c, what, 2, 0); /* a finalizer may have been here */
+    if (outcome != PENDING) return give(L, c, outcome);
   }
   if (deaf) me->task.flags |= TASK_DEAF;
   return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, what, wait_k);
 }
 
-/* raises if the token at k, or the ambient one, is canceled */
-static void check_tokens(lua_State *L, const struct runtime *rt, int k) {
-  struct scope *s = ((struct fiber *)rt->me)->member.scope;
-  if (lua_gettop(L) < k) {
-    if (s->canceled) scope_throw(L, s);
-    return;
-  }
-  struct token *token = token_opt(L, k);
-  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
-}
-
+/* with the arguments as of twin, the token at k; f is the function that calls this */
 static inline int direct(lua_State *L, enum ask what, int k, lua_CFunction f) {
-  struct channel *c =
-      check(L, what == ASK_WRITE || what == ASK_CAN_WRITE ? TAG_WRITER : TAG_READER);
+  struct channel *c = check(L, half_for(what));
   struct runtime *rt = runtime(L);
   if (what == ASK_WRITE) check_item(L, 2);
-  check_tokens(L, rt, k);
-  switch (attempt(L, rt, 1, c, what, 2, 0)) {
-    case PENDING: return wait_for(L, c, what, k, f);
-    case DROPPED: return tell_dropped(L, 1, c);
-    case FAILURE: return lua_error(L);
-    default: return 1;
-  }
+  waiter_check_tokens(L, rt, k);
+  enum outcome outcome = attempt(L, rt, 1, c, what, 2, 0);
+  return outcome == PENDING ? wait_for(L, c, what, k, f) : give(L, c, outcome);
 }
 
-/* The common cases of read and write, without what the others need: no token, nobody to be told, and an item or
-** room there, or the wait for it. The same as direct. */
+/* ---- the common cases of read and write: the same as direct, without what the others need ----
+**
+** No token, nobody to be told, and an item or room there, or the wait for it. */
 
 static inline bool is_canceled(const struct runtime *rt) {
   return ((const struct fiber *)rt->me)->member.scope->canceled;
@@ -610,19 +457,7 @@ static int l_read(lua_State *L) {
   struct runtime *rt = c->rt;
   if (is_canceled(rt)) return direct(L, ASK_READ, 2, l_read);
   if (c->count > 0 && !waiter_any(&c->writers) && !waiter_any(&c->can_write)) {
-    lua_Integer at = place(c, 0);
-    if (c->own) {
-      lua_getiuservalue(L, 1, CHANNEL_RING + (int)at);
-      lua_pushnil(L);
-      lua_setiuservalue(L, 1, CHANNEL_RING + (int)at);
-    } else {
-      lua_getiuservalue(L, 1, CHANNEL_ITEMS);
-      lua_rawgeti(L, 2, at + 1);
-      lua_pushnil(L);
-      lua_rawseti(L, 2, at + 1);
-    }
-    c->head++;
-    c->count--;
+    items_fetch_first(L, 1, c);
     return 1;
   }
   if (c->count > 0) {
@@ -648,17 +483,10 @@ static int l_write(lua_State *L) {
       lua_pushboolean(L, 1);
       return 1;
     }
-    if (waiter_any(&c->can_read) || c->size > SMALL_RING) return direct(L, ASK_WRITE, 3, l_write);
+    if (waiter_any(&c->can_read) || items_may_shrink(c)) return direct(L, ASK_WRITE, 3, l_write);
   }
   if (c->count < c->size && c->count < c->capacity) {
-    if (c->own)
-      lua_setiuservalue(L, 1, CHANNEL_RING + (int)place(c, c->count++));
-    else {
-      lua_getiuservalue(L, 1, CHANNEL_ITEMS);
-      lua_pushvalue(L, 2);
-      lua_rawseti(L, 3, place(c, c->count) + 1);
-      if (++c->count > c->peak) c->peak = c->count;
-    }
+    items_put_last(L, 1, c);
     lua_pushboolean(L, 1);
     return 1;
   }
@@ -667,6 +495,8 @@ static int l_write(lua_State *L) {
   return waiter_wait(L, rt, (struct fiber *)rt->me, &c->writers, HUGE_VAL, ASK_WRITE, wait_k);
 }
 
+/* ---- Lua face: reading and writing ---- */
+
 static int l_wait_to_read(lua_State *L) { return direct(L, ASK_CAN_READ, 2, l_wait_to_read); }
 static int l_wait_to_write(lua_State *L) { return direct(L, ASK_CAN_WRITE, 2, l_wait_to_write); }
 
@@ -674,6 +504,19 @@ static int l_read_async(lua_State *L) { return twin(L, ASK_READ); }
 static int l_write_async(lua_State *L) { return twin(L, ASK_WRITE); }
 static int l_wait_to_read_async(lua_State *L) { return twin(L, ASK_CAN_READ); }
 static int l_wait_to_write_async(lua_State *L) { return twin(L, ASK_CAN_WRITE); }
+
+/* read_batch_async(max, token) */
+static int l_read_batch_async(lua_State *L) {
+  struct channel *c = check(L, TAG_READER);
+  lua_Integer max = LUA_MAXINTEGER;
+  if (!lua_isnoneornil(L, 2) && lua_tonumber(L, 2) != HUGE_VAL) max = luaL_checkinteger(L, 2);
+  luaL_argcheck(L, max >= 1, 2, "at least one item must be asked for");
+  lua_settop(L, 3);
+  lua_createtable(L, 1, 0);
+  lua_replace(L, 2);
+  start(L, c, ASK_BATCH, max, operation_scope(L, 3));
+  return 1;
+}
 
 static int next_item(lua_State *L) { return direct(L, ASK_NEXT, 2, next_item); }
 
@@ -727,7 +570,7 @@ static int l_try_write(lua_State *L) {
 static int l_peek(lua_State *L) {
   struct channel *c = check(L, TAG_READER);
   if (c->count > 0)
-    fetch(L, 1, c, 0, false);
+    items_fetch(L, 1, c, 0, false);
   else
     lua_pushnil(L);
   return 1;
@@ -750,7 +593,7 @@ static int l_complete(lua_State *L) {
   return 0;
 }
 
-/* ---- Lua face ---- */
+/* ---- Lua face: the channel and its halves ---- */
 
 static int l_count(lua_State *L) {
   lua_pushinteger(L, check(L, TAG_READER)->count);
@@ -816,11 +659,9 @@ static int l_new(lua_State *L) {
   lua_settop(L, 4);
   lua_Integer capacity = luaL_optinteger(L, 1, LUA_MAXINTEGER);
   int mode = luaL_checkoption(L, 2, "wait", modes);
-  int size = 0;
-  if (capacity <= MAX_OWN)
-    for (size = 1; size < capacity;) size *= 2;
+  int own = items_own(capacity);
   struct channel *c =
-      (struct channel *)holder_new(L, TAG_CHANNEL, sizeof *c, CHANNEL_WRITER + size); /* at 5 */
+      (struct channel *)holder_new(L, TAG_CHANNEL, sizeof *c, CHANNEL_WRITER + own); /* at 5 */
   link_init(&c->readers);
   link_init(&c->writers);
   link_init(&c->can_read);
@@ -831,12 +672,7 @@ static int l_new(lua_State *L) {
   c->sorted = !lua_isnil(L, 4);
   c->plain = !c->sorted;
   c->rt = runtime(L);
-  c->own = size > 0;
-  c->size = size;
-  if (!c->own) {
-    lua_createtable(L, c->sorted ? 0 : MIN_RING, 0);
-    lua_setiuservalue(L, 5, CHANNEL_ITEMS);
-  }
+  items_init(L, 5, c, own);
   lua_pushvalue(L, 3);
   lua_setiuservalue(L, 5, CHANNEL_DROPPED);
   lua_pushvalue(L, 4);

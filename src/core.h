@@ -115,10 +115,10 @@ enum task_kind {
   KIND_SCOPE,
   KIND_IDLE,    /* complete once the loop has nothing to do: for tests */
   KIND_QUEUED,  /* it waits in a queue of waiters (waiter.c) */
-  KIND_SELECT,  /* … in several, and for tasks, whichever comes first (channel.c) */
+  KIND_SELECT,  /* … in several, and for tasks, whichever comes first (select.c) */
   KIND_PERIOD,  /* wait_for_next_tick_async */
   KIND_TICK,    /* of a Timer; no object of Lua's */
-  KIND_GATE,    /* no task: a lock that is to let readers in (sync.c) */
+  KIND_GATE,    /* no task: a lock that is to let readers in (lock.c) */
   KIND_CATCHER, /* no task: of signals (signal.c) */
   KIND_IO,      /* libuv has it in hands: its struct begins with struct io */
   KIND_HANDLE,  /* no task: of a struct handle, which lands when libuv has news of it */

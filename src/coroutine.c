@@ -35,7 +35,7 @@
 ** is first resumed the coroutine is *primed*. A Lua function has then paused in the protected call; it
 ** goes on as any coroutine does, without nesting, and calls the generator's function in a tail call.
 ** What generator makes differs in its errors only: strings do not get the place of the call put before
-** them, for whoever calls it on somebody else's behalf (lua/coflow/stream.lua).
+** them, for whoever calls it on somebody else's behalf (lua/coflow/stream/source.lua).
 **
 ** Between entering and leaving nothing raises but handlers of async locals, whose errors are caught, and
 ** the coroutine itself, which is protected. What is closed with an abandoned task is closed here too,

@@ -93,7 +93,7 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
     case KIND_QUEUED:
     case KIND_SELECT: waiter_land(L, i); break;
     case KIND_PERIOD: periodic_wait_land(L, i); break;
-    case KIND_GATE: sync_land(L, i); break;
+    case KIND_GATE: lock_land(L, i); break;
     default: combine_land(L, i);
   }
   lua_settop(L, i - 1);

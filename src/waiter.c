@@ -46,7 +46,7 @@
 ** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
 ** A handle must know of all that come and go, since it is held while somebody waits (handle_changed). One that gives
 ** up may be left a number in place of what it brought: how much of its write was sent (handle_left).
-** A shared lock must know of waiters that give up, since others may be let in then: it is told (sync_left).
+** A shared lock must know of waiters that give up, since others may be let in then: it is told (lock_left).
 **
 ** Invariants: n->pos != 0 exactly while n is in a queue; then the holder holds its task there.
 **             h->waiting counts those, and any whose coroutine somebody has closed since.
@@ -155,7 +155,7 @@ static bool push_holder(lua_State *L, struct fiber *f) {
 /* [-0, +0, -] a waiter of the holder on top has left without having got anything: f, or the operation at i */
 static void left(lua_State *L, struct fiber *f, int i) {
   struct holder *h = (struct holder *)lua_touserdata(L, -1);
-  if (h->tag == TAG_SHARED_LOCK) sync_left(L, -1);
+  if (h->tag == TAG_SHARED_LOCK) lock_left(L, -1);
   int64_t n = h->handle ? handle_left((struct handle *)(void *)h) : -1;
   if (n < 0) return;
   if (f != NULL) {

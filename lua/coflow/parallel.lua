@@ -8,7 +8,8 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
-local stream = require "coflow.stream"
+local pack = require("coflow.stream.iteration").pack
+local as_stream = require("coflow.stream.source").as_stream
 local task_group = require("coflow.group").task_group
 
 local NONE = core.take("none", {}).none
@@ -73,7 +74,7 @@ local function take_stream(loop, source)
     wait_for_slot(loop)
     local value, second = next()
     if value == nil then return end
-    start(loop, stream._pack(value, second))
+    start(loop, pack(value, second))
   end
 end
 
@@ -125,7 +126,7 @@ end
 
 -- What both functions take: a stream of the items, or nil where they are a list, and its length.
 local function source_of(items)
-  local made, wrong = stream._as_stream(items)
+  local made, wrong = as_stream(items)
   if not made then return nil, nil, wrong end
   if type(items) ~= "table" or made == items or core.is_callable(items) or items.iterate then return made end
   return nil, math.tointeger(rawget(items, "n")) or #items

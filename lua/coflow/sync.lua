@@ -1,7 +1,7 @@
 -- coflow.sync: semaphores, locks, events, conditions and barriers between tasks.
 --
--- They are C (src/sync.c, declared in meta.lua). Here: what calls a function of the user, so that it costs no C
--- call level and may suspend, and the one operation that is a task of its own.
+-- They are C (src/sync.c and the files of its classes; declared in meta.lua). Here: what calls a function of the
+-- user, so that it costs no C call level and may suspend, and the one operation that is a task of its own.
 --
 -- Source: .NET's System.Threading; the locks are AsyncEx's.
 -- SPDX-License-Identifier: MIT

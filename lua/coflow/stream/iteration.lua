@@ -1,0 +1,198 @@
+-- coflow.stream.iteration: the class coflow.Stream, and one run over a stream: what `for` calls.
+--
+-- An Iteration keeps what stream.lua promises to its `next` and its `close`. Each pull closes a guard: if it is left by
+-- an error, a cancellation too, the iteration ends, and closes everything upstream, before the error goes on.
+-- One that is forgotten unfinished is closed by a task of its own.
+--
+-- Invariants: it._close is called once, by whoever clears it._open.
+--             it._busy is nil before the first pull, true during one, else false.
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+
+local await, current_task, errors = core.await, core.current_task, core.errors
+local is_error = errors.is
+local NONE = core.take("none", {}).none
+
+---@class coflow.Stream
+---@field _open fun(token?: coflow.CancellationToken): function, function?
+local Stream = {}
+local class = { __index = Stream, __name = "coflow.Stream" }
+
+local function new(open) return setmetatable({ _open = open }, class) end
+
+local function is_stream(value) return getmetatable(value) == class end
+
+-- For the methods: of whoever calls `name`.
+local function check(self, name)
+  if not is_stream(self) then
+    error(("calling '%s' on bad self (coflow.Stream expected, got %s)"):format(name, type(self)), 3)
+  end
+end
+
+local function check_token(n, token)
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(n, "CancellationToken expected, got " .. type(token))
+  end
+end
+
+-- Closing -----------------------------------------------------------------------------------------
+
+-- setmetatable({ fn }, deferred): calls fn at the end of the block, whatever happens before.
+local deferred = {}
+function deferred.__close(guard)
+  local fn = guard[1]
+  if fn then fn() end
+end
+
+-- One function that calls both, the second one also when the first one raises. (Only then from within `__close`,
+-- which costs one of the C calls that Lua can nest: streams may be nested more deeply.)
+local function in_turn(first, second)
+  if not (first and second) then return first or second end
+  return function()
+    do
+      local guard <close> = setmetatable({ second }, deferred)
+      first()
+      guard[1] = nil
+    end
+    return second()
+  end
+end
+
+-- Scopes around a pull ----------------------------------------------------------------------------
+
+-- An error of the token that was given goes out with that token, not with that of our scope.
+local renaming = {}
+function renaming.__close(given, err)
+  local token = given[1]
+  if err == nil or token == NONE or not token.is_cancellation_requested then return end
+  if not is_error(err, "OperationCanceled") or err.token == token then return end
+  local _, own = pcall(token.throw_if_cancellation_requested, token)
+  if err.token == core.cancellation_token() or err.cause == own.cause then error(own, 0) end
+end
+
+-- Calls fn with the ambient token linked to `token`; `none` hides it. Under a token that is canceled already it is
+-- called too: it is interrupted where it waits, as always.
+local function under_token(token, fn)
+  local canceled = token.is_cancellation_requested and core.call_source()
+  local _ <close> = token == NONE and core.open_shield()
+    or core.open_linked(canceled and canceled.token or token, fn)
+  local _ <close> = setmetatable({ token }, renaming)
+  if canceled then canceled:cancel(token.reason) end
+  local value, second = fn()
+  return value, second
+end
+
+-- `next` within such a scope; there are none outside of tasks, so there each pull is a task.
+local function within(scope, argument, next)
+  return function()
+    if current_task() then return scope(argument, next) end
+    return await(core.spawn(scope, argument, next))
+  end
+end
+
+-- Iterations --------------------------------------------------------------------------------------
+
+---One run over a stream: what `for` calls. Called by hand it gives the next item; nil at the end, after an error,
+---and when it has been closed. A to-be-closed value.
+---@class coflow.StreamIteration
+local Iteration = {}
+local iteration = { __index = Iteration, __name = "coflow.StreamIteration" }
+
+local function finish(it)
+  it._open = false
+  local close = it._close
+  it._close = nil
+  if close then close() end
+end
+
+-- One for all pulls of an iteration, and for no other: a pull during a pull is refused before.
+local pulling = {}
+function pulling.__close(guard)
+  local it = guard[1]
+  if not it._busy then return end
+  it._busy = false -- it was left by an error
+  if it._open then finish(it) end
+end
+
+function iteration.__call(it)
+  local busy = it._busy
+  if not it._open then
+    return nil
+  elseif busy then
+    error(errors.InvalidOperation("the iteration is in use: its next item has been asked for already"), 2)
+  elseif busy == nil then
+    core.throw_if_canceled(it._token)
+  end
+  it._busy = true
+  local _ <close> = it._guard
+  local value, second = it._next()
+  it._busy = false
+  if value == nil and it._open then finish(it) end
+  return value, second
+end
+
+function iteration.__close(it)
+  if it._open then finish(it) end
+end
+
+local function close_later(close)
+  core.current_task().name = "closing a forgotten stream"
+  close()
+end
+
+-- Forgotten unfinished: closed on a later turn, by a task that has nobody's context or token.
+function iteration.__gc(it)
+  if not it._open or it._busy == nil or not it._close then return end
+  it._open = false
+  local _ <close> = core.suppress_flow()
+  core.spawn(close_later, it._close)
+end
+
+---Ends the iteration and closes its producers. Twice is harmless. May suspend.
+---Raises: what a `<close>` variable raises. InvalidOperation while another task waits for the next item.
+function Iteration:dispose()
+  if getmetatable(self) ~= iteration then
+    error("calling 'dispose' on bad self (coflow.StreamIteration expected, got " .. type(self) .. ")", 2)
+  end
+  if not self._open then return end
+  if self._busy then
+    error(errors.InvalidOperation("the iteration is in use: somebody waits for its next item"), 2)
+  end
+  finish(self)
+end
+
+local function iterate(self, token)
+  local next, close = self._open(token)
+  if token ~= nil then next = within(under_token, token, next) end
+  local it = setmetatable({ _next = next, _close = close, _open = true, _token = token, _guard = false }, iteration)
+  it._guard = setmetatable({ it }, pulling)
+  return it, it, nil, it
+end
+
+---`for item in stream:iterate() do`: runs over the items; each call starts afresh. Leaving the loop, however, closes
+---the producers: their `<close>` variables have run when it is left. The first value alone is the iteration:
+---`local it <close> = stream:iterate()`, then `it()` is the next item, and `it:dispose()` ends it.
+---Nothing runs before the first item is asked for.
+---Cancellation: a token canceled before the first item starts nothing; later `token`, as the ambient one, ends the
+---iteration where a producer waits. One that never waits is told by its own token only.
+---Raises: what a producer raises, as it is. InvalidOperation if two tasks ask at the same time.
+---Source: C#'s await foreach and WithCancellation.
+---@param token? coflow.CancellationToken
+---@return coflow.StreamIteration
+function Stream:iterate(token)
+  check(self, "iterate")
+  check_token(2, token)
+  return iterate(self, token)
+end
+
+-- An item as one value: one of two is a list of these.
+local function pack(value, second)
+  if second == nil then return value end
+  return { value, second }
+end
+
+return {
+  Stream = Stream, new = new, is_stream = is_stream, check = check, check_token = check_token, iterate = iterate,
+  pack = pack, deferred = deferred, in_turn = in_turn, within = within, under_token = under_token,
+}

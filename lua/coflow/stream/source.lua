@@ -1,0 +1,179 @@
+-- coflow.stream.source: where the items of a stream come from: a producer function, a list, an iterator, a channel.
+--
+-- A producer function (stream.new) runs in a coroutine of coflow.coroutine, in a context of its own; its awaits are
+-- those of the task that pulls. It is closed by an error that `emit` raises in it, an OperationCanceled of the
+-- producer's token, so that its `<close>` variables run as they do in any function, and may wait.
+--
+-- Source: the async iterators of C#.
+-- SPDX-License-Identifier: MIT
+
+local core = require "coflow.core"
+local iteration = require "coflow.stream.iteration"
+
+local coroutine, errors, is_callable = core.coroutine, core.errors, core.is_callable
+local is_error = errors.is
+local yield, running, status = coroutine.yield, coroutine.running, coroutine.status
+local deferred, is_stream, new_stream = iteration.deferred, iteration.is_stream, iteration.new
+
+-- Producers ---------------------------------------------------------------------------------------
+
+local REFUSALS = 100 -- how often a producer that is being closed may go on and emit
+local STUCK = {}
+
+local function new_source(token)
+  local ambient = core.cancellation_token()
+  if token == nil then return core.linked_source(ambient) end
+  return core.linked_source(token, ambient)
+end
+
+local function open_producer(fn, token)
+  local source, own, thread -- nil before the first pull; own: the source's token
+  local closing, refusals = false, 0
+
+  local function emit(value, second)
+    if value == nil then
+      core.argument_error(1, "nil is not an item")
+    elseif running() ~= thread then
+      error(errors.InvalidOperation("emit can only be called by the producer function itself, not from another task, "
+        .. "coroutine or callback, nor after its end"), 2)
+    end
+    if not closing and not yield(value, second) then return end
+    refusals = refusals + 1
+    if refusals > REFUSALS then yield(STUCK) end -- for good
+    own:throw_if_cancellation_requested()
+  end
+
+  local resume = coroutine.generator(function()
+    thread = running()
+    fn(emit, own)
+  end)
+
+  -- The producer stands in emit, which raises when it goes on.
+  local function unwind()
+    local ok, result = pcall(resume, true)
+    if ok and result == STUCK then ok, result = coroutine.close(thread) end
+    if ok or is_error(result, "OperationCanceled") and result.token == own then return end
+    error(result, 0)
+  end
+
+  local function next()
+    if not source then
+      source = new_source(token)
+      own = source.token
+    end
+    return resume()
+  end
+
+  local function close()
+    if not source then return end
+    if not thread or status(thread) == "dead" then
+      source:dispose()
+      return
+    end
+    closing = true
+    local idle = status(thread) == "suspended" -- else somebody waits in it, and gets the error
+    do
+      local guard <close> = setmetatable({ idle and unwind }, deferred)
+      source:cancel("the iteration was closed")
+      guard[1] = nil
+    end
+    source:dispose()
+    if idle then unwind() end
+  end
+
+  return next, close
+end
+
+---A stream of what `fn` emits. Each iteration calls `fn` anew, when its first item is asked for: it goes on to
+---`emit(item)`, which returns when the next item is asked for. It runs in the execution context in which the iteration
+---started; what it writes there is kept from item to item, and never seen outside. An item is any value but nil,
+---or two values.
+---
+---When the iteration is left early `token` is canceled, and then `emit` raises its OperationCanceled, so that `<close>`
+---variables run; they may wait. A producer that catches it and emits again gets it again, and after a hundred
+---times is closed where it stands.
+---Cancellation: what `fn` waits for ends with the ambient token of whoever asks for the item, and with the token given
+---to `iterate`. `token` is canceled with either.
+---Source: C#'s async iterators; but there a producer's writes are gone after each item.
+---@param fn fun(emit: fun(item: any, second: any), token: coflow.CancellationToken)
+---@return coflow.Stream
+local function new(fn)
+  core.check_function(1, fn)
+  return new_stream(function(token) return open_producer(fn, token) end)
+end
+
+-- What is there already ---------------------------------------------------------------------------
+
+local function open_list(list)
+  local i, n = 0, math.tointeger(rawget(list, "n"))
+  return function()
+    i = i + 1
+    local value = list[i]
+    if value == nil and n and i <= n then
+      error(errors.InvalidOperation(("nil is not an item: element %d of the list of %d is nil"):format(i, n)), 0)
+    end
+    return value
+  end
+end
+
+local function close_value(value)
+  local _ <close> = value
+end
+
+local function open_iterator(fn, state, control, closing)
+  return function()
+    local value, second = fn(state, control)
+    control = value
+    return value, second
+  end, closing ~= nil and function() close_value(closing) end or nil
+end
+
+-- What has a method `iterate`.
+local function open_iterable(source, token)
+  local next, close
+  return function()
+    if not next then next, close = open_iterator(source:iterate(token)) end
+    return next()
+  end, function() if close then close() end end
+end
+
+local function has_iterate(source)
+  if type(source) ~= "table" and type(source) ~= "userdata" then return false end
+  local ok, method = pcall(function() return source.iterate end)
+  return ok and method ~= nil and is_callable(method)
+end
+
+-- The stream of what `from` takes, or nil and what is wrong.
+local function as_stream(source, state, control, closing)
+  if is_stream(source) then
+    return source
+  elseif has_iterate(source) then
+    return new_stream(function(token) return open_iterable(source, token) end)
+  elseif source ~= nil and is_callable(source) then
+    local meta = getmetatable(source)
+    if closing == nil and type(meta) == "table" and meta.__close then closing = source end
+    return new_stream(function() return open_iterator(source, state, control, closing) end)
+  elseif type(source) == "table" then
+    return new_stream(function() return open_list(source) end)
+  end
+  return nil, "list, iterator, stream or channel expected, got " .. (source == nil and "no value" or type(source))
+end
+
+-- … or, for a public function, blames its argument n.
+local function check_stream(n, ...)
+  local made, wrong = as_stream(...)
+  if wrong then core.argument_error(n, wrong) end
+  return made
+end
+
+---A stream of the elements of a list, or of what an iterator gives, or of the items of a channel: of anything that has
+---a method `iterate`. Of an iterator it takes what `for` takes (`stream.from(pairs(t))`: keys and values), the
+---to-be-closed value too; two values are one item. Where that state is used up, a second iteration finds nothing.
+---Raises: InvalidOperation, when it comes to it, for an element that is nil although the list's `n` counts it.
+---@param source table|function|coflow.Stream|coflow.Channel
+---@return coflow.Stream
+local function from(source, state, control, closing)
+  return (check_stream(1, source, state, control, closing)) -- no tail call: this is the function to be blamed
+end
+
+return { new = new, from = from, as_stream = as_stream, check_stream = check_stream }
