@@ -155,10 +155,11 @@ static void watch_inputs(lua_State *L, struct combine *c) {
     else if (!any)
       keep_outcome(L, c, inputs, k, inputs + 1, t);
     lua_pop(L, 1);
-    if (any && task_done(&c->task)) break; /* a finalizer completed an input */
+    if (any && (task_done(&c->task) || c->task.flags & TASK_LINKED))
+      break; /* a finalizer has completed an input */
     if (any && task_done(t)) {
       c->first = k;
-      combine_land(L, 1);
+      loop_land(L, rt, 1, &c->task);
       break;
     }
   }
@@ -349,13 +350,12 @@ void combine_land(lua_State *L, int i) {
   task_forget(L, &c->task);
 }
 
-void combine_cancel(lua_State *L, int i) {
+bool combine_cancel(lua_State *L, int i) {
   struct combine *c = (struct combine *)lua_touserdata(L, i);
   token_push_error(L, -1);
-  lua_remove(L, -2);
-  if (task_done(&c->task)) { /* by a finalizer */
+  if (task_done(&c->task) || c->task.flags & TASK_LINKED) { /* by a finalizer */
     lua_pop(L, 1);
-    return;
+    return false;
   }
   unwatch(L, i, c);
   for (int uv = OP_INPUT; uv <= OP_KEYS; uv++) {
@@ -364,6 +364,7 @@ void combine_cancel(lua_State *L, int i) {
   }
   task_forget(L, &c->task);
   task_settle_canceled(L, runtime(L), i);
+  return true;
 }
 
 /* ---- Lua face ---- */

@@ -763,7 +763,8 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
                   const struct task *t);
 
 void combine_land(lua_State *L, int i);
-void combine_cancel(lua_State *L, int i); /* [-1, +0, m] by hand, with the token on top */
+/* [-0, +0, m] by hand, with the token on top; false: it is complete, or about to be */
+bool combine_cancel(lua_State *L, int i);
 ONCE void combine_open(lua_State *L);
 
 /* ---- direct.c: await_all and await_any without a task of their own ---- */

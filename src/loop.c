@@ -66,7 +66,14 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   rt->landing_last = t;
 }
 
-/* [-0, +0, m] If it fails for want of memory, which is before it has changed anything, land_again puts it back. */
+/* of most its landing is the end; of these more may become known while they land */
+static bool lands_again(const struct task *t) {
+  return task_is(t, KIND_IO) || task_is(t, KIND_HANDLE) || task_is(t, KIND_CATCHER) ||
+         task_is(t, KIND_GATE);
+}
+
+/* [-0, +0, m] Until it has landed it counts as linked: a finalizer that runs meanwhile can neither link it again nor
+** cancel it. If it fails for want of memory, which is before it has changed anything, land_again puts it back. */
 static void land(lua_State *L, struct runtime *rt, struct task *t) {
   rt->lands = t;
   if (task_is(t, KIND_TICK)) { /* no object of Lua's */
@@ -74,13 +81,15 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
     rt->lands = NULL;
     return;
   }
-  if (task_done(t) && !task_is(t, KIND_IO)) { /* a finalizer linked it again while it was landing */
+  bool again = lands_again(t);
+  if (task_done(t) && !again) { /* it has been settled since it was linked */
     task_forget(L, t);
     rt->lands = NULL;
     return;
   }
   task_push(L, t);
   int i = lua_gettop(L);
+  if (!again) t->flags |= TASK_LINKED;
   switch (task_kind(t)) {
     case KIND_DELAY: delay_land(L, i); break;
     case KIND_WAIT: wait_op_land(L, i); break;
@@ -96,6 +105,7 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
     case KIND_GATE: lock_land(L, i); break;
     default: combine_land(L, i);
   }
+  if (!again) t->flags &= (uint16_t)~TASK_LINKED;
   lua_settop(L, i - 1);
   rt->lands = NULL;
 }
@@ -104,6 +114,7 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
 static void land_again(struct runtime *rt) {
   struct task *t = rt->lands;
   rt->lands = NULL;
+  if (t != NULL && !lands_again(t)) t->flags &= (uint16_t)~TASK_LINKED;
   if (t != NULL && (task_is(t, KIND_TICK) || t->slot != 0)) loop_ready(rt, t);
   while ((t = rt->landing) != NULL) {
     rt->landing = t->next;

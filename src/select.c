@@ -137,7 +137,8 @@ static void select_start(lua_State *L, struct queued *op, struct scope *s) {
   lua_settop(L, SELECT_OP);
   if (settled) return;
   if (t->flags & TASK_INTERRUPTED) { /* in the meantime */
-    waiter_land(L, SELECT_OP);
+    loop_land(L, rt, SELECT_OP, t);
+    loop_land_all(L, rt);
     return;
   }
   for (uint32_t k = 0; k < op->count; k++) {

@@ -216,9 +216,9 @@ bool operation_cancel(lua_State *L, int i, int reason) {
     return false;
   }
   if (combinator) {
-    combine_cancel(L, i);
+    bool canceled = combine_cancel(L, i);
     lua_pop(L, 1);
-    return true;
+    return canceled;
   }
   link_drop(&((struct pending *)t)->link);
   lua_setiuservalue(L, i, OP_TOKEN);
@@ -368,6 +368,7 @@ void wait_op_land(lua_State *L, int i) {
 
 /* [-0, +1, e] for (task, timeout, token) at 1, 2, 3, in the scope s */
 static void new_wait(lua_State *L, struct scope *s, bool quiet) {
+  struct runtime *rt = runtime(L);
   struct token *k = token_opt(L, 3);
   double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
   struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT, true);
@@ -381,10 +382,10 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   operation_start(L, 4, &op->timed, 3, s); /* so that it lands from where it is known */
   bool canceled = operation_canceled(k, s);
   if (canceled) t->flags |= TASK_INTERRUPTED;
-  bool waits = !canceled && seconds != 0 && wait_add(L, 1, &op->wait, 4, WAIT_OP);
-  if (!task_done(t)) {
-    if (!waits) wait_op_land(L, 4);
-  } else if (waits) /* a finalizer has canceled it */
+  if (canceled || seconds == 0 || !wait_add(L, 1, &op->wait, 4, WAIT_OP)) {
+    loop_land(L, rt, 4, t);
+    loop_land_all(L, rt);
+  } else if (task_done(t)) /* a finalizer has canceled it */
     wait_remove(L, 1, &op->wait);
 }
 
