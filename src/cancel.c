@@ -252,18 +252,20 @@ void token_follow(lua_State *L, int k, int up) {
   struct token *above = (struct token *)lua_touserdata(L, up);
   if (above->never) return;
   luaL_checkstack(L, 10, NULL);
-  module_push_table(L, up, TOKEN_LIST);
   struct registration *r = registration_new(L);
   r->link = true;
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, REGISTRATION_TARGET);
-  module_push_table(L, k, TOKEN_LINKS); /* list registration links */
+  module_push_table(L, k, TOKEN_LINKS); /* registration links */
   lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
   lua_pushvalue(L, up);
   lua_rawseti(L, -2, n + 2); /* the one that may want memory first: until n + 1 is there, none is */
   lua_pushvalue(L, -2);
   lua_rawseti(L, -2, n + 1);
   lua_pop(L, 1);
+  module_push_table(
+      L, up, TOKEN_LIST); /* last: a finalizer that runs meanwhile may reset the token above */
+  lua_insert(L, -2);      /* list registration */
   if (!above->canceled && !above->disposed) {
     r->child = token;
     attach(L, above, r);

@@ -439,6 +439,7 @@ struct runtime {
   struct fiber *handoff;        /* to be run at once by whoever runs the one that yields now */
   int depth;                    /* fibers nested on the C stack */
   int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
+  int reports;         /* errors that are being reported now, one within the other */
   struct level *level; /* the innermost coroutine of ours that is resumed now */
   int slice;           /* how many more tasks may run before the pump polls */
 

@@ -261,8 +261,10 @@ static int take_error(lua_State *L, struct runtime *rt, lua_State *co, struct co
   lua_insert(L, -2); /* … left error */
   if (ended && wrapped) {
     status = run_closers(L, rt, L, co, c);
-    lua_pop(L, 1);
-    lua_xmove(co, L, 1);
+    if (lua_gettop(co) > 0) { /* else a finalizer has closed it before */
+      lua_pop(L, 1);
+      lua_xmove(co, L, 1);
+    }
   }
   exchange(L, rt, c, FRAME_RECORD);
   if (ended && wrapped) drop(L, c, FRAME_RECORD);

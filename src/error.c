@@ -44,7 +44,7 @@ enum record_field {
   RECORD_TASK
 };
 enum { FAULT_TASK = 1, FAULT_RECORD };
-enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30, FIELDS = 20 };
+enum { TRACE_SEGMENTS = 40, TRACE_FRAMES = 30, FIELDS = 20, NESTED_REPORTS = 8 };
 
 /* ---- objects ---- */
 
@@ -592,6 +592,11 @@ void error_report(lua_State *L, int error, int task) {
   if (task != 0) task = lua_absindex(L, task);
   int top = lua_gettop(L);
   if (!lua_checkstack(L, 16)) return;
+  if (rt->reports == NESTED_REPORTS) { /* to report one brings about the next */
+    fprintf(stderr, "coflow: error while errors are reported: %s\n", push_text(L, error));
+    lua_settop(L, top);
+    return;
+  }
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER) == LUA_TBOOLEAN) {
     lua_settop(L, top);
     return;
@@ -605,11 +610,13 @@ void error_report(lua_State *L, int error, int task) {
     lua_pushvalue(L, task);
   else
     lua_pushnil(L);
+  rt->reports++;
   if (schedule_call_outside(L, rt, 2) !=
       LUA_OK) { /* it is not part of the task that happens to run now */
     const char *text = push_text(L, -1);
     fprintf(stderr, "coflow: error in the handler of unobserved exceptions: %s\n", text);
   }
+  rt->reports--;
   lua_settop(L, top);
 }
 

@@ -450,6 +450,12 @@ static bool show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
   return !(f->task.flags & TASK_ABANDONED);
 }
 
+/* it runs, so that it could not be resumed */
+static bool is_active(lua_State *co) {
+  lua_Debug ar;
+  return lua_status(co) == LUA_OK && lua_getstack(co, 0, &ar);
+}
+
 /* [-0, +0, -] f has ended, and given its coroutine back */
 static void retire(lua_State *L, struct runtime *rt, struct fiber *f) {
   bool planned = f->task.traits & TRAIT_SCHEDULED;
@@ -500,7 +506,16 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
         push_stray_yield(L, f);
         fiber_fail(L, rt, f);
         break;
-      default: lua_xmove(f->co, L, 1); fiber_fail(L, rt, f);
+      default:
+        if (is_active(
+                f->co)) { /* somebody is closing it, and runs the loop: its watch sees to it */
+          lua_pop(f->co, 1);
+          f->task.state = TASK_QUEUED;
+          f->task.flags |= TASK_PARKED;
+          break;
+        }
+        lua_xmove(f->co, L, 1);
+        fiber_fail(L, rt, f);
     }
   stopped:
     do {
@@ -650,7 +665,9 @@ static int l_run_synchronously(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct fiber *f = adopt_cold(L, rt);
   if (!lua_isnil(L, 2)) {
-    if (schedule_give(L, 1, 2)) schedule_join(L, rt, 1);
+    bool joins = schedule_give(L, 1, 2);
+    check_cold(L); /* before it takes a place there */
+    if (joins) schedule_join(L, rt, 1);
   } else if (rt->me->traits & TRAIT_PLAN)
     schedule_inherit(L, rt, 1);
   check_cold(L);

@@ -67,6 +67,12 @@ static bool is_closed(lua_State *co) { return lua_status(co) == LUA_OK && lua_ge
 void fiber_end_abandoned(lua_State *L, struct runtime *rt, struct fiber *f) {
   task_push(L, &f->task);
   int i = lua_gettop(L);
+  if (f->co == NULL) { /* it has ended with the state */
+    fiber_settle_lost(L, i);
+    fiber_drop_coroutine(L, rt, f);
+    lua_settop(L, i - 1);
+    return;
+  }
   if (f->u.wait.on) {
     fiber_push_awaited(L, f);
     wait_remove(L, -1, &f->u.wait);
@@ -152,10 +158,18 @@ static int l_watch_close(lua_State *L) {
   return 0;
 }
 
-/* [-0, +0, -] at the end of the state */
+/* [-0, +0, -] at the end of the state: the `<close>` variables of the one at i run, which may ask for it. Finalizers of
+** users that come after may run the loop yet, and look at it: nothing wakes it any more, and it is lost. */
 static void dispose(lua_State *L, int i, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
+  bool ready = f->task.flags & TASK_LINKED && !(f->task.traits & TRAIT_HANDED);
+  lua_pushvalue(L, i);
+  lua_rawseti(L, UP_ANCHORS, f->task.slot);
+  if (f->task.state == TASK_WAITING) {
+    pending_withdraw(L, rt, f, false);
+    f->task.state = TASK_QUEUED;
+  }
   if (f->task.label == 0) fiber_label(L, i);
   rt->me = &f->task;
   lua_State *co = f->co;
@@ -168,6 +182,10 @@ static void dispose(lua_State *L, int i, struct fiber *f) {
   rt->depth--;
   scope_end_task(L, rt, f);
   rt->me = me;
+  if (ready)
+    f->task.flags |= TASK_ABANDONED; /* should the loop ever come to it */
+  else
+    fiber_drop_coroutine(L, rt, f);
 }
 
 static int l_watch_gc(lua_State *L) {
@@ -190,13 +208,11 @@ static int l_watch_gc(lua_State *L) {
     if (!closes) fiber_drop_coroutine(L, rt, f);
     return 0;
   }
-  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
   if (closes) {
-    lua_pushvalue(L, 3); /* its `<close>` variables may ask for it */
-    lua_rawseti(L, UP_ANCHORS, f->task.slot);
     dispose(L, 3, f);
     return 0;
   }
+  if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
   if (f->task.flags & TASK_LINKED &&
       !handed) { /* a token woke it in the meantime: watch it again */
     luaL_getmetafield(L, 1, "__gc");

@@ -200,11 +200,12 @@ static int l_spawn(lua_State *L) {
   if (g->ended)
     return error_throw(L, ERROR_OPERATION,
                        "the task group has ended: no task can be started in it any more");
-  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 2, &g->scope); /* group task */
-  if (g->ended) {
+  struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 2, rt->root); /* group task */
+  if (g->ended) { /* by a finalizer, and its scope may be gone */
     fiber_make_cold(L, 2, f);
     return error_throw(L, ERROR_OPERATION, "the task group has ended");
   }
+  scope_adopt(L, rt, f, &g->scope);
   f->task.state = TASK_QUEUED;
   g->had_children = true;
   if (g->running < g->limit) {

@@ -507,11 +507,12 @@ static void push_report(lua_State *L) {
     if (t == NULL || !task_is(t, KIND_FIBER)) continue;
     if (!(t->traits & TRAIT_HANDED) && !(t->flags & TASK_STARTED && t->state == TASK_WAITING))
       continue;
+    task_push(L, t);
+    if (lua_isnil(L, -1)) continue; /* somebody is closing its coroutine */
     if (++lines > LINES) {
       more++;
       continue;
     }
-    task_push(L, t);
     task_push_name(L, -1); /* … task name */
     loop_push_wait(L, -2);
     lua_pushfstring(L, "\n\ttask '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));

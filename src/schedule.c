@@ -196,11 +196,13 @@ int schedule_call_outside(lua_State *L, struct runtime *rt, int arguments) {
   int status = lua_pcall(L, arguments, 0, 0);
   outside->flags = (uint16_t)((outside->flags & ~TASK_SUPPRESSED) | suppressed);
   rt->me = outside;
-  if (outside->flags & TASK_HAS_CONTEXT || !lua_isnil(L, base)) {
+  context_push_current(L);
+  if (!lua_rawequal(L, -1, base)) { /* else there is nothing to tell anybody */
     lua_pushvalue(L, base);
     context_swap(L);
     lua_pop(L, 1);
   }
+  lua_pop(L, 1);
   if (outside->traits & TRAIT_PLAN) {
     lua_pushvalue(L, base + 1);
     schedule_set_context(L, outside);
@@ -329,6 +331,8 @@ static int hand(lua_State *L) {
     lua_pushvalue(L, 1);
     lua_pushvalue(L, 3);
   }
+  if (t->flags & TASK_ABANDONED || t->slot == 0)
+    return 0; /* a finalizer has closed its coroutine */
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDED);
   lua_pushvalue(L, 1);
   lua_rawseti(L, -2, t->slot);
@@ -400,6 +404,7 @@ void schedule_join(lua_State *L, struct runtime *rt, int i) {
   push_plan(L, i);
   lua_rawgeti(L, -1, PLAN_HOME);
   tell(L, rt, -1, "_joined", i);
+  if (task_done((struct task *)lua_touserdata(L, i))) tell(L, rt, -1, "_ended", i); /* meanwhile */
   lua_pop(L, 2);
 }
 
@@ -416,6 +421,10 @@ void schedule_inherit(lua_State *L, struct runtime *rt, int i) {
     fiber_hold(L, i, f);
     task_release(L, &f->task); /* should anything raise, it is a cold one that nobody has */
     need_plan(L, i);
+    if (f->task.state != TASK_CREATED) { /* a finalizer has started it */
+      lua_settop(L, from - 1);
+      return;
+    }
     lua_insert(L, -2); /* from scheduler plan context */
     plan_set(L, -2, PLAN_CONTEXT);
     lua_pushvalue(L, -2);
@@ -423,14 +432,16 @@ void schedule_inherit(lua_State *L, struct runtime *rt, int i) {
     lua_pushvalue(L, -2);
     plan_set(L, -2, PLAN_HOME);
     set_traits(L, -1, &f->task);
-    if (f->task.traits & TRAIT_QUEUES) schedule_join(L, rt, i);
-    task_hold(L, i, &f->task);
+    if (f->task.state == TASK_CREATED && f->task.traits & TRAIT_QUEUES) schedule_join(L, rt, i);
+    if (f->task.slot != 0) task_hold(L, i, &f->task);
   }
   lua_settop(L, from - 1);
 }
 
 void schedule_end(lua_State *L, struct runtime *rt) {
   int i = lua_gettop(L);
+  struct task *me = rt->me;
+  if (me->slot == 0) rt->me = rt->outside; /* it has given its coroutine back: nobody runs */
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_PLANS);
   push_plan(L, i); /* task plans plan */
   ((struct task *)lua_touserdata(L, i))->traits &= (uint8_t)~TRAIT_SCHEDULED;
@@ -442,6 +453,7 @@ void schedule_end(lua_State *L, struct runtime *rt) {
     tell(L, rt, -1, "_ended", i);
   }
   lua_settop(L, i - 1);
+  rt->me = me;
 }
 
 /* ---- configure_await ---- */

@@ -222,9 +222,9 @@ struct scope *scope_own(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (f->member.scope->owner == f) return f->member.scope->base;
   if (task_done(&f->task)) return rt->root;
   struct scope *s = scope_new(L, rt, SCOPE_BASE, sizeof *s);
-  if (f->member.scope->owner == f) { /* a finalizer was here before us */
-    scope_free(L, rt, s);
-    return f->member.scope->base;
+  if (f->member.scope->owner == f || task_done(&f->task) || fiber_is_lost(&f->task)) {
+    scope_free(L, rt, s); /* a finalizer was here before us */
+    return f->member.scope->owner == f ? f->member.scope->base : rt->root;
   }
   s->base = s;
   enter(s, f->member.scope, f, NULL);
@@ -329,6 +329,10 @@ static void hold_token(lua_State *L, struct scope *s) {
   int token = lua_gettop(L);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TOKENS);
   task_push(L, &s->owner->task); /* token tokens task */
+  if (lua_isnil(L, -1)) {        /* somebody is closing its coroutine */
+    lua_settop(L, token);
+    return;
+  }
   lua_pushvalue(L, -1);
   if (lua_rawget(L, -3) == LUA_TNIL) {
     lua_pop(L, 1);
@@ -362,25 +366,34 @@ static void keep_token(lua_State *L, struct scope *s) {
   lua_pop(L, 1);
 }
 
-/* [-0, +1, m] */
-void scope_push_token(lua_State *L, struct scope *s) {
-  luaL_checkstack(L, 10, NULL);
-  if (push_known_token(L, s)) return;
-  lua_pop(L, 1);
+/* [-0, +1, m] … of one that has none, and is held */
+static void push_new_token(lua_State *L, struct scope *s) {
   struct token *k = token_new(L, true);
-  if (push_known_token(L, s)) { /* a finalizer has asked as well */
+  task_weaken(L, -1); /* into the table of what may die */
+  if (!s->canceled && s->owner != NULL) hold_token(L, s);
+  if (push_known_token(L,
+                       s)) { /* a finalizer has asked as well: that one is held in place of ours */
+    if (!s->canceled && s->owner != NULL) hold_token(L, s);
     lua_remove(L, -2);
     return;
   }
   lua_pop(L, 1);
-  task_weaken(L, -1); /* into the table of what may die */
-  if (!s->canceled && s->owner != NULL) hold_token(L, s);
   token_attach(k, s); /* only now: it may be left to the collector before */
   if (!s->canceled) return;
   scope_push_token(L, s->origin); /* which has one: it had one when it was canceled */
   token_inherit(L, -2, -1);
   lua_pop(L, 1);
   keep_token(L, s);
+}
+
+/* [-0, +1, m] */
+void scope_push_token(lua_State *L, struct scope *s) {
+  luaL_checkstack(L, 10, NULL);
+  if (push_known_token(L, s)) return;
+  lua_pop(L, 1);
+  s->refs++; /* a finalizer may end it */
+  push_new_token(L, s);
+  scope_let_go(L, runtime(L), s);
 }
 
 void scope_push_error(lua_State *L, struct scope *s) {
@@ -461,14 +474,20 @@ static void mark_all(lua_State *L, struct scope *s, int reason, bool expired) {
 }
 
 bool scope_cancel(lua_State *L, struct scope *s, int reason) {
-  if (s->canceled) return false;
+  if (s->canceled || s == runtime(L)->root) return false;
+  s->refs++; /* a finalizer may end it */
   mark_all(L, s, reason, false);
+  scope_let_go(L, runtime(L), s);
   token_run(L, false);
   return true;
 }
 
 void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
-  if (s->canceled) return;
+  if (s->canceled) {
+    deadline_drop(rt, &s->deadline);
+    return;
+  }
+  s->refs++; /* a finalizer may end it */
   lua_pushstring(L, s->kind == SCOPE_GROUP    ? "the grace of the task group is over"
                     : s->kind == SCOPE_SHIELD ? "the grace of the shield is over"
                                               : "timeout");
@@ -482,6 +501,8 @@ void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
     rt->expired = &s->task;
   }
   lua_pop(L, 2);
+  deadline_drop(rt, &s->deadline); /* only now: what fails for want of memory is still due */
+  scope_let_go(L, rt, s);
 }
 
 static int l_run_list(lua_State *L) {

@@ -138,6 +138,17 @@ static void table_free(lua_State *L, uint32_t slot) {
   lua_rawseti(L, -2, 1);
 }
 
+/* the waiter that TASK_WAITERS holds without a table, or NULL: somebody has closed its coroutine */
+static struct wait *single(const struct task *t) {
+  struct wait *w = t->waiters;
+  if (w == NULL) return NULL;
+  do {
+    if (w->pos == 0) return w;
+    w = w->next;
+  } while (w != t->waiters);
+  return NULL;
+}
+
 bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   struct task *t = (struct task *)lua_touserdata(L, on);
   uint32_t pos = 0;
@@ -151,14 +162,14 @@ bool wait_add(lua_State *L, int on, struct wait *w, int owner, uint32_t role) {
   }
   owner = lua_absindex(L, owner);
   int held = lua_getiuservalue(L, on, TASK_WAITERS);
-  if (held == LUA_TUSERDATA) { /* the second waiter: the first one moves into a table with it */
+  if (held == LUA_TUSERDATA && single(t) != NULL) { /* it moves into a table with the second one */
     lua_createtable(L, 3, 0);
     lua_pushinteger(L, 0);
     lua_rawseti(L, -2, 1);
+    if (t->keeps) direct_forget(L, on);
     held = lua_getiuservalue(L, on, TASK_WAITERS); /* first table held */
-    if (held == LUA_TUSERDATA && !task_done(t)) {
-      struct wait *first = t->waiters;
-      while (first->pos != 0) first = first->prev;
+    struct wait *first = held == LUA_TUSERDATA && !task_done(t) ? single(t) : NULL;
+    if (first != NULL) {
       uint32_t first_pos = table_add(L);
       lua_pushvalue(L, -1);
       lua_setiuservalue(L, on, TASK_WAITERS);

@@ -30,7 +30,6 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
   }
   if (d->kind == DEADLINE_SCOPE) {
     scope_expire(L, rt, container_of(d, struct scope, deadline));
-    deadline_drop(rt, d); /* only now: what fails for want of memory is still due */
     return;
   }
   deadline_drop(rt, d);
