@@ -62,6 +62,7 @@ build = {
         "src/tcp.c",
         "src/testing.c",
         "src/timer.c",
+        "src/trace.c",
         "src/udp.c",
         "src/uvread.c",
         "src/uvstream.c",

@@ -157,7 +157,7 @@ enum task_flags {
 
 /* User values. TASK_CONTEXT of a complete fiber is its function, if that tells its name and holds
 ** nothing else alive. TASK_RESULT holds the coroutine until the task is complete, then the outcome;
-** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) the fault record. */
+** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) its fault (error.c). */
 enum task_uservalue { TASK_RESULT = 1, TASK_WAITERS, TASK_CONTEXT };
 enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to */
 struct wait {
@@ -548,27 +548,41 @@ void module_check_options(lua_State *L, int i, const char *const names[]); /* [-
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
-/* ---- error.c: error objects, traces, unobserved failures ---- */
+/* ---- error.c: error objects, failures that nobody observed ---- */
 
 void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /* [-0, +1, m] */
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 bool error_is(lua_State *L, int i, enum error_kind kind);
-/* [-0, +0, -] the trace of the failed task at i */
+/* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of that, and
+** reports the task if nobody looks */
 void error_attach(lua_State *L, int i, int from);
-/* [-0, +0, -] the task at i is where an error comes from */
-void error_remember(lua_State *L, int i);
+/* [-0, +1, -] the trace record of the failed task at i, or nil */
+void error_push_record(lua_State *L, int i);
 /* [-1, +0, m] the error on top, as if the running task had failed with it, but that goes on: a
 ** task that has failed stands for it */
 void error_report_caught(lua_State *L);
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
-int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
-/* [-0, +1, -] what is known of the error on top, which has left the coroutine (with a body of
-** ours); nil outside tasks */
-void error_push_left(lua_State *L, lua_State *co, bool body);
-void error_keep_left(lua_State *L, int i); /* [-0, +0, m] it goes on as the error on top */
-int error_handler(lua_State *L);           /* the message handler of fibers */
 ONCE void error_open(lua_State *L);
+
+/* ---- trace.c: async tracebacks ---- */
+
+int trace_handler(lua_State *L); /* the message handler of fibers */
+int trace_leaving(lua_State *L); /* … in coroutines made by wrap */
+/* [-0, +1, -] the record of the error on top, which has left the coroutine (with a body of ours);
+** nil outside tasks */
+void trace_push_left(lua_State *L, lua_State *co, bool body);
+void trace_keep_left(lua_State *L, int i); /* [-0, +0, m] that one goes on as the error on top */
+/* [-0, +0, -] the running task is about to raise the error of the failed one at i */
+void trace_remember(lua_State *L, int i);
+/* [-0, +1, -] the record that t has of the error at i, or nil */
+void trace_push_seen(lua_State *L, const struct task *t, int i);
+void trace_clear(lua_State *L, const struct task *t);
+/* [-0, +0, -] of t, which gives its slot away */
+static inline void trace_forget(lua_State *L, const struct task *t) {
+  if (t->flags & TASK_TRACED) trace_clear(L, t);
+}
+void trace_push(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
+ONCE void trace_open(lua_State *L);
 
 /* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
 

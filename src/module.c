@@ -529,6 +529,7 @@ static int open_all(lua_State *L) {
   lua_createtable(L, 0, MODULE_FIELDS);
   module_functions(L, functions);
   error_open(L);
+  trace_open(L);
   context_open(L);
   guard_open(L);
   task_open(L);
