@@ -47,6 +47,7 @@ build = {
         "src/listener.c",
         "src/lock.c",
         "src/loop.c",
+        "src/map.c",
         "src/module.c",
         "src/periodic.c",
         "src/process.c",
