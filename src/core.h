@@ -1064,7 +1064,7 @@ void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
 ONCE void periodic_open(lua_State *L);
 
-/* ---- loop.c: the ready list, the pump, time ---- */
+/* ---- loop.c: the ready list, the pump ---- */
 
 uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
 uv_loop_t *loop_check_uv(lua_State *L); /* [-0, +0, e] … or raises */
@@ -1075,8 +1075,6 @@ static inline double loop_after(double now, double seconds) { /* later, however 
 }
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
-/* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
-void loop_push_wait(lua_State *L, int i);
 static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the end of the list */
   if (t->flags & TASK_LINKED) return;
   t->flags |= TASK_LINKED;
@@ -1104,9 +1102,29 @@ void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot
 /* the function at index 1 as a root task, with the arguments above it */
 int loop_run(lua_State *L);
 
-void loop_init(struct runtime *rt);
-void loop_close(lua_State *L, struct runtime *rt);
+ONCE void loop_init(struct runtime *rt);
 ONCE void loop_open(lua_State *L);
+
+/* ---- poll.c: what libuv has to tell, and how long to wait for it ---- */
+
+void poll_events(struct runtime *rt); /* takes what has happened; waits for nothing */
+/* nothing is ready: lets time pass. False when nothing can ever happen. */
+bool poll_pass_time(struct runtime *rt);
+bool poll_alive(struct runtime *rt); /* something may still happen that nobody here has to do */
+bool poll_until(struct runtime *rt, double end); /* one turn of libuv's; false: it is later */
+/* SIGINT and SIGTERM end the pump; the handles do not keep the loop alive */
+void poll_watch_signals(struct runtime *rt, bool on);
+
+/* ---- deadlock.c: what waits where, in words ---- */
+
+/* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
+void deadlock_push_wait(lua_State *L, int i);
+int deadlock_throw(lua_State *L, struct runtime *rt); /* raises that nothing can go on */
+
+/* ---- shutdown.c: the end of the state ---- */
+
+/* [-0, +0, -] no finalizer of a fiber runs after this one */
+ONCE void shutdown_run(lua_State *L, struct runtime *rt);
 
 /* ---- testing.c: what a test changes ---- */
 

@@ -462,7 +462,7 @@ static int l_check_options(lua_State *L) {
 
 static int l_runtime_gc(lua_State *L) {
   struct runtime *rt = (struct runtime *)lua_touserdata(L, 1);
-  if (!rt->closed) loop_close(L, rt);
+  if (!rt->closed) shutdown_run(L, rt);
   return 0;
 }
 
