@@ -462,7 +462,7 @@ static int await_all_k(lua_State *L, int status, lua_KContext ctx) {
     return task_push_outcome(L, 1, &c->task);
   lua_getiuservalue(L, 1, TASK_RESULT);
   if (c->task.state == TASK_FAULTED) {
-    error_remember(L, 1);
+    trace_remember(L, 1);
     c->task.flags |= TASK_OBSERVED;
     return lua_error(L);
   }

@@ -3,27 +3,9 @@
 **
 ** An execution context is an immutable map from the ids of async locals to values. The running task
 ** holds one (user value TASK_CONTEXT, nil when empty); setting a local replaces it by a new map that
-** shares what did not change; starting a task copies one reference; switching tasks does nothing.
-**
-** The map is a trie of userdata whose user values are the values:
-**
-**     leaf    up to 16 entries: keys[] beside, value i in user value i
-**     branch  8 children by three bits of the id, lowest first
-**
-**            root (branch)                 a set copies the nodes on its way:
-**           /   |       \                  for 1000 locals two branches and a leaf
-**        leaf  branch    leaf
-**             /  |  \
-**
-** Ids count up and are never reused, so the trie stays as shallow as it can be, and an entry can
-** never be mistaken for that of another local. A local remembers the way to its value in the map
-** that it was last read from (by that map's serial number), never the value itself.
-**
-** Copy on write. Whoever takes a map out of a task's hands, to keep it, to give it to another or to
-** make a new one of its nodes, marks it as *shared*, for good. A map that is not shared is seen by its
-** task alone, and so are those of its nodes that were made for it, which bear its serial number: in
-** these a set changes the value in place. The keys of a node never change. So a map is immutable as
-** soon as somebody could tell, and many sets in a row copy each node once.
+** shares what did not change (map.c); starting a task copies one reference; switching tasks does nothing.
+** What leaves TASK_CONTEXT is marked as shared (map_share) before anybody else has it: a map that is not is changed
+** in place.
 **
 ** Values of locals with flow = "none" live in a second map. A *pair* then stands in TASK_CONTEXT:
 ** { what flows, what stays }; captures and children take the first half.
@@ -31,23 +13,12 @@
 ** Handlers (value_changed): the runtime remembers the context whose values the handlers saw last.
 ** Only when that one or the new one holds a local with a handler are the two compared.
 **
-** Source: .NET ExecutionContext and AsyncLocal; the trie is Bagwell's, with buckets for leaves.
+** Source: .NET ExecutionContext and AsyncLocal.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "map.h"
 
 #include <string.h>
-
-enum { LEAF_MAX = 16, FANOUT = 8, BITS = 3, WAY_MAX = 9 };
-
-struct context {
-  uint32_t tag;
-  bool branch, watched;
-  bool shared;     /* of a map: more than one task's TASK_CONTEXT may hold it or nodes of it */
-  uint8_t count;   /* leaf: entries; branch: children */
-  uint64_t serial; /* a map's own, never used again; inside: of the map it was made for, or 0 */
-  uint64_t keys[]; /* of a leaf */
-};
 
 struct pair {
   uint32_t tag;
@@ -59,245 +30,10 @@ enum local_flow { FLOW_TASK, FLOW_NONE, FLOW_THREAD };
 struct local {
   uint32_t tag;
   uint8_t flow;
-  bool watched;
-  uint8_t depth; /* of the remembered way, in the map with that serial */
-  uint8_t way[WAY_MAX];
-  uint64_t id, serial;
+  struct map_key key; /* watched: the local has a handler */
   struct runtime *rt; /* at hand sooner than by the upvalue */
 };
 enum { LOCAL_NAME = 1, LOCAL_DEFAULT, LOCAL_HANDLER };
-
-/* ---- the map ---- */
-
-/* [-0, +1, m] */
-static struct context *node_new(lua_State *L, bool branch, int count, bool watched) {
-  size_t keys = branch ? 0 : sizeof(uint64_t) * (size_t)count;
-  struct context *c = (struct context *)lua_newuserdatauv(L, sizeof(struct context) + keys,
-                                                          branch ? FANOUT : count);
-  c->tag = TAG_CONTEXT;
-  c->branch = branch;
-  c->watched = watched;
-  c->shared = false;
-  c->count = (uint8_t)count;
-  c->serial = 0;
-  return c;
-}
-
-/* [-0, +0, -] the new node on top, c, is a whole map, which scripts may see */
-static void map_made(lua_State *L, struct context *c, uint64_t serial) {
-  c->serial = serial;
-  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONTEXT));
-  lua_setmetatable(L, -2);
-}
-
-static int leaf_find(const struct context *c, uint64_t id) {
-  for (int i = 0; i < c->count; i++)
-    if (c->keys[i] == id) return i + 1;
-  return 0;
-}
-
-static int child_of(uint64_t id, int shift) { return (int)(id >> shift & (FANOUT - 1)) + 1; }
-
-/* [-0, +0, -] moves user value `from` of the node at `source` to `to` of that at `target` */
-static void copy_value(lua_State *L, int source, int from, int target, int to) {
-  lua_getiuservalue(L, source, from);
-  lua_setiuservalue(L, target, to);
-}
-
-/* [-0, +0, -] copies user values 1 … n of the node at i, but for `at`, to the node on top */
-static void copy_others(lua_State *L, int i, int n, int at) {
-  for (int k = 1; k < at; k++) {
-    lua_getiuservalue(L, i, k);
-    lua_setiuservalue(L, -2, k);
-  }
-  for (int k = at + 1; k <= n; k++) {
-    lua_getiuservalue(L, i, k);
-    lua_setiuservalue(L, -2, k);
-  }
-}
-
-/* [-0, +1, m] a copy of the node at i in which user value `at`, one that is there, is that at v */
-static struct context *node_with(lua_State *L, int i, int at, int v) {
-  const struct context *old = (const struct context *)lua_touserdata(L, i);
-  struct context *c = node_new(L, old->branch, old->count, old->watched);
-  if (!old->branch) memcpy(c->keys, old->keys, sizeof(uint64_t) * old->count);
-  copy_others(L, i, old->branch ? FANOUT : old->count, at);
-  lua_pushvalue(L, v);
-  lua_setiuservalue(L, -2, at);
-  return c;
-}
-
-/* [-0, +1, m] a branch with the entries of the full leaf at i, dealt out by the bits at shift */
-static void split(lua_State *L, int i, int shift) {
-  const struct context *old = (const struct context *)lua_touserdata(L, i);
-  struct context *b = node_new(L, true, 0, old->watched);
-  int branch = lua_gettop(L);
-  for (int child = 1; child <= FANOUT; child++) {
-    int n = 0;
-    for (int k = 0; k < old->count; k++) n += child_of(old->keys[k], shift) == child;
-    if (n == 0) continue;
-    struct context *leaf = node_new(L, false, n, old->watched);
-    n = 0;
-    for (int k = 0; k < old->count; k++)
-      if (child_of(old->keys[k], shift) == child) {
-        leaf->keys[n++] = old->keys[k];
-        copy_value(L, i, k + 1, branch + 1, n);
-      }
-    lua_setiuservalue(L, branch, child);
-    b->count++;
-  }
-}
-
-/* [-0, +1, m] the leaf at i (0: none) with id = the value at v */
-static void leaf_put(lua_State *L, int i, uint64_t id, int v, bool watched) {
-  const struct context *old = i ? (const struct context *)lua_touserdata(L, i) : NULL;
-  int n = old ? old->count : 0, at = old ? leaf_find(old, id) : 0;
-  if (at == 0) at = n + 1;
-  struct context *c = node_new(L, false, at > n ? at : n, watched || (old && old->watched));
-  if (n > 0) memcpy(c->keys, old->keys, sizeof(uint64_t) * (size_t)n);
-  c->keys[at - 1] = id;
-  copy_others(L, i, n, at);
-  lua_pushvalue(L, v);
-  lua_setiuservalue(L, -2, at);
-}
-
-/* [-0, +1, m] the leaf at i without id (which it has), or nil when nothing is left */
-static void leaf_remove(lua_State *L, int i, int at) {
-  const struct context *old = (const struct context *)lua_touserdata(L, i);
-  if (old->count == 1) {
-    lua_pushnil(L);
-    return;
-  }
-  struct context *c = node_new(L, false, old->count - 1, old->watched);
-  int fresh = lua_gettop(L);
-  for (int k = 1, n = 0; k <= old->count; k++)
-    if (k != at) {
-      c->keys[n++] = old->keys[k - 1];
-      copy_value(L, i, k, fresh, n);
-    }
-}
-
-/* [-0, +1, m] the map at i (nil: empty) with id = the value at v, nil meaning without id */
-static void node_put(lua_State *L, int i, uint64_t id, int v, bool watched, int shift) {
-  luaL_checkstack(L, 8, NULL);
-  if (lua_isnil(L, i)) {
-    if (lua_isnil(L, v))
-      lua_pushnil(L);
-    else
-      leaf_put(L, 0, id, v, watched);
-    return;
-  }
-  const struct context *old = (const struct context *)lua_touserdata(L, i);
-  if (!old->branch) {
-    int at = leaf_find(old, id);
-    if (lua_isnil(L, v)) {
-      if (at)
-        leaf_remove(L, i, at);
-      else
-        lua_pushvalue(L, i);
-    } else if (at || old->count < LEAF_MAX)
-      leaf_put(L, i, id, v, watched);
-    else {
-      split(L, i, shift);
-      node_put(L, lua_gettop(L), id, v, watched, shift);
-      lua_remove(L, -2);
-    }
-    return;
-  }
-  int child = child_of(id, shift), count = old->count;
-  lua_getiuservalue(L, i, child);
-  count -= !lua_isnil(L, -1);
-  node_put(L, lua_gettop(L), id, v, watched, shift + BITS); /* … child new_child */
-  lua_remove(L, -2);
-  count += !lua_isnil(L, -1);
-  if (count == 0) return; /* the nil on top is the whole map */
-  node_new(L, true, count, watched || old->watched);
-  copy_others(L, i, FANOUT, child);
-  lua_pushvalue(L, -2);
-  lua_setiuservalue(L, -2, child);
-  lua_remove(L, -2);
-}
-
-/* [-0, +0, -] the map at i, if it is one, will not change any more */
-static void share(lua_State *L, int i) {
-  struct context *c = (struct context *)lua_touserdata(L, i);
-  if (c != NULL && c->tag == TAG_CONTEXT) c->shared = true;
-}
-
-/* [-0, +1, m] the same, for a whole map */
-static void map_put(lua_State *L, int i, const struct local *l, int v) {
-  share(L, i); /* its nodes, with the new one */
-  node_put(L, i, l->id, v, l->watched, 0);
-  struct context *c = (struct context *)lua_touserdata(L, -1);
-  if (c != NULL && c->serial == 0) map_made(L, c, ++l->rt->next_serial);
-}
-
-/* [-0, +n, -] from the map on top, c, the nodes below it that lead to the entry of l, and its value;
-** false, and some nodes, if it has none. The local remembers the way, but for one too long: then
-** what is left on the stack is of no use but for the value. */
-static bool map_push_way(lua_State *L, const struct context *c, struct local *l) {
-  if (l->serial == c->serial) {
-    for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->way[d]);
-    return true;
-  }
-  uint64_t serial = c->serial;
-  int depth = 0;
-  l->serial = 0; /* until the way is complete */
-  for (int shift = 0; c->branch; shift += BITS) {
-    int child = child_of(l->id, shift);
-    lua_getiuservalue(L, -1, child);
-    if (depth < WAY_MAX - 1)
-      l->way[depth++] = (uint8_t)child;
-    else {
-      lua_replace(L, -2);
-      serial = 0;
-    }
-    c = (const struct context *)lua_touserdata(L, -1);
-    if (c == NULL) return false;
-  }
-  int at = leaf_find(c, l->id);
-  if (at == 0) return false;
-  l->way[depth++] = (uint8_t)at;
-  l->depth = (uint8_t)depth;
-  l->serial = serial;
-  lua_getiuservalue(L, -1, at);
-  return true;
-}
-
-/* [-1, +1, -] the value of l in the map on top (nil: empty); false, and nil, if it has none */
-static bool map_get(lua_State *L, struct local *l) {
-  const struct context *c = (const struct context *)lua_touserdata(L, -1);
-  if (c == NULL) return false; /* the nil stays */
-  int map = lua_gettop(L);
-  bool found = map_push_way(L, c, l);
-  if (!found) lua_pushnil(L);
-  lua_replace(L, map);
-  lua_settop(L, map);
-  return found;
-}
-
-/* [-0, +0, m] copies the entries of the map at i into the table at t, as local = value */
-static void map_list(lua_State *L, int i, int t) {
-  luaL_checkstack(L, 8, NULL);
-  const struct context *c = (const struct context *)lua_touserdata(L, i);
-  if (c == NULL) return;
-  for (int k = 1; k <= (c->branch ? FANOUT : c->count); k++) {
-    lua_getiuservalue(L, i, k);
-    if (c->branch)
-      map_list(L, lua_gettop(L), t);
-    else {
-      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LOCALS);
-      lua_rawgeti(L, -1, (lua_Integer)c->keys[k - 1]);
-      if (!lua_isnil(L, -1)) { /* value locals local */
-        lua_pushvalue(L, -3);
-        lua_rawset(L, t);
-        lua_pop(L, 1);
-      } else
-        lua_pop(L, 2);
-    }
-    lua_pop(L, 1);
-  }
-}
 
 /* ---- what a task holds ---- */
 
@@ -319,7 +55,7 @@ static void push_of(lua_State *L, struct task *t) {
     task_push(L, t);
     lua_getiuservalue(L, -1, TASK_CONTEXT);
     lua_remove(L, -2);
-    share(L, -1);
+    map_share(L, -1);
   } else
     lua_pushnil(L);
 }
@@ -336,27 +72,25 @@ static inline bool local_get(lua_State *L, struct local *l) {
     task_push(L, me);
   }
   lua_getiuservalue(L, -1, TASK_CONTEXT);
-  const struct context *c = (const struct context *)lua_touserdata(L, -1);
+  const struct map *c = (const struct map *)lua_touserdata(L, -1);
   if (c->tag == TAG_CONTEXT && l->flow != FLOW_NONE) {
-    if (l->serial == c->serial) { /* the way is known: the values pass by on the stack */
-      for (int d = 0; d < l->depth; d++) lua_getiuservalue(L, -1, l->way[d]);
-      return true;
-    }
+    if (l->key.serial == c->serial) /* the way is known: the values pass by on the stack */
+      return map_push_way(L, c, &l->key);
   } else {
     push_half(L, lua_gettop(L), l);
     lua_replace(L, -2);
   }
-  return map_get(L, l);
+  return map_get(L, &l->key);
 }
 
 static bool is_watched(lua_State *L, int i) {
-  const struct context *c = (const struct context *)lua_touserdata(L, i);
+  const struct map *c = (const struct map *)lua_touserdata(L, i);
   if (c == NULL) return false;
   return c->tag == TAG_PAIR ? ((const struct pair *)(const void *)c)->watched : c->watched;
 }
 
 void context_give(lua_State *L, int i, struct task *t) {
-  const struct context *c = (const struct context *)lua_touserdata(L, -1);
+  const struct map *c = (const struct map *)lua_touserdata(L, -1);
   if (c != NULL && c->tag == TAG_CONTEXT && c->count == 0) { /* the empty one is written nil */
     lua_pop(L, 1);
     lua_pushnil(L);
@@ -385,11 +119,11 @@ void context_inherit(lua_State *L, int i, struct task *t, struct task *me) {
   if (me->flags & TASK_SUPPRESSED) return;
   task_push(L, me);
   lua_getiuservalue(L, -1, TASK_CONTEXT);
-  struct context *c = (struct context *)lua_touserdata(L, -1);
+  struct map *c = (struct map *)lua_touserdata(L, -1);
   if (c->tag == TAG_PAIR) {
     lua_getiuservalue(L, -1, PAIR_FLOWING);
     lua_replace(L, -2);
-    c = (struct context *)lua_touserdata(L, -1);
+    c = (struct map *)lua_touserdata(L, -1);
   }
   if (c != NULL) {
     c->shared = true;
@@ -437,7 +171,7 @@ static int call_handler(lua_State *L) {
 static bool push_seen(lua_State *L, int i, int l) {
   struct local *o = (struct local *)lua_touserdata(L, l);
   push_half(L, i, o);
-  if (map_get(L, o)) return true;
+  if (map_get(L, &o->key)) return true;
   lua_pop(L, 1);
   lua_getiuservalue(L, l, LOCAL_DEFAULT);
   return false;
@@ -518,8 +252,8 @@ static void push_pair(lua_State *L, int flowing, int private) {
     lua_pushvalue(L, flowing);
     return;
   }
-  share(L, flowing); /* with what is made of this pair */
-  share(L, private);
+  map_share(L, flowing); /* with what is made of this pair */
+  map_share(L, private);
   struct pair *p = (struct pair *)object_new(L, TAG_PAIR, sizeof(struct pair), 2);
   p->watched = is_watched(L, flowing) || is_watched(L, private);
   lua_pushvalue(L, flowing);
@@ -541,7 +275,7 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
     return;
   }
   push_half(L, context, o); /* context previous map */
-  map_put(L, lua_gettop(L), o, v);
+  map_put(L, o->rt, lua_gettop(L), &o->key, v);
   lua_remove(L, -2); /* context previous map' */
   bool pair = lua_touserdata(L, context) && *(uint32_t *)lua_touserdata(L, context) == TAG_PAIR;
   if (o->flow == FLOW_NONE) {
@@ -556,7 +290,7 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   }
   replace(L);
   lua_settop(L, context + 1);
-  if (o->watched) {
+  if (o->key.watched) {
     if (lua_isnil(L, v))
       lua_getiuservalue(L, l, LOCAL_DEFAULT);
     else
@@ -573,60 +307,31 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   lua_settop(L, top);
 }
 
-/* [-0, +n, m] the value at v for the entry of l in the task's map at `map`, old, above which stands the
-** way to it, just pushed. True: done, in place; false: a map that has it is on top. Finalizers, which
-** run when a node is made, may use and replace the task's map: then it is shared before the next look. */
-static bool replace_value(lua_State *L, int map, const struct context *old, struct local *l,
-                          int v) {
-  uint64_t serial = old->shared ? ++l->rt->next_serial : old->serial;
-  uint8_t way[WAY_MAX];
-  int last = l->depth - 1;
-  memcpy(way, l->way, sizeof way);
-  for (int d = last;; d--) {
-    const struct context *node = d == 0 ? old : (const struct context *)lua_touserdata(L, map + d);
-    if (!old->shared && node->serial == old->serial) {
-      lua_pushvalue(L, v);
-      lua_setiuservalue(L, map + d, way[d]);
-      return true;
-    }
-    struct context *c = node_with(L, map + d, way[d], v); /* map … node … node' */
-    if (d == 0) {
-      map_made(L, c, serial == old->serial ? ++l->rt->next_serial : serial);
-      l->serial = c->serial;
-      l->depth = (uint8_t)(last + 1);
-      memcpy(l->way, way, sizeof way);
-      return false;
-    }
-    c->serial = serial;
-    lua_replace(L, v = map + d);
-  }
-}
-
 /* [-0, +n, me] local at l, o, = value at v for the running task; nil removes it. Calls the handler. */
 static void local_assign(lua_State *L, int l, struct local *o, int v) {
   struct runtime *rt = o->rt;
   struct task *me = rt->me;
   int task = lua_gettop(L) + 1, map = task + 1;
-  const struct context *old = NULL;
+  const struct map *old = NULL;
   task_push(L, me);
   if (me->flags & TASK_HAS_CONTEXT) {
     lua_getiuservalue(L, -1, TASK_CONTEXT); /* task map */
-    old = (const struct context *)lua_touserdata(L, -1);
+    old = (const struct map *)lua_touserdata(L, -1);
   } else
     lua_pushnil(L);
-  if (o->flow == FLOW_NONE || o->watched || rt->shown_watched || me->flags & TASK_WATCHED ||
+  if (o->flow == FLOW_NONE || o->key.watched || rt->shown_watched || me->flags & TASK_WATCHED ||
       (old != NULL && old->tag != TAG_CONTEXT)) {
     local_set_anyhow(L, l, v);
     return;
   }
-  bool found = old != NULL && map_push_way(L, old, o);
+  bool found = old != NULL && map_push_way(L, old, &o->key);
   if (!found) lua_getiuservalue(L, l, LOCAL_DEFAULT);
   if (lua_rawequal(L, -1, v)) return;
-  if (found && o->serial == old->serial && !lua_isnil(L, v)) {
-    if (replace_value(L, map, old, o, v)) return;
+  if (found && o->key.serial == old->serial && !lua_isnil(L, v)) {
+    if (map_replace(L, rt, map, old, &o->key, v)) return;
   } else {
     lua_settop(L, map);
-    map_put(L, map, o, v);
+    map_put(L, rt, map, &o->key, v);
   }
   if (lua_isnil(L, -1))
     me->flags &= (uint16_t)~TASK_HAS_CONTEXT;
@@ -642,7 +347,7 @@ void context_set_local(lua_State *L, int l, int v) {
 }
 
 bool context_watches(lua_State *L, int l) {
-  return ((const struct local *)lua_touserdata(L, l))->watched;
+  return ((const struct local *)lua_touserdata(L, l))->key.watched;
 }
 
 void context_push_local(lua_State *L, int i) {
@@ -726,18 +431,18 @@ static int l_local_new(lua_State *L) {
   }
   lua_settop(L, 4);
   struct local *o = (struct local *)object_new(L, TAG_LOCAL, sizeof(struct local), 3);
-  o->id = ++rt->next_local;
+  o->key.id = ++rt->next_local;
   o->rt = rt;
   o->flow = (uint8_t)flow;
-  o->watched = !lua_isnil(L, 4);
+  o->key.watched = !lua_isnil(L, 4);
   for (int uv = LOCAL_NAME; uv <= LOCAL_HANDLER; uv++) {
     lua_pushvalue(L, uv + 1);
     lua_setiuservalue(L, 5, uv);
   }
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LOCALS);
   lua_pushvalue(L, 5);
-  lua_rawseti(L, -2, (lua_Integer)o->id);
-  if (o->watched) {
+  lua_rawseti(L, -2, (lua_Integer)o->key.id);
+  if (o->key.watched) {
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WATCHED);
     lua_pushvalue(L, 5);
     lua_rawseti(L, -2, ++rt->watched_count);
@@ -787,9 +492,10 @@ static int next_pair(lua_State *L) {
 static int l_context_pairs(lua_State *L) {
   object_check(L, 1, TAG_CONTEXT);
   lua_settop(L, 1);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LOCALS);
   lua_pushcfunction(L, next_pair);
-  lua_newtable(L);
-  map_list(L, 1, 3);
+  lua_newtable(L); /* context locals next list */
+  map_list(L, 1, 2, 4);
   return 2;
 }
 
@@ -816,8 +522,7 @@ void context_open(lua_State *L) {
   module_push_function(L, call_handler);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_TELLER);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY) == LUA_TNIL) { /* one for the whole state */
-    struct context *c = node_new(L, false, 0, false);
-    map_made(L, c, ++runtime(L)->next_serial);
+    map_push_empty(L, runtime(L));
     lua_setiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);
     lua_pop(L, 1);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_EMPTY);

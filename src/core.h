@@ -157,7 +157,7 @@ enum task_flags {
 
 /* User values. TASK_CONTEXT of a complete fiber is its function, if that tells its name and holds
 ** nothing else alive. TASK_RESULT holds the coroutine until the task is complete, then the outcome;
-** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) the fault record. */
+** TASK_WAITERS the one waiter, or a slot table of them, then (when faulted) its fault (error.c). */
 enum task_uservalue { TASK_RESULT = 1, TASK_WAITERS, TASK_CONTEXT };
 enum { OP_TOKEN = 3, OP_INPUT, OP_KEYS }; /* of operations: what they hold on to */
 struct wait {
@@ -549,27 +549,41 @@ void module_check_options(lua_State *L, int i, const char *const names[]); /* [-
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
-/* ---- error.c: error objects, traces, unobserved failures ---- */
+/* ---- error.c: error objects, failures that nobody observed ---- */
 
 void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /* [-0, +1, m] */
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 bool error_is(lua_State *L, int i, enum error_kind kind);
-/* [-0, +0, -] the trace of the failed task at i */
+/* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of that, and
+** reports the task if nobody looks */
 void error_attach(lua_State *L, int i, int from);
-/* [-0, +0, -] the task at i is where an error comes from */
-void error_remember(lua_State *L, int i);
+/* [-0, +1, -] the trace record of the failed task at i, or nil */
+void error_push_record(lua_State *L, int i);
 /* [-1, +0, m] the error on top, as if the running task had failed with it, but that goes on: a
 ** task that has failed stands for it */
 void error_report_caught(lua_State *L);
 void error_report(lua_State *L, int error, int task); /* [-0, +0, -] to the handler; task 0: nil */
-void error_trace(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
-int error_leaving(lua_State *L);       /* the message handler in coroutines made by wrap */
-/* [-0, +1, -] what is known of the error on top, which has left the coroutine (with a body of
-** ours); nil outside tasks */
-void error_push_left(lua_State *L, lua_State *co, bool body);
-void error_keep_left(lua_State *L, int i); /* [-0, +0, m] it goes on as the error on top */
-int error_handler(lua_State *L);           /* the message handler of fibers */
 ONCE void error_open(lua_State *L);
+
+/* ---- trace.c: async tracebacks ---- */
+
+int trace_handler(lua_State *L); /* the message handler of fibers */
+int trace_leaving(lua_State *L); /* … in coroutines made by wrap */
+/* [-0, +1, -] the record of the error on top, which has left the coroutine (with a body of ours);
+** nil outside tasks */
+void trace_push_left(lua_State *L, lua_State *co, bool body);
+void trace_keep_left(lua_State *L, int i); /* [-0, +0, m] that one goes on as the error on top */
+/* [-0, +0, -] the running task is about to raise the error of the failed one at i */
+void trace_remember(lua_State *L, int i);
+/* [-0, +1, -] the record that t has of the error at i, or nil */
+void trace_push_seen(lua_State *L, const struct task *t, int i);
+void trace_clear(lua_State *L, const struct task *t);
+/* [-0, +0, -] of t, which gives its slot away */
+static inline void trace_forget(lua_State *L, const struct task *t) {
+  if (t->flags & TASK_TRACED) trace_clear(L, t);
+}
+void trace_push(lua_State *L, int i); /* [-0, +1, m] the async traceback of the task at i */
+ONCE void trace_open(lua_State *L);
 
 /* ---- task.c: what all tasks share: anchors, waits, outcomes ---- */
 
@@ -1052,7 +1066,7 @@ void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
 ONCE void periodic_open(lua_State *L);
 
-/* ---- loop.c: the ready list, the pump, time ---- */
+/* ---- loop.c: the ready list, the pump ---- */
 
 uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
 uv_loop_t *loop_check_uv(lua_State *L); /* [-0, +0, e] … or raises */
@@ -1063,8 +1077,6 @@ static inline double loop_after(double now, double seconds) { /* later, however 
 }
 void loop_check_outside(lua_State *L, const char *what); /* [-0, +0, e] */
 int loop_settle(lua_State *L); /* runs what is ready, and waits for nothing */
-/* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
-void loop_push_wait(lua_State *L, int i);
 static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the end of the list */
   if (t->flags & TASK_LINKED) return;
   t->flags |= TASK_LINKED;
@@ -1092,9 +1104,29 @@ void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot
 /* the function at index 1 as a root task, with the arguments above it */
 int loop_run(lua_State *L);
 
-void loop_init(struct runtime *rt);
-void loop_close(lua_State *L, struct runtime *rt);
+ONCE void loop_init(struct runtime *rt);
 ONCE void loop_open(lua_State *L);
+
+/* ---- poll.c: what libuv has to tell, and how long to wait for it ---- */
+
+void poll_events(struct runtime *rt); /* takes what has happened; waits for nothing */
+/* nothing is ready: lets time pass. False when nothing can ever happen. */
+bool poll_pass_time(struct runtime *rt);
+bool poll_alive(struct runtime *rt); /* something may still happen that nobody here has to do */
+bool poll_until(struct runtime *rt, double end); /* one turn of libuv's; false: it is later */
+/* SIGINT and SIGTERM end the pump; the handles do not keep the loop alive */
+void poll_watch_signals(struct runtime *rt, bool on);
+
+/* ---- deadlock.c: what waits where, in words ---- */
+
+/* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
+void deadlock_push_wait(lua_State *L, int i);
+int deadlock_throw(lua_State *L, struct runtime *rt); /* raises that nothing can go on */
+
+/* ---- shutdown.c: the end of the state ---- */
+
+/* [-0, +0, -] no finalizer of a fiber runs after this one */
+ONCE void shutdown_run(lua_State *L, struct runtime *rt);
 
 /* ---- testing.c: what a test changes ---- */
 

@@ -205,7 +205,7 @@ static int wrap_main(lua_State *L) {
 static int wrap_trace(lua_State *L) {
   const struct level *l = runtime(L)->level;
   if (l != NULL && l->co == L) l->record->failing = true;
-  return error_leaving(L);
+  return trace_leaving(L);
 }
 
 static bool is_new(lua_State *co) {
@@ -238,7 +238,7 @@ static lua_State *check(lua_State *L, int i) {
   return co;
 }
 
-/* How a resume may fail: with two values on the stack, what is known of the error (error_push_left), and
+/* How a resume may fail: with two values on the stack, what is known of the error (trace_push_left), and
 ** the error. */
 enum { FAILED = -1, FAILED_MEMORY = -2 };
 
@@ -255,7 +255,7 @@ static int take_error(lua_State *L, struct runtime *rt, lua_State *co, struct co
   bool ended = status != LUA_OK && status != LUA_YIELD; /* else it has not been resumed at all */
   lua_xmove(co, L, 1);
   if (ended)
-    error_push_left(L, co, c->body);
+    trace_push_left(L, co, c->body);
   else
     lua_pushnil(L);
   lua_insert(L, -2); /* … left error */
@@ -368,7 +368,7 @@ static int resumed(lua_State *L, int n) {
   lua_pushboolean(L, n >= 0);
   if (n < 0) { /* left error false */
     lua_insert(L, -2);
-    error_keep_left(L, lua_gettop(L) - 2);
+    trace_keep_left(L, lua_gettop(L) - 2);
     return 2;
   }
   lua_insert(L, -(n + 1));
@@ -378,7 +378,7 @@ static int resumed(lua_State *L, int n) {
 /* what a generator does: it raises the error as it is */
 static int generated(lua_State *L, int n) {
   if (n >= 0) return n;
-  error_keep_left(L, lua_gettop(L) - 1);
+  trace_keep_left(L, lua_gettop(L) - 1);
   return lua_error(L);
 }
 

@@ -346,7 +346,7 @@ static int all_k(lua_State *L, int status, lua_KContext ctx) {
     if (one)
       return task_push_outcome(L, direct_place(c, first),
                                (struct task *)lua_touserdata(L, direct_place(c, first)));
-    error_remember(L, direct_place(c, first));
+    trace_remember(L, direct_place(c, first));
     return lua_error(L);
   }
   if (canceled < n)

@@ -369,16 +369,6 @@ void fiber_discard(lua_State *L, struct runtime *rt, int i) {
   fiber_drop_coroutine(L, rt, f);
 }
 
-static void clear_trace(lua_State *L, struct fiber *f) {
-  if (!(f->task.flags & TASK_TRACED)) return;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
-  lua_pushboolean(L, 0);
-  lua_rawseti(L, -2, f->task.slot);
-  lua_pushboolean(L, 0);
-  lua_rawseti(L, -2, -f->task.slot);
-  lua_pop(L, 1);
-}
-
 /* The coroutine has yielded past us, or an error has left it: its `<close>` variables run now, without
 ** suspending; the task fails with the error on top, unless it is complete. [-1, +0, -] */
 void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
@@ -398,7 +388,7 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
     task_settle_faulted(L, rt, -2, 0);
   else
     lua_pop(L, 1);
-  clear_trace(L, f);
+  trace_forget(L, &f->task);
   fiber_drop_coroutine(L, rt, f);
   lua_pop(L, 1);
 }
@@ -462,7 +452,7 @@ static void retire(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (planned) task_push(L, &f->task);
   lua_State *co = f->co;
   int slot = f->task.slot;
-  clear_trace(L, f);
+  trace_forget(L, &f->task);
   f->co = NULL;
   f->task.slot = 0;
   recycle(L, rt, co, slot, f->task.flags & TASK_HELD);
@@ -476,7 +466,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->depth++;
   for (;;) {
     if (task_done(&f->task)) { /* it ended in the hands of somebody who resumed its coroutine */
-      clear_trace(L, f);
+      trace_forget(L, &f->task);
       fiber_drop_coroutine(L, rt, f);
       goto stopped;
     }
@@ -698,7 +688,7 @@ void fiber_open(lua_State *L) {
   module_functions(L, functions);
   module_push_function(L, fiber_main);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_MAIN);
-  module_push_function(L, error_handler);
+  module_push_function(L, trace_handler);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_FIBER_HANDLER);
   if (rt->outside != NULL) return;
   struct fiber *outside =

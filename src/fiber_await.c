@@ -299,7 +299,7 @@ static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   lua_settop(L, 1);
   lua_pushboolean(L, t->state == TASK_SUCCEEDED);
   if (t->state == TASK_SUCCEEDED) return 1 + task_push_outcome(L, 1, t);
-  error_remember(L, 1);
+  trace_remember(L, 1);
   task_push_error(L, 1);
   return 2;
 }

@@ -19,7 +19,7 @@
 **             may write to it. It is in rt->flights exactly while libuv may call back. It is a member of its
 **             scope, and in the list of its token, exactly until it is settled.
 **
-** While the state closes no Lua is left: all are aborted, and io_done releases by itself (loop_close).
+** While the state closes no Lua is left: all are aborted, and io_done releases by itself (shutdown.c).
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,21 +1,19 @@
 /*
-** loop.c - the ready list, the pump, run, time, shutdown.
+** loop.c - the ready list, landing, the pump, run.
 **
 ** One turn of the pump:
 **
 **     ready      tasks are resumed or landed, first in first out: until none is left, but no longer
 **                than SLICE tasks, those that are run in place included, or about a millisecond
 **     timers     what is due moves to the ready list
-**     libuv      polled without waiting while tasks are ready; else until the next deadline
+**     libuv      polled without waiting while tasks are ready; else until the next deadline (poll.c)
 **
 ** so neither a burst of ready tasks nor one of events starves the other. The pump is an ordinary C
 ** function called under protection by loop_run and loop.run only, outside every libuv callback:
 ** nothing that Lua raises, and no os.exit in a task, ever unwinds through libuv.
 **
-** Time is loop_now: monotonic, or virtual. A virtual clock moves only when the loop is idle: no task is
-** ready, no deadline is due, and nothing outside will end by itself (is_idle). Then it jumps to the next
-** deadline, or stands until somebody moves it. That, and which ready task comes first, is all that a
-** test changes (testing.c); the real clock is not looked at then, so that a test takes one course.
+** Time is loop_now: monotonic, or virtual (poll.c). That, and which ready task comes first, is all that a test changes
+** (testing.c); the real clock is not looked at then, so that a test takes one course.
 **
 ** Landing: an operation that completes while another task is settled, or a token canceled, lands at
 ** the end of that, not on a later turn, in order and without recursion.
@@ -24,21 +22,46 @@
 */
 #include "io.h"
 
-#include <dlfcn.h>
 #include <math.h>
-#include <signal.h>
-#include <stdio.h>
 
 enum { SLICE = 256, LOOK = 16 };
 #define SLICE_SECONDS 0.001
 #define TRIM_SECONDS 1.0
-/* to send what was written, and again for threads to let go, when a state closes */
-#define CLOSE_SECONDS 2.0
 
 /* ---- time ---- */
 
 double loop_now(struct runtime *rt) {
   return rt->clock != CLOCK_REAL ? rt->virtual_now : (double)uv_hrtime() / 1e9;
+}
+
+/* ---- libuv's loop ---- */
+
+void loop_init(struct runtime *rt) {
+  link_init(&rt->catchers);
+  link_init(&rt->flights);
+  link_init(&rt->handles);
+  link_init(&rt->children);
+  stdio_guard();
+  rt->closed = false;
+}
+
+/* libuv's loop is made when something is first waited for: a program that never does starts sooner */
+uv_loop_t *loop_uv(struct runtime *rt) {
+  if (!rt->loop_open) {
+    rt->loop_error = uv_loop_init(&rt->loop);
+    if (rt->loop_error < 0) return NULL;
+    uv_timer_init(&rt->loop, &rt->timer);
+    rt->loop_open = true;
+  }
+  return &rt->loop;
+}
+
+uv_loop_t *loop_check_uv(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (loop_uv(rt) != NULL) return &rt->loop;
+  io_push_error(L, rt->loop_error, "event loop", NULL);
+  lua_error(L);
+  return NULL;
 }
 
 /* ---- lists ---- */
@@ -210,207 +233,6 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
   }
 }
 
-/* ---- libuv side: no Lua below this line until the Lua face ---- */
-
-/* libuv's loop is made when something is first waited for: a program that never does starts sooner */
-uv_loop_t *loop_uv(struct runtime *rt) {
-  if (!rt->loop_open) {
-    rt->loop_error = uv_loop_init(&rt->loop);
-    if (rt->loop_error < 0) return NULL;
-    uv_timer_init(&rt->loop, &rt->timer);
-    rt->loop_open = true;
-  }
-  return &rt->loop;
-}
-
-/* Before 1.45, libuv runs timers first and waits for events then: a timer that fires before that wait (it
-** was due at once, or a millisecond passed on the way there) would be forgotten. Stopped, it does not wait. */
-static void on_timer(uv_timer_t *timer) { uv_stop(timer->loop); }
-
-static void on_signal(uv_signal_t *handle, int number) {
-  struct runtime *rt =
-      (struct runtime *)(void *)((char *)handle->loop - offsetof(struct runtime, loop));
-  rt->signaled = number;
-}
-
-static void disarm(struct runtime *rt) {
-  if (!rt->timer_armed) return;
-  uv_timer_stop(&rt->timer);
-  rt->timer_armed = false;
-}
-
-/* libuv waits for something */
-static bool outside_alive(struct runtime *rt) {
-  disarm(rt);
-  return rt->loop_open && uv_loop_alive(&rt->loop);
-}
-
-/* something may still happen that nobody here has to do */
-static bool is_alive(struct runtime *rt) {
-  return rt->ready != NULL || deadline_any(rt) || outside_alive(rt);
-}
-
-static void arm(struct runtime *rt, double seconds) {
-  if (loop_uv(rt) == NULL) return;
-  uint64_t ms = seconds <= 0 ? 0 : seconds > 1e9 ? (uint64_t)1e12 : (uint64_t)ceil(seconds * 1e3);
-  uv_update_time(&rt->loop);
-  uv_timer_start(&rt->timer, on_timer, ms, 0);
-  rt->timer_armed = true;
-}
-
-static void run_uv(struct runtime *rt, uv_run_mode mode) {
-  if (loop_uv(rt) == NULL) { /* no descriptor for it: deadlines need none */
-    if (mode != UV_RUN_NOWAIT) uv_sleep(1);
-    return;
-  }
-  uv_run(&rt->loop, mode);
-  if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
-}
-
-static void poll(struct runtime *rt, bool wait) {
-  if (wait && deadline_any(rt) && rt->clock == CLOCK_REAL) {
-    double due = deadline_look(rt);
-    if (!rt->timer_armed || rt->timer_due != due) {
-      arm(rt, due - loop_now(rt));
-      rt->timer_due = due;
-    }
-  } else if (wait)
-    disarm(rt);
-  if (!wait && !rt->loop_open) return; /* nothing can have happened */
-  run_uv(rt, wait ? UV_RUN_ONCE : UV_RUN_NOWAIT);
-}
-
-/* what libuv waits for: work ends by itself, an event may never come */
-struct outside {
-  bool work, events;
-};
-
-static void look_at(uv_handle_t *h, void *arg) {
-  struct outside *o = (struct outside *)arg;
-  if (!uv_is_active(h) || !uv_has_ref(h) || uv_is_closing(h)) return;
-  if (h->type == UV_PROCESS)
-    o->work = true;
-  else
-    o->events = true;
-}
-
-/* Nothing is ready, and under a virtual clock nothing is to move before all is done: true when it is.
-** Work in flight is waited for; what may wait for ever, until it was quiet for some real time. False:
-** look again. */
-static bool is_idle(struct runtime *rt) {
-  double end = 0;
-  while (rt->ready == NULL && !rt->signaled) {
-    if (!outside_alive(rt)) return true;
-    struct outside o = {rt->loop.active_reqs.count > rt->patient, rt->patient > 0};
-    uv_walk(&rt->loop, look_at, &o);
-    double now = (double)uv_hrtime() / 1e9;
-    if (o.work) {
-      end = 0;
-      run_uv(rt, UV_RUN_ONCE);
-    } else if (!o.events) { /* handles that are closing: they need a turn */
-      run_uv(rt, UV_RUN_NOWAIT);
-    } else if (end == 0 || now < end) {
-      if (end == 0) end = now + rt->quiet;
-      arm(rt, end - now);
-      run_uv(rt, UV_RUN_ONCE);
-    } else
-      return true;
-  }
-  return false;
-}
-
-/* the loop is idle: a test's clock moves, or whoever waited for that goes on */
-static void pass_virtual_time(struct runtime *rt) {
-  struct task *t = rt->idlers;
-  if (t != NULL) {
-    rt->idlers = t->next;
-    t->flags &= (uint16_t)~TASK_LINKED;
-    loop_ready(rt, t);
-  } else
-    rt->virtual_now = fmax(rt->virtual_now, deadline_next(rt));
-}
-
-/* nothing is ready: let time pass. False when nothing can ever happen. */
-static bool pass_time(struct runtime *rt) {
-  if (rt->idlers != NULL || (rt->clock == CLOCK_JUMPING && deadline_any(rt))) {
-    if (is_idle(rt)) pass_virtual_time(rt);
-    return true;
-  }
-  if (!(rt->clock == CLOCK_HELD ? outside_alive(rt) : is_alive(rt))) return false;
-  poll(rt, true);
-  return true;
-}
-
-static void on_close(uv_handle_t *handle) { (void)handle; }
-
-static void close_any(uv_handle_t *handle, void *timer) {
-  if (handle != timer && !uv_is_closing(handle)) uv_close(handle, on_close);
-}
-
-void loop_init(struct runtime *rt) {
-  link_init(&rt->catchers);
-  link_init(&rt->flights);
-  link_init(&rt->handles);
-  link_init(&rt->children);
-  stdio_guard();
-  rt->closed = false;
-}
-
-/* one turn of libuv's; false: it is later than `end` */
-static bool turn_until(struct runtime *rt, double end) {
-  double left = end - (double)uv_hrtime() / 1e9;
-  if (left <= 0) return false;
-  uv_timer_start(&rt->timer, on_timer, (uint64_t)ceil(left * 1e3), 0);
-  uv_run(&rt->loop, UV_RUN_ONCE);
-  return true;
-}
-
-/* Lets the standard streams send what they have. Then cancels what libuv has in hands and waits until it has let
-** go, but not for ever: false if a thread of its pool is stuck in a system call, and may still write where it was
-** told to. */
-static bool close_uv(struct runtime *rt) {
-  uv_handle_t *timer = (uv_handle_t *)&rt->timer;
-  double start = (double)uv_hrtime() / 1e9;
-  uv_unref(timer); /* it bounds each wait, and is no reason for one */
-  while (stdio_sends(rt) && turn_until(rt, start + CLOSE_SECONDS)) continue;
-  io_abort_all(rt);
-  uv_ref(timer); /* nothing else may be a reason to poll for the end of children */
-  process_end_all(rt);
-  uv_unref(timer);
-  start = (double)uv_hrtime() / 1e9;
-  handle_close_all(rt);
-  uv_walk(&rt->loop, close_any, timer);
-  while (uv_loop_alive(&rt->loop) && turn_until(rt, start + CLOSE_SECONDS)) continue;
-  if (uv_loop_alive(&rt->loop)) return false;
-  uv_close(timer, on_close);
-  uv_run(&rt->loop, UV_RUN_DEFAULT);
-  return uv_loop_close(&rt->loop) == 0;
-}
-
-/* An allocator that frees nothing any more. */
-struct keeper {
-  lua_Alloc alloc;
-  void *ud;
-};
-
-static void *keep(void *ud, void *block, size_t old, size_t size) {
-  const struct keeper *k = (const struct keeper *)ud;
-  return size == 0 ? NULL : k->alloc(k->ud, block, old, size);
-}
-
-/* [-0, +0, -] The memory of a state that a thread may still write to is given up, all of it, and the code
-** that it runs stays loaded. */
-static void keep_memory(lua_State *L, lua_Alloc alloc, void *ud) {
-  static const char anything;
-  Dl_info here;
-  if (dladdr(&anything, &here) != 0) dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
-  struct keeper *k = (struct keeper *)alloc(ud, NULL, 0, sizeof *k);
-  fprintf(stderr, "coflow: closed while a system call is stuck in a thread: nothing is freed\n");
-  if (k == NULL) return;
-  *k = (struct keeper){alloc, ud};
-  lua_setallocf(L, keep, k);
-}
-
 /* ---- driving ---- */
 
 enum drive_end { DRIVE_DONE, DRIVE_DEAD, DRIVE_STOPPED, DRIVE_SIGNALED };
@@ -426,7 +248,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
       if (until && task_done(until)) return DRIVE_DONE;
       timer_fire_due(L, rt);
       if (rt->ready != NULL) {
-        poll(rt, false);
+        poll_events(rt);
         continue;
       }
     }
@@ -438,7 +260,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
       periodic_trim(L, rt);
       rt->last_trim = now;
     }
-    if (!pass_time(rt)) return DRIVE_DEAD;
+    if (!poll_pass_time(rt)) return DRIVE_DEAD;
   }
 }
 
@@ -447,9 +269,9 @@ static void turn(lua_State *L, struct runtime *rt, bool wait) {
   timer_fire_due(L, rt);
   if (rt->ready == NULL) {
     if (wait)
-      pass_time(rt);
+      poll_pass_time(rt);
     else
-      poll(rt, false);
+      poll_events(rt);
     timer_fire_due(L, rt);
   }
   run_ready(L, rt, NULL);
@@ -462,74 +284,8 @@ static void settle(lua_State *L, struct runtime *rt) {
   for (int n = 0; n < SLICES && (n < 2 || rt->ready != NULL); n++) {
     run_ready(L, rt, NULL);
     timer_fire_due(L, rt);
-    poll(rt, false);
+    poll_events(rt);
   }
-}
-
-void loop_push_wait(lua_State *L, int i) {
-  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
-  const char *place = f->task.flags & TASK_STARTED ? "at ?" : "not started",
-             *what = "waits for ever";
-  int top = lua_gettop(L);
-  if (f->task.traits & TRAIT_HANDED)
-    what = "waits to be run by its scheduler or synchronization context,";
-  else if (f->task.state == TASK_QUEUED)
-    what = "is ready";
-  else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
-    task_push_name(L, -1);
-    what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
-  } else if (fiber_naps(f) && f->u.nap.pos != 0 && waiter_push_name(L, f))
-    what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
-  else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
-    what = "sleeps";
-  if (f->co != NULL && f->task.flags & TASK_STARTED) {
-    fiber_push_place(L, f);
-    place = lua_pushfstring(L, "at %s", lua_tostring(L, -1));
-  }
-  lua_pushfstring(L, "%s %s", what, place);
-  lua_insert(L, top + 1);
-  lua_settop(L, top + 1);
-}
-
-/* [-0, +1, m] what waits where, a line each */
-static void push_report(lua_State *L) {
-  enum { LINES = 30 };
-  int lines = 0, more = 0;
-  luaL_checkstack(L, 20, NULL);
-  lua_newtable(L);
-  int list = lua_gettop(L);
-  lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
-  for (lua_Integer slot = 2; slot <= n; slot++, lua_settop(L, list)) {
-    lua_rawgeti(L, UP_ANCHORS, slot);
-    bool parked = lua_islightuserdata(L, -1); /* else it sleeps, under a clock that stands */
-    struct task *t =
-        parked ? (struct task *)lua_touserdata(L, -1) : (struct task *)object_test(L, -1, TAG_TASK);
-    if (t == NULL || !task_is(t, KIND_FIBER)) continue;
-    if (!(t->traits & TRAIT_HANDED) && !(t->flags & TASK_STARTED && t->state == TASK_WAITING))
-      continue;
-    task_push(L, t);
-    if (lua_isnil(L, -1)) continue; /* somebody is closing its coroutine */
-    if (++lines > LINES) {
-      more++;
-      continue;
-    }
-    task_push_name(L, -1); /* … task name */
-    loop_push_wait(L, -2);
-    lua_pushfstring(L, "\n\ttask '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
-    lua_rawseti(L, list, lines);
-  }
-  luaL_Buffer b;
-  luaL_buffinit(L, &b);
-  for (int i = 1; i <= lines - more; i++) {
-    lua_rawgeti(L, list, i);
-    luaL_addvalue(&b);
-  }
-  if (more > 0) {
-    lua_pushfstring(L, "\n\t… and %d more", more);
-    luaL_addvalue(&b);
-  }
-  luaL_pushresult(&b);
-  lua_remove(L, list);
 }
 
 enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT, LOOP_SETTLE };
@@ -610,19 +366,7 @@ int loop_run(lua_State *L) {
     case DRIVE_DONE: return task_push_outcome(L, 1, &root->task);
     case DRIVE_DEAD:
       root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
-      push_report(L);
-      if (rt->clock == CLOCK_HELD && deadline_any(rt))
-        return error_throw(
-            L, ERROR_OPERATION,
-            "deadlock: no task is ready, and the fake clock never advances: it stands at "
-            "%f, the next deadline is at %f%s",
-            (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)deadline_next(rt),
-            lua_tostring(L, -1));
-      return error_throw(
-          L, ERROR_OPERATION,
-          "deadlock: no task is ready, and no timer, request or handle is alive that "
-          "could complete one%s",
-          lua_tostring(L, -1));
+      return deadlock_throw(L, rt);
     case DRIVE_SIGNALED:
       root->task.flags |= TASK_OBSERVED;
       error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
@@ -633,29 +377,6 @@ int loop_run(lua_State *L) {
       root->task.flags |= TASK_OBSERVED;
       return error_throw(L, ERROR_OPERATION, "the event loop was stopped by loop.stop");
   }
-}
-
-/* [-0, +0, -] at the end of the state: no finalizer of a fiber runs after this one */
-void loop_close(lua_State *L, struct runtime *rt) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  rt->closed = true;
-  if (rt->loop_open) {
-    bool clean = close_uv(rt);
-    io_release_all(rt);
-    if (!clean)
-      keep_memory(L, alloc, ud);
-    else {
-      signal_free(L, rt);
-      read_free(rt);
-    }
-  }
-  alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
-  if (rt->births) testing_forget(L, rt);
-  if (rt->ready || rt->idle_ticks) periodic_close(L, rt);
-  deadline_close(L, rt);
-  rt->idle = NULL;
-  rt->idle_count = 0;
 }
 
 /* ---- Lua face ---- */
@@ -672,7 +393,7 @@ static int l_loop_run(lua_State *L) {
   enum loop_mode mode = (enum loop_mode)luaL_checkoption(L, 1, "default", modes);
   loop_check_outside(L, "loop.run");
   enter(L, 0, mode);
-  lua_pushboolean(L, is_alive(rt));
+  lua_pushboolean(L, poll_alive(rt));
   return 1;
 }
 
@@ -687,16 +408,15 @@ static int l_loop_now(lua_State *L) {
 }
 
 static int l_loop_is_alive(lua_State *L) {
-  lua_pushboolean(L, is_alive(runtime(L)));
+  lua_pushboolean(L, poll_alive(runtime(L)));
   return 1;
 }
 
-uv_loop_t *loop_check_uv(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  if (loop_uv(rt) != NULL) return &rt->loop;
-  io_push_error(L, rt->loop_error, "event loop", NULL);
-  lua_error(L);
-  return NULL;
+/* watch_signals(bool) */
+static int l_watch_signals(lua_State *L) {
+  loop_check_uv(L);
+  poll_watch_signals(runtime(L), lua_toboolean(L, 1));
+  return 0;
 }
 
 static int l_loop_backend_fd(lua_State *L) {
@@ -715,25 +435,6 @@ static int l_loop_timeout(lua_State *L) {
   else
     lua_pushnumber(L, fmax(deadline_next(rt) - now, 0));
   return 1;
-}
-
-/* watch_signals(bool): SIGINT and SIGTERM end the pump; the handles do not keep the loop alive */
-static int l_watch_signals(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  static const int numbers[] = {SIGINT, SIGTERM};
-  bool on = lua_toboolean(L, 1);
-  for (int i = 0; i < 2; i++) {
-    if (!rt->signals_open) {
-      uv_signal_init(loop_check_uv(L), &rt->signals[i]);
-      uv_unref((uv_handle_t *)&rt->signals[i]);
-    }
-    if (on)
-      uv_signal_start(&rt->signals[i], on_signal, numbers[i]);
-    else
-      uv_signal_stop(&rt->signals[i]);
-  }
-  rt->signals_open = true;
-  return 0;
 }
 
 static const luaL_Reg functions[] = {

@@ -462,7 +462,7 @@ static int l_check_options(lua_State *L) {
 
 static int l_runtime_gc(lua_State *L) {
   struct runtime *rt = (struct runtime *)lua_touserdata(L, 1);
-  if (!rt->closed) loop_close(L, rt);
+  if (!rt->closed) shutdown_run(L, rt);
   return 0;
 }
 
@@ -529,6 +529,7 @@ static int open_all(lua_State *L) {
   lua_createtable(L, 0, MODULE_FIELDS);
   module_functions(L, functions);
   error_open(L);
+  trace_open(L);
   context_open(L);
   guard_open(L);
   task_open(L);

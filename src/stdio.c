@@ -12,7 +12,7 @@
 ** A descriptor that is closed when the module is loaded would be the number of the next thing that is opened: print
 ** would write into a connection. It is occupied by something that refuses what a closed one would.
 **
-** When the state closes, what was written is sent, for a bounded time (loop.c).
+** When the state closes, what was written is sent, for a bounded time (shutdown.c).
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -360,7 +360,7 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
     lua_getiuservalue(L, i, TASK_RESULT);
     return 1;
   }
-  error_remember(L, i);
+  trace_remember(L, i);
   task_push_error(L, i);
   return lua_error(L);
 }
@@ -539,7 +539,7 @@ static int l_tostring(lua_State *L) {
 static int l_traceback(lua_State *L) {
   task_check(L, 1);
   lua_settop(L, 1);
-  error_trace(L, 1);
+  trace_push(L, 1);
   return 1;
 }
 

@@ -3,7 +3,7 @@
 **
 ** A test runs on the scheduler, the timers and the poll of production. While one runs
 **
-** - time is virtual (loop.c). What waits until the loop is *idle*, a task of KIND_IDLE, comes before any
+** - time is virtual (poll.c). What waits until the loop is *idle*, a task of KIND_IDLE, comes before any
 **   jump of the clock: one at a time, the last one first, so that settling inside settling nests.
 ** - with a seed, any of the first WINDOW ready tasks comes next, and equal deadlines fire in any order.
 **   Nothing but the seed decides: no address, no hash, no real clock. Nobody starves: the first of the
@@ -396,7 +396,7 @@ static int l_left(lua_State *L) {
     push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
     task_push_name(L, 2); /* list task place name */
     if (task_is(t, KIND_FIBER)) {
-      loop_push_wait(L, 2);
+      deadlock_push_wait(L, 2);
       lua_pushfstring(L, "task '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
     } else if (task_is(t, KIND_IO))
       lua_pushfstring(L, "operation '%s'", lua_tostring(L, -1));

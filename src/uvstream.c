@@ -348,7 +348,7 @@ static int l_tostring(lua_State *L) {
   return 1;
 }
 
-/* What a standard stream has still to send is sent by loop_close: that its queue is collected can only mean that the
+/* What a standard stream has still to send is sent by shutdown_run: that its queue is collected can only mean that the
 ** state closes. */
 static int l_gc(lua_State *L) {
   const struct stream *s = (const struct stream *)lua_touserdata(L, 1);

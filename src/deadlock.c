@@ -1,0 +1,89 @@
+/*
+** deadlock.c - what waits where, in words: told when nothing can go on.
+**
+** A task that waits is suspended somewhere, so the place is that of its code; what it waits for is a task, a queue, a
+** deadline, or in the hands of a scheduler. Nothing here changes anything.
+**
+** SPDX-License-Identifier: MIT
+*/
+#include "waiter.h"
+
+void deadlock_push_wait(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  const char *place = f->task.flags & TASK_STARTED ? "at ?" : "not started",
+             *what = "waits for ever";
+  int top = lua_gettop(L);
+  if (f->task.traits & TRAIT_HANDED)
+    what = "waits to be run by its scheduler or synchronization context,";
+  else if (f->task.state == TASK_QUEUED)
+    what = "is ready";
+  else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
+    task_push_name(L, -1);
+    what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
+  } else if (fiber_naps(f) && f->u.nap.pos != 0 && waiter_push_name(L, f))
+    what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
+  else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
+    what = "sleeps";
+  if (f->co != NULL && f->task.flags & TASK_STARTED) {
+    fiber_push_place(L, f);
+    place = lua_pushfstring(L, "at %s", lua_tostring(L, -1));
+  }
+  lua_pushfstring(L, "%s %s", what, place);
+  lua_insert(L, top + 1);
+  lua_settop(L, top + 1);
+}
+
+/* [-0, +1, m] what waits where, a line each */
+static void push_report(lua_State *L) {
+  enum { LINES = 30 };
+  int lines = 0, more = 0;
+  luaL_checkstack(L, 20, NULL);
+  lua_newtable(L);
+  int list = lua_gettop(L);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, UP_ANCHORS);
+  for (lua_Integer slot = 2; slot <= n; slot++, lua_settop(L, list)) {
+    lua_rawgeti(L, UP_ANCHORS, slot);
+    bool parked = lua_islightuserdata(L, -1); /* else it sleeps, under a clock that stands */
+    struct task *t =
+        parked ? (struct task *)lua_touserdata(L, -1) : (struct task *)object_test(L, -1, TAG_TASK);
+    if (t == NULL || !task_is(t, KIND_FIBER)) continue;
+    if (!(t->traits & TRAIT_HANDED) && !(t->flags & TASK_STARTED && t->state == TASK_WAITING))
+      continue;
+    task_push(L, t);
+    if (lua_isnil(L, -1)) continue; /* somebody is closing its coroutine */
+    if (++lines > LINES) {
+      more++;
+      continue;
+    }
+    task_push_name(L, -1); /* … task name */
+    deadlock_push_wait(L, -2);
+    lua_pushfstring(L, "\n\ttask '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
+    lua_rawseti(L, list, lines);
+  }
+  luaL_Buffer b;
+  luaL_buffinit(L, &b);
+  for (int i = 1; i <= lines - more; i++) {
+    lua_rawgeti(L, list, i);
+    luaL_addvalue(&b);
+  }
+  if (more > 0) {
+    lua_pushfstring(L, "\n\t… and %d more", more);
+    luaL_addvalue(&b);
+  }
+  luaL_pushresult(&b);
+  lua_remove(L, list);
+}
+
+int deadlock_throw(lua_State *L, struct runtime *rt) {
+  push_report(L);
+  if (rt->clock == CLOCK_HELD && deadline_any(rt))
+    return error_throw(
+        L, ERROR_OPERATION,
+        "deadlock: no task is ready, and the fake clock never advances: it stands at "
+        "%f, the next deadline is at %f%s",
+        (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)deadline_next(rt), lua_tostring(L, -1));
+  return error_throw(L, ERROR_OPERATION,
+                     "deadlock: no task is ready, and no timer, request or handle is alive that "
+                     "could complete one%s",
+                     lua_tostring(L, -1));
+}
