@@ -2,8 +2,7 @@
 ** barrier.c - Barrier: so many tasks wait for each other, again and again.
 **
 ** The count is that of the phases that are over. Whoever comes last ends the phase and goes on; the others are granted
-** its number, one after the other. Tasks may land in that, and some may come back here for the next phase: so the
-** waiters whose turn is still to come (leaving) do not count for it.
+** its number, all together: some may come back here for the next phase before the last of them has it.
 **
 ** Invariant: fewer than `participants` wait, not counting those that are leaving.
 ** Source:    .NET Barrier.
@@ -14,33 +13,23 @@
 struct barrier {
   struct sync sync;
   lua_Integer participants;
-  uint32_t leaving; /* waiters that a phase has yet to wake */
 };
 
 /* Those who wait, by the list: somebody may have closed the coroutine of one. */
-static uint32_t waiting(struct sync *s) {
-  uint32_t n = 0;
+static lua_Integer waiting(const struct sync *s) {
+  lua_Integer n = 0;
   for (const struct link *l = s->waiters.next; l != &s->waiters; l = l->next) n++;
-  return s->holder.waiting = n;
+  return n;
 }
 
 /* the last participant ends the phase, and gets its number */
 static bool attempt(lua_State *L, struct sync *s) {
   struct barrier *b = container_of(s, struct barrier, sync);
-  if (s->holder.waiting - b->leaving + 1 < b->participants ||
-      waiting(s) - b->leaving + 1 < b->participants)
+  if ((lua_Integer)s->holder.waiting + 1 < b->participants || waiting(s) + 1 < b->participants)
     return false;
-  struct runtime *rt = runtime(L);
-  struct nap *n;
-  lua_Integer phase = s->count++;
-  b->leaving = s->holder.waiting;
-  while (b->leaving > 0 && (n = waiter_take(L, 1, &s->waiters)) != NULL) {
-    b->leaving--;
-    lua_pushinteger(L, phase);
-    waiter_grant(L, rt, n);
-  }
-  b->leaving = 0;
-  lua_pushinteger(L, phase);
+  lua_pushinteger(L, s->count++);
+  lua_pushvalue(L, -1);
+  sync_grant_all(L, s);
   return true;
 }
 
@@ -76,7 +65,7 @@ static int l_participants(lua_State *L) {
 
 static int l_remaining(lua_State *L) {
   struct barrier *b = check(L);
-  lua_pushinteger(L, b->participants - (waiting(&b->sync) - b->leaving));
+  lua_pushinteger(L, b->participants - waiting(&b->sync));
   return 1;
 }
 

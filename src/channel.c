@@ -359,6 +359,11 @@ static struct task *start(lua_State *L, struct channel *c, enum ask what, lua_In
     return t;
   }
   if (poll(L, rt, 4, 0, 1, what, 2, max)) return t;
+  if (operation_canceled(token, s)) { /* by a finalizer */
+    operation_push_canceled(L, token, 3, s);
+    task_settle_canceled(L, rt, 4);
+    return t;
+  }
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 4, OP_KEYS);
   op->clauses[0].what = (uint8_t)what;
@@ -423,6 +428,7 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
     enum outcome outcome = attempt(L, rt, 1, c, what, 2, 0); /* a finalizer may have been here */
     if (outcome != PENDING) return give(L, c, outcome);
   }
+  if (!deaf && me->member.scope->canceled) return scope_throw(L, me->member.scope); /* by one */
   if (deaf) me->task.flags |= TASK_DEAF;
   return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, what, wait_k);
 }

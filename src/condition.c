@@ -119,6 +119,7 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   lua_rotate(L, 1, 2); /* operation key … */
   lua_settop(L, 2);
   if (me->member.scope->canceled && !deaf) return retake(L, true); /* by a finalizer */
+  if (task_done(t)) return retake(L, false);                       /* the same */
   if (deaf) me->task.flags |= TASK_DEAF;
   return fiber_await(L, rt, me, t, condition_k);
 }
@@ -173,7 +174,8 @@ static int l_notify(lua_State *L) {
 
 static int l_notify_all(lua_State *L) {
   struct sync *s = sync_check(L, &condition_class);
-  lua_pushinteger(L, sync_grant(L, s, (lua_Integer)s->holder.waiting));
+  lua_pushboolean(L, 1);
+  lua_pushinteger(L, sync_grant_all(L, s));
   return 1;
 }
 

@@ -186,6 +186,15 @@ static inline void link_drop(struct link *l) {
   l->prev->next = l->next;
   l->next = l->prev = NULL;
 }
+/* all that `from` has go behind what `to` has */
+static inline void link_move(struct link *from, struct link *to) {
+  if (from->next == from) return;
+  from->next->prev = to->prev;
+  from->prev->next = to;
+  to->prev->next = from->next;
+  to->prev = from->prev;
+  link_init(from);
+}
 
 /* What makes a task, or a scope, a member of a scope. */
 struct member {

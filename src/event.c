@@ -55,7 +55,8 @@ static int l_manual_wait_async(lua_State *L) {
 static int l_manual_set(lua_State *L) {
   struct sync *s = sync_check(L, &manual_event_class);
   s->count = 1;
-  sync_grant(L, s, (lua_Integer)s->holder.waiting); /* and none that comes after a reset */
+  lua_pushboolean(L, 1);
+  sync_grant_all(L, s); /* and none that comes after a reset */
   return 0;
 }
 
@@ -149,8 +150,11 @@ static int l_signal(lua_State *L) {
                        (LUAI_UACINT)n, (LUAI_UACINT)s->count);
   s->count -= n;
   bool last = s->count == 0;
-  if (last) sync_grant(L, s, (lua_Integer)s->holder.waiting);
   lua_pushboolean(L, last);
+  if (last) {
+    lua_pushboolean(L, 1);
+    sync_grant_all(L, s);
+  }
   return 1;
 }
 

@@ -226,6 +226,9 @@ static struct task *start(lua_State *L, struct handle *h, struct request *r, int
     if (a == LOOK_VALUE) {
       if (r->verb->take != NULL) r->verb->take(L, 1, h, r);
       task_settle(L, rt, i, 1);
+    } else if (operation_canceled(token, s)) { /* by a finalizer */
+      operation_push_canceled(L, token, k, s);
+      task_settle_canceled(L, rt, i);
     } else if (a == LOOK_ERROR)
       task_settle_error(L, rt, i, 0);
     else if (a == LOOK_AGAIN || !r->verb->wait(L, h, r))
@@ -296,6 +299,7 @@ int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFu
       return 1;
     }
     if (a == LOOK_ERROR) return lua_error(L);
+    if (me->member.scope->canceled && !deaf) scope_throw(L, me->member.scope); /* by a finalizer */
     if (a == LOOK_AGAIN) continue;
     me = fiber_here(L, rt); /* raises before anything is changed */
     if (me == NULL) return fiber_outside(L, f);

@@ -103,6 +103,8 @@ static void pop_sorted(lua_State *L, int ch, struct channel *c, bool remove) {
 }
 
 bool items_insert(lua_State *L, int ch, struct channel *c, int v) {
+  luaL_checkstack(L, 100,
+                  NULL); /* where it grows finalizers run: not while the item is being put in */
   lua_getiuservalue(L, ch, CHANNEL_INSERT);
   lua_pushvalue(L, ch);
   lua_getiuservalue(L, ch, CHANNEL_ITEMS);

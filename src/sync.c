@@ -38,6 +38,7 @@ struct sync *sync_new(lua_State *L, const struct sync_class *class, size_t size,
   struct sync *s = (struct sync *)holder_new(L, class->tag, size, uservalues);
   s->class = class;
   link_init(&s->waiters);
+  link_init(&s->leaving);
   return s;
 }
 
@@ -66,6 +67,22 @@ lua_Integer sync_grant(lua_State *L, struct sync *s, lua_Integer n) {
     lua_pushboolean(L, 1);
     waiter_grant(L, rt, w);
   }
+  return granted;
+}
+
+/* Tasks may land in that, and some of those that are granted may come back here. */
+lua_Integer sync_grant_all(lua_State *L, struct sync *s) {
+  struct runtime *rt = runtime(L);
+  int value = lua_gettop(L);
+  lua_Integer granted = 0;
+  struct nap *w;
+  link_move(&s->waiters, &s->leaving);
+  while ((w = waiter_take(L, 1, &s->leaving)) != NULL) {
+    granted++;
+    lua_pushvalue(L, value);
+    waiter_grant(L, rt, w);
+  }
+  lua_pop(L, 1);
   return granted;
 }
 
@@ -240,6 +257,7 @@ static int l_gc(lua_State *L) {
   struct sync *s = any(L, 1);
   if (s == NULL || s->waiters.next == NULL) return 0;
   holder_drop(&s->waiters);
+  holder_drop(&s->leaving);
   if (lock_readers(s) != NULL) holder_drop(lock_readers(s));
   return 0;
 }
