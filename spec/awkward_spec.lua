@@ -265,6 +265,42 @@ describe("a finalizer", function()
   end))
 end)
 
+describe("a finalizer that completes what is collected along with it", function()
+  local function complete(held) held[1]:set_result("done") end
+
+  it("starts a continuation of it", in_order(function()
+    local ran = 0
+    for _ = 1, 20 do
+      local source = flow.TaskCompletionSource()
+      source.task:continue_with(function() ran = ran + 1 end)
+      setmetatable({ source }, { __gc = complete })
+    end
+    collect()
+    flow.yield()
+    collect()
+    flow.yield()
+    assert.equal(20, ran)
+  end))
+
+  it("wakes who waits for it", in_order(function()
+    local ran = 0
+    for _ = 1, 20 do
+      local source = flow.TaskCompletionSource()
+      flow.spawn(function()
+        setmetatable({ source }, { __gc = complete })
+        assert.equal("done", source.task:await())
+        ran = ran + 1
+      end)
+    end
+    flow.yield()
+    collect()
+    flow.yield()
+    collect()
+    flow.yield()
+    assert.equal(20, ran)
+  end))
+end)
+
 describe("the handler of unobserved exceptions", function()
   it("writes to nobody's context", function()
     local loc = flow.AsyncLocal()

@@ -198,6 +198,12 @@ static int l_watch_gc(lua_State *L) {
   struct fiber *f = (struct fiber *)object_test(L, 3, TAG_TASK);
   if (f == NULL || f->co != co || task_done(&f->task)) return 0; /* an idle one */
   bool handed = f->task.traits & TRAIT_HANDED; /* a scheduler, or a context, has dropped it */
+  if (f->task.flags & TASK_LINKED && !handed &&
+      !closes) { /* woken in the meantime: watch it again */
+    lua_getmetatable(L, 1);
+    lua_setmetatable(L, 1);
+    return 0;
+  }
   if (!(f->task.flags & TASK_STARTED) &&
       !handed) { /* cold, or a continuation that will never start: no loss */
     if (f->u.wait.on) {
@@ -213,14 +219,6 @@ static int l_watch_gc(lua_State *L) {
     return 0;
   }
   if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
-  if (f->task.flags & TASK_LINKED &&
-      !handed) { /* a token woke it in the meantime: watch it again */
-    luaL_getmetafield(L, 1, "__gc");
-    lua_pop(L, 1);
-    lua_getmetatable(L, 1);
-    lua_setmetatable(L, 1);
-    return 0;
-  }
   fiber_abandon(L, 3, f);
   if (!(f->task.flags & TASK_OBSERVED)) {
     push_abandoned(L, 3);

@@ -393,6 +393,8 @@ static int l_left(lua_State *L) {
   for (lua_Integer slot = TAG_LAST + 1; slot <= n; slot++, lua_settop(L, 1)) {
     struct task *t = push_left(L, slot);
     if (t == NULL) continue;
+    const struct deadline *deadline = deadline_of(t); /* now: what follows may run finalizers */
+    double due = deadline != NULL ? deadline_due(rt, deadline) : HUGE_VAL;
     push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
     task_push_name(L, 2); /* list task place name */
     if (task_is(t, KIND_FIBER)) {
@@ -402,7 +404,7 @@ static int l_left(lua_State *L) {
       lua_pushfstring(L, "operation '%s'", lua_tostring(L, -1));
     else
       lua_pushfstring(L, "timer '%s', due in %f s", lua_tostring(L, -1),
-                      (LUAI_UACNUMBER)(deadline_due(rt, deadline_of(t)) - rt->virtual_now));
+                      (LUAI_UACNUMBER)(due - rt->virtual_now));
     lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 3));
     lua_rawseti(L, 1, ++count);
   }
