@@ -670,16 +670,20 @@ describe("PeriodicTimer", function()
       assert.equal(start + 20, clock:now())
     end))
 
-    it("at the instant of the tick: a scope whose deadline was set first wins; a token that is canceled by a "
-      .. "timer of that instant does not", in_order(function(clock)
+    it("at the instant of the tick, if that deadline was set first: of a scope, or of a token", in_order(function(clock)
       local start, timer = clock:now(), PeriodicTimer(1)
       raises("Timeout", flow.with_timeout, 1, timer.wait_for_next_tick, timer)
       assert.is_true(timer:wait_for_next_tick()) -- that tick is still there
       assert.equal(start + 1, clock:now())
       local source = Source(1)
-      assert.is_true(timer:wait_for_next_tick(source.token))
-      flow.yield()
+      raises("OperationCanceled", timer.wait_for_next_tick, timer, source.token)
+      assert.is_true(timer:wait_for_next_tick()) -- the same
+      assert.equal(start + 2, clock:now())
+      local waiter = flow.async(timer.wait_for_next_tick)(timer, flow.CancellationToken.none)
+      source = Source(1)
+      flow.sleep(1)
       assert.is_true(source.is_cancellation_requested)
+      assert.is_true(waiter:await())
     end))
   end)
 

@@ -689,3 +689,43 @@ describe("the ready queue", function()
     assert.equal(100, turns)
   end)
 end)
+
+describe("an operation at the top level that cannot end", function()
+  local none = flow.CancellationToken.none
+
+  -- Fails as a deadlock, told where it was asked for; returns the message.
+  local function stuck(...)
+    local err = raised(...)
+    is_error("InvalidOperation", err, "deadlock")
+    return err.message
+  end
+
+  it("waits for nothing any more: what comes is for others", function()
+    local channel, meeting = flow.Channel.unbounded(), flow.Channel.bounded(0)
+    local semaphore, event = flow.Semaphore(0), flow.AutoResetEvent()
+    for _, token in ipairs { false, none, flow.CancellationTokenSource().token } do
+      token = token or nil
+      stuck(channel.read, channel, token)
+      stuck(meeting.write, meeting, "a ghost", token)
+      stuck(semaphore.wait, semaphore, nil, token)
+      stuck(event.wait, event, nil, token)
+      if token ~= none then stuck(flow.channel.select, { { channel, "read" }, token = token }) end
+    end
+    channel:write("for whoever asks")
+    assert.equal("for whoever asks", channel:try_read())
+    assert.is_nil(meeting:try_read())
+    semaphore:release()
+    assert.equal(1, semaphore.current_count)
+    event:set()
+    assert.is_true(event.is_set)
+    flow.run(flow.yield)
+    assert.equal(1, semaphore.current_count)
+  end)
+
+  it("is named by who asked for it", function()
+    local channel = flow.Channel.unbounded()
+    assert.matches("task 'spec/run_spec.lua:%d+' waits for coflow.Channel$", stuck(function()
+      channel:read()
+    end))
+  end)
+end)

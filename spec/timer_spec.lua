@@ -163,13 +163,19 @@ describe("sleep", function()
   end))
 
   it("ends normally when its deadline was set before the token's of the same instant",
-    in_task(function()
+    in_order(function()
       local source <close> = Source()
       local task = flow.spawn(flow.sleep, 1, source.token)
       flow.yield()
       source:cancel_after(1)
       task:await()
     end))
+
+  it("is canceled when the token's deadline of the same instant was set before", in_order(function()
+    local source <close> = Source(1)
+    raises("OperationCanceled", flow.sleep, 1, source.token)
+    raises("OperationCanceled", flow.await, flow.delay(1, Source(1).token))
+  end))
 
   it("of math.huge waits for its token", in_task(function(clock)
     local source <close> = Source(1e9)

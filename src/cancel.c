@@ -510,6 +510,18 @@ void token_run(lua_State *L, bool first) {
   raise_errors(L);
 }
 
+void token_run_reported(lua_State *L) {
+  if (lua_isnil(L, -1)) {
+    lua_pop(L, 1);
+    return;
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_CALLBACKS);
+  lua_insert(L, -2);
+  if (lua_pcall(L, 1, 0, 0) == LUA_OK) return;
+  error_report(L, -1, 0);
+  lua_pop(L, 1);
+}
+
 /* cancel_token(token, reason, first) */
 int token_cancel(lua_State *L) {
   struct token *token = token_check(L, 1);
@@ -729,6 +741,8 @@ static const luaL_Reg registration_methods[] = {{"unregister", l_unregister},
 
 void cancel_open(lua_State *L) {
   module_functions(L, functions);
+  module_push_function(L, token_run_callbacks);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_CALLBACKS);
   module_class(L, TAG_TOKEN, "coflow.CancellationToken", token_methods, token_properties);
   module_class(L, TAG_REGISTRATION, "coflow.CancellationTokenRegistration", registration_methods,
                NULL);

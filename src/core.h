@@ -390,6 +390,7 @@ enum runtime_uservalue {
   RUNTIME_SHOWN,         /* the context whose values the handlers saw last */
   RUNTIME_LANDER,        /* the function that lands what is on the landing list */
   RUNTIME_PUMP,          /* the function that runs what is ready, and polls */
+  RUNTIME_CALLBACKS,     /* the function that runs the callbacks of canceled tokens */
   RUNTIME_EMPTY,         /* the empty execution context */
   RUNTIME_NONE,          /* CancellationToken.none */
   RUNTIME_MODULE,        /* what luaopen_coflow_core returns */
@@ -458,7 +459,6 @@ struct runtime {
   int free_slot;       /* of the anchors */
   struct token *rearm; /* tokens that have just been armed or disarmed (cancel.c) */
   bool rearm_busy;
-  struct task *expired; /* scopes whose callbacks are to run, before what their deadlines woke */
   const struct task *refused; /* who was refused a suspension last, its scope being canceled, … */
   unsigned refusals;          /* … and how often in succession */
   int resetting;              /* coroutines of tasks that we ourselves are closing */
@@ -873,6 +873,7 @@ void token_push_error(lua_State *L, int i);
 /* [-0, +0, -] canceled; its callbacks are put on the list at run */
 void token_mark(lua_State *L, int k, int reason, int cause, int run);
 void token_run(lua_State *L, bool first); /* [-1, +0, e] the callbacks of the list on top */
+void token_run_reported(lua_State *L);    /* [-1, +0, -] the same; what they raise is reported */
 void token_detach(struct token *k);       /* its scope is gone, and can cancel it no more */
 /* [-0, +0, -] canceled at birth, as the one at `from` is */
 void token_inherit(lua_State *L, int k, int from);
@@ -880,7 +881,9 @@ void token_rearmed(lua_State *L, struct token *k); /* [-0, +0, -] it is armed no
 /* [-0, +0, m] it is canceled with the one at `up` */
 void token_follow(lua_State *L, int k, int up);
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
-void expiry_land(lua_State *L, int i);
+/* [-0, +0, m] the expiry at i is due: its token is canceled */
+void expiry_fire(lua_State *L, struct runtime *rt, int i);
+void expiry_land(lua_State *L, int i); /* [-0, +0, -] the callbacks of that token */
 void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
 ONCE void cancel_open(lua_State *L);
 ONCE void source_open(lua_State *L);
@@ -929,7 +932,7 @@ void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co);
 void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope *s);
 /* [-0, +0, m] its deadline has passed */
 void scope_expire(lua_State *L, struct runtime *rt, struct scope *s);
-void scope_run_expired(lua_State *L, struct runtime *rt); /* [-0, +0, m] their callbacks */
+void scope_land(lua_State *L, int i);            /* [-0, +0, -] callbacks of the expired one at i */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
 int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
@@ -1112,6 +1115,8 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t);
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
 /* the function at index 1 as a root task, with the arguments above it */
 int loop_run(lua_State *L);
+int loop_run_operation(
+    lua_State *L); /* … which is one of ours: when it fails to end, it is withdrawn */
 
 ONCE void loop_init(struct runtime *rt);
 ONCE void loop_open(lua_State *L);
@@ -1130,7 +1135,8 @@ void poll_watch_signals(struct runtime *rt, bool on);
 
 /* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
 void deadlock_push_wait(lua_State *L, int i);
-int deadlock_throw(lua_State *L, struct runtime *rt); /* raises that nothing can go on */
+void deadlock_push(lua_State *L,
+                   struct runtime *rt); /* [-0, +1, m] the error that nothing can go on */
 
 /* ---- shutdown.c: the end of the state ---- */
 

@@ -10,7 +10,7 @@
 
 void deadlock_push_wait(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
-  const char *place = f->task.flags & TASK_STARTED ? "at ?" : "not started",
+  const char *place = f->task.flags & TASK_STARTED ? " at ?" : " not started",
              *what = "waits for ever";
   int top = lua_gettop(L);
   if (f->task.traits & TRAIT_HANDED)
@@ -26,9 +26,11 @@ void deadlock_push_wait(lua_State *L, int i) {
     what = "sleeps";
   if (f->co != NULL && f->task.flags & TASK_STARTED) {
     fiber_push_place(L, f);
-    place = lua_pushfstring(L, "at %s", lua_tostring(L, -1));
+    place = strcmp(lua_tostring(L, -1), "?") != 0
+                ? lua_pushfstring(L, " at %s", lua_tostring(L, -1))
+                : ""; /* an operation at the top level */
   }
-  lua_pushfstring(L, "%s %s", what, place);
+  lua_pushfstring(L, "%s%s", what, place);
   lua_insert(L, top + 1);
   lua_settop(L, top + 1);
 }
@@ -74,16 +76,18 @@ static void push_report(lua_State *L) {
   lua_remove(L, list);
 }
 
-int deadlock_throw(lua_State *L, struct runtime *rt) {
+void deadlock_push(lua_State *L, struct runtime *rt) {
   push_report(L);
   if (rt->clock == CLOCK_HELD && deadline_any(rt))
-    return error_throw(
-        L, ERROR_OPERATION,
-        "deadlock: no task is ready, and the fake clock never advances: it stands at "
-        "%f, the next deadline is at %f%s",
-        (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)deadline_next(rt), lua_tostring(L, -1));
-  return error_throw(L, ERROR_OPERATION,
-                     "deadlock: no task is ready, and no timer, request or handle is alive that "
-                     "could complete one%s",
-                     lua_tostring(L, -1));
+    error_push(L, ERROR_OPERATION,
+               "deadlock: no task is ready, and the fake clock never advances: it stands at "
+               "%f, the next deadline is at %f%s",
+               (LUAI_UACNUMBER)rt->virtual_now, (LUAI_UACNUMBER)deadline_next(rt),
+               lua_tostring(L, -1));
+  else
+    error_push(L, ERROR_OPERATION,
+               "deadlock: no task is ready, and no timer, request or handle is alive that "
+               "could complete one%s",
+               lua_tostring(L, -1));
+  lua_remove(L, -2);
 }

@@ -81,7 +81,7 @@ struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
 int fiber_outside(lua_State *L, lua_CFunction f) {
   module_push_function(L, f);
   lua_insert(L, 1);
-  return loop_run(L);
+  return loop_run_operation(L);
 }
 
 /* ---- await ---- */

@@ -89,10 +89,18 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   rt->landing_last = t;
 }
 
-/* of most its landing is the end; of these more may become known while they land */
-static bool lands_again(const struct task *t) {
-  return task_is(t, KIND_IO) || task_is(t, KIND_HANDLE) || task_is(t, KIND_CATCHER) ||
-         task_is(t, KIND_GATE);
+/* Most are settled by their landing. Of some of these more may become known while they land; the others land only to
+** run callbacks. */
+static bool is_settled(const struct task *t) {
+  switch (task_kind(t)) {
+    case KIND_IO:
+    case KIND_HANDLE:
+    case KIND_CATCHER:
+    case KIND_GATE:
+    case KIND_SCOPE:
+    case KIND_EXPIRY: return false;
+    default: return true;
+  }
 }
 
 /* [-0, +0, m] Until it has landed it counts as linked: a finalizer that runs meanwhile can neither link it again nor
@@ -104,20 +112,21 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
     rt->lands = NULL;
     return;
   }
-  bool again = lands_again(t);
-  if (task_done(t) && !again) { /* it has been settled since it was linked */
+  bool settled = is_settled(t);
+  if (task_done(t) && settled) { /* it has been settled since it was linked */
     task_forget(L, t);
     rt->lands = NULL;
     return;
   }
   task_push(L, t);
   int i = lua_gettop(L);
-  if (!again) t->flags |= TASK_LINKED;
+  if (settled) t->flags |= TASK_LINKED;
   switch (task_kind(t)) {
     case KIND_DELAY: delay_land(L, i); break;
     case KIND_WAIT: wait_op_land(L, i); break;
     case KIND_IO: io_land(L, i); break;
     case KIND_HANDLE: handle_land(L, i); break;
+    case KIND_SCOPE: scope_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
     case KIND_FIBER: group_discard(L, i); break;
     case KIND_CATCHER: signal_land(L, i); break;
@@ -128,7 +137,7 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
     case KIND_GATE: lock_land(L, i); break;
     default: combine_land(L, i);
   }
-  if (!again) t->flags &= (uint16_t)~TASK_LINKED;
+  if (settled) t->flags &= (uint16_t)~TASK_LINKED;
   lua_settop(L, i - 1);
   rt->lands = NULL;
 }
@@ -137,7 +146,7 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
 static void land_again(struct runtime *rt) {
   struct task *t = rt->lands;
   rt->lands = NULL;
-  if (t != NULL && !lands_again(t)) t->flags &= (uint16_t)~TASK_LINKED;
+  if (t != NULL && is_settled(t)) t->flags &= (uint16_t)~TASK_LINKED;
   if (t != NULL && (task_is(t, KIND_TICK) || t->slot != 0)) loop_ready(rt, t);
   while ((t = rt->landing) != NULL) {
     rt->landing = t->next;
@@ -352,32 +361,46 @@ int loop_settle(lua_State *L) {
   return 0;
 }
 
-int loop_run(lua_State *L) {
+/* [-0, +0, m] the root at index 1 is an operation whose caller learns that it has failed: it waits for nothing any more,
+** lest it took what comes for somebody else */
+static void withdraw(lua_State *L, struct runtime *rt, struct fiber *root) {
+  lua_pushliteral(L, "its caller has been told that it cannot end");
+  scope_cancel(L, scope_own(L, rt, root), lua_gettop(L));
+  lua_pop(L, 1);
+  if (root->task.state == TASK_WAITING) fiber_abandon(L, 1, root); /* deaf to that */
+}
+
+static int run(lua_State *L, bool operation) {
   struct runtime *rt = runtime(L);
   loop_check_outside(L, "run");
   struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
+  if (operation) scope_own(L, rt, root); /* so that what it begins can be canceled */
   loop_queue(rt, root);
   enum drive_end end = enter(L, 1, LOOP_DEFAULT);
   if (fiber_is_lost(&root->task)) { /* somebody has closed its coroutine */
     fiber_settle_lost(L, 1);
     end = DRIVE_DONE;
   }
-  switch (end) {
-    case DRIVE_DONE: return task_push_outcome(L, 1, &root->task);
-    case DRIVE_DEAD:
-      root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
-      return deadlock_throw(L, rt);
-    case DRIVE_SIGNALED:
-      root->task.flags |= TASK_OBSERVED;
-      error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
-      lua_pushinteger(L, rt->signaled);
-      lua_setfield(L, -2, "signal");
-      return lua_error(L);
-    default:
-      root->task.flags |= TASK_OBSERVED;
-      return error_throw(L, ERROR_OPERATION, "the event loop was stopped by loop.stop");
+  if (end == DRIVE_DONE) return task_push_outcome(L, 1, &root->task);
+  root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
+  if (operation) {                   /* it is known by who asked for it */
+    coroutine_push_place(L, 1);
+    lua_setfield(L, 1, "name");
   }
+  if (end == DRIVE_DEAD)
+    deadlock_push(L, rt);
+  else if (end == DRIVE_SIGNALED) {
+    error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
+    lua_pushinteger(L, rt->signaled);
+    lua_setfield(L, -2, "signal");
+  } else
+    error_push(L, ERROR_OPERATION, "the event loop was stopped by loop.stop");
+  if (operation && !task_done(&root->task)) withdraw(L, rt, root);
+  return lua_error(L);
 }
+
+int loop_run(lua_State *L) { return run(L, false); }
+int loop_run_operation(lua_State *L) { return run(L, true); }
 
 /* ---- Lua face ---- */
 

@@ -491,53 +491,25 @@ void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
   lua_pushstring(L, s->kind == SCOPE_GROUP    ? "the grace of the task group is over"
                     : s->kind == SCOPE_SHIELD ? "the grace of the shield is over"
                                               : "timeout");
+  loop_ready(rt, &s->task);            /* its callbacks come before what it wakes */
   mark_all(L, s, lua_gettop(L), true); /* reason list */
   if (!lua_isnil(L, -1)) {
     scope_push(L, s);
     lua_insert(L, -2);
     lua_setiuservalue(L, -2, SCOPE_RUN);
-    s->task.flags |= TASK_LINKED;
-    s->task.next = rt->expired;
-    rt->expired = &s->task;
   }
   lua_pop(L, 2);
   deadline_drop(rt, &s->deadline); /* only now: what fails for want of memory is still due */
   scope_let_go(L, rt, s);
 }
 
-static int l_run_list(lua_State *L) {
-  token_run(L, false);
-  return 0;
-}
-
-static void run_callbacks(lua_State *L, int i) {
+void scope_land(lua_State *L, int i) {
   struct scope *s = (struct scope *)lua_touserdata(L, i);
-  module_push_function(L, l_run_list);
   lua_getiuservalue(L, i, SCOPE_RUN);
   lua_pushnil(L);
   lua_setiuservalue(L, i, SCOPE_RUN);
-  if (lua_pcall(L, 1, 0, 0) != LUA_OK) {
-    error_report(L, -1, 0);
-    lua_pop(L, 1);
-  }
+  token_run_reported(L);
   if (s->owner == NULL) scope_left(L, runtime(L), s);
-}
-
-void scope_run_expired(lua_State *L, struct runtime *rt) {
-  struct task *t, *first = NULL;
-  while ((t = rt->expired) != NULL) { /* in the order in which they have expired */
-    rt->expired = t->next;
-    t->next = first;
-    first = t;
-  }
-  while ((t = first) != NULL) {
-    first = t->next;
-    t->next = NULL;
-    t->flags &= (uint16_t)~TASK_LINKED;
-    scope_push(L, (struct scope *)(void *)t);
-    run_callbacks(L, lua_gettop(L));
-    lua_pop(L, 1);
-  }
 }
 
 /* ---- Lua face: functions of the library, not of scripts ---- */

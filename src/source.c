@@ -1,7 +1,8 @@
 /*
 ** source.c - cancellation sources: the right to cancel a token, at once, after a time, or with another one.
 **
-** The deadline of a token is an operation of its own, the *expiry* (TOKEN_EXPIRY), whose landing cancels the token.
+** The deadline of a token is a task of its own, the *expiry* (TOKEN_EXPIRY). When it is due the token is canceled at once;
+** it lands, and callbacks run, in its place of the ready list: before what the cancellation has woken.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -22,7 +23,7 @@ void token_disarm(lua_State *L, int k) {
     struct task *t = &e->pending.task;
     deadline_drop(runtime(L), &e->deadline);
     if (!(t->flags & TASK_LINKED)) task_forget(L, t);
-    t->state = TASK_CANCELED; /* should it be on the ready list, it does nothing there */
+    t->state = TASK_CANCELED;
     lua_pushnil(L);
     lua_setiuservalue(L, k, TOKEN_EXPIRY);
     token_count_arm(L, (struct token *)lua_touserdata(L, k), -1);
@@ -55,15 +56,23 @@ static void arm(lua_State *L, int k, double seconds) {
   token_count_arm(L, token, 1);
 }
 
-void expiry_land(lua_State *L, int i) {
+void expiry_fire(lua_State *L, struct runtime *rt, int i) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  module_push_function(L, token_cancel);
-  task_forget(L, t);
-  if (task_done(t)) return; /* disarmed in the meantime */
-  t->state = TASK_SUCCEEDED;
-  lua_getiuservalue(L, i, OP_TOKEN); /* function token */
-  if (((struct token *)lua_touserdata(L, -1))->canceled) return;
-  if (lua_pcall(L, 1, 0, 0) != LUA_OK) error_report(L, -1, 0);
+  luaL_checkstack(L, 20, NULL);
+  loop_ready(rt, t); /* it keeps its slot until it lands */
+  lua_getiuservalue(L, i, OP_TOKEN);
+  lua_pushnil(L); /* reason */
+  lua_pushnil(L); /* token reason list */
+  int list = lua_gettop(L);
+  token_mark_all(L, list - 2, list - 1, list - 2, list);
+  lua_setiuservalue(L, i, OP_TOKEN);
+  lua_pop(L, 2);
+}
+
+void expiry_land(lua_State *L, int i) {
+  task_forget(L, (struct task *)lua_touserdata(L, i));
+  lua_getiuservalue(L, i, OP_TOKEN);
+  token_run_reported(L);
 }
 
 void expiry_drop(lua_State *L, int i) {

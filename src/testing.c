@@ -49,7 +49,10 @@ uint64_t testing_random(struct runtime *rt) {
 void testing_choose(struct runtime *rt) {
   struct task *seen[WINDOW], *first = rt->ready;
   uint64_t n = 0;
-  for (struct task *t = first; t != NULL && n < WINDOW; t = t->next) seen[n++] = t;
+  for (struct task *t = first; t != NULL && n < WINDOW; t = t->next) {
+    seen[n++] = t;
+    if (task_is(t, KIND_SCOPE) || task_is(t, KIND_EXPIRY)) break; /* its callbacks come first */
+  }
   uint64_t k = n == 1 || rt->passed_over >= PATIENCE ? 0 : (testing_random(rt) >> 32) * n >> 32;
   if (k == 0) {
     rt->passed_over = 0;

@@ -43,6 +43,12 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
     }
     default:
       t = &container_of(d, struct timed, deadline)->pending.task;
+      if (task_is(t, KIND_EXPIRY)) {
+        task_push(L, t);
+        expiry_fire(L, rt, lua_gettop(L));
+        lua_pop(L, 1);
+        return;
+      }
       if (waiter_is_queued(t)) {
         task_push(L, t);
         waiter_withdraw(L, -1, false);
@@ -57,7 +63,6 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
   if (!deadline_any(rt)) return;
   double now = loop_now(rt);
   for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
-  if (rt->expired != NULL) scope_run_expired(L, rt);
 }
 
 /* ---- interruption ---- */
