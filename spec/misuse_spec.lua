@@ -1045,6 +1045,31 @@ describe("finalizers and metamethods", function()
     ]])
   end)
 
+  it("are blamed by their own name where one of ours calls what the user gave", in_task(function()
+    local calls = {
+      ["Channel.bounded"] = function() return flow.Channel.bounded(-1) end,
+      ["TaskScheduler.limited"] = function() return flow.TaskScheduler.limited(0) end,
+      ["net.connect"] = function() return flow.net.connect("127.0.0.1", 1, 5) end,
+      ["process.run"] = function() return flow.process.run({ "true" }, 5) end,
+      ["stream.from"] = function() return flow.stream.from(5) end,
+    }
+    local ways = {
+      function(fn) return flow.with_timeout(1, fn) end,
+      function(fn) return flow.shield(fn) end,
+      function(fn) return flow.shield({ grace = 1 }, fn) end,
+      function(fn) return flow.call(fn) end,
+      function(fn) return flow.with_cancellation(flow.CancellationToken.none, fn) end,
+    }
+    for name, fn in pairs(calls) do
+      for _, way in ipairs(ways) do
+        local err = helper.raised(way, fn)
+        assert.matches("^[^:]*misuse_spec.lua:%d+: bad argument #%d to 'coflow." .. name:gsub("%.", "%%.") .. "'", err)
+      end
+    end
+    assert.matches("bad argument #1 to 'coflow.Channel.bounded'",
+      helper.raised(flow.with_timeout, 1, flow.Channel.bounded, -1))
+  end))
+
   it("of classes may be called without the class", in_task(function()
     local call = getmetatable(flow.CancellationTokenSource).__call
     assert.is_false(call().is_cancellation_requested)

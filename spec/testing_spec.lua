@@ -271,15 +271,43 @@ describe("what a test leaves behind", function()
       local timer = flow.PeriodicTimer(10)
       line = helper.here(1)
       kept = timer:wait_for_next_tick_async()
-    end, "timer 'wait_for_next_tick', due in 10.0 s" },
+    end, "timer 'wait_for_next_tick', due in 10.0 s", 2 },
   }
+
+  for _, use in ipairs { function() end, function(timer) timer:wait_for_next_tick() end } do
+    it("fails it: a PeriodicTimer that is not disposed of", function()
+      is_error("InvalidOperation", raised(testing.run, function()
+        line = helper.here(1)
+        kept = flow.PeriodicTimer(10)
+        use(kept)
+      end), "an open coflow.PeriodicTimer", "made at ", line)
+      assert.is_false(kept:wait_for_next_tick()) -- it is now
+      kept = nil
+      testing.run(function()
+        local _ <close> = flow.PeriodicTimer(10)
+        use(flow.PeriodicTimer(10)) -- nobody can dispose of that one
+      end)
+    end)
+  end
+
+  it("fails it: an open file", function()
+    local path = os.tmpname()
+    is_error("InvalidOperation", raised(testing.run, function() kept = flow.fs.open(path) end), "an open coflow.File", path)
+    assert.is_true(kept.is_closed)
+    kept = nil
+    testing.run(function()
+      flow.fs.open(path) -- the collector closes it
+      flow.fs.open(path):close()
+    end)
+    os.remove(path)
+  end)
 
   for what, case in pairs(cases) do
     it("fails it: " .. what .. ", and is gone before the next test", function()
       local err = is_error("InvalidOperation", raised(testing.run, case[1]), "left something behind", case[2],
         "made at ", line)
       local _, lines = err.message:gsub("\n", "")
-      assert.equal(1, lines, err.message)
+      assert.equal(case[3] or 1, lines, err.message)
       assert.is_false(flow.loop.is_alive())
       if kept.status then
         assert.is_true(kept.is_completed)

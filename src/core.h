@@ -408,6 +408,7 @@ enum runtime_uservalue {
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
+  RUNTIME_OPENED,     /* … PeriodicTimer or File made in it -> where, or true; weak keys */
   RUNTIME_TIMERS,     /* index of a deadline -> the armed Timer that it is part of, or false */
   RUNTIME_ORIGIN,     /* the last origin of Timers without a context (periodic.c) */
   RUNTIME_SPARE,      /* a blank fiber for the next tick of a Timer, or nil */
@@ -1073,7 +1074,8 @@ void periodic_land(lua_State *L, struct runtime *rt, struct task *tick); /* [-0,
 void periodic_wait_land(lua_State *L, int i);
 /* [-0, +1, -] the Timer whose deadline has that index, if it will start a task; false: [-0, +0] */
 bool periodic_push_armed(lua_State *L, struct runtime *rt, uint32_t index, double *due);
-void periodic_disarm(lua_State *L, int i); /* [-0, +0, -] the Timer at i */
+void periodic_disarm(lua_State *L, int i);   /* [-0, +0, -] the Timer at i */
+bool periodic_is_open(const void *periodic); /* a PeriodicTimer that has not been disposed */
 void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
 ONCE void periodic_open(lua_State *L);
@@ -1160,6 +1162,11 @@ static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t
 /* [-0, +0, -] the task with that slot was made by the Timer whose deadline has that index */
 void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
+void testing_note_opened(lua_State *L, struct runtime *rt);
+/* [-0, +0, m] the PeriodicTimer or File on top is to be disposed of before its test ends */
+static inline void testing_opened(lua_State *L, struct runtime *rt) {
+  if (rt->births != NULL) testing_note_opened(L, rt);
+}
 void testing_land(lua_State *L, int i);
 ONCE void testing_open(lua_State *L);
 

@@ -165,6 +165,13 @@ void file_close(struct file *f) {
 
 /* ---- results ---- */
 
+bool file_is_open(const struct file *f) { return f->fd >= 0 && !f->closing; }
+
+void file_dispose(struct file *f) {
+  f->closing = true;
+  file_close(f);
+}
+
 int file_land_open(lua_State *L, struct io *op) {
   struct job *j = as_job(op);
   struct file *f = (struct file *)object_new(L, TAG_FILE, sizeof *f, FILE_PATH);
@@ -176,6 +183,7 @@ int file_land_open(lua_State *L, struct io *op) {
   j->fd = -1;
   f->seekable = job_is_plain((mode_t)j->mode);
   f->append = j->flags & O_APPEND;
+  testing_opened(L, runtime(L));
   return 1;
 }
 

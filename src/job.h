@@ -111,6 +111,8 @@ int file_land_open(lua_State *L, struct io *op); /* the File of what a job has o
 void file_next(struct file *f);                  /* its next job has its turn. No Lua. */
 void file_leave(struct file *f, struct job *j);  /* it was waiting. No Lua. */
 void file_close(struct file *f);                 /* at once. No Lua. */
+bool file_is_open(const struct file *f);
+void file_dispose(struct file *f); /* closes one that nobody uses */
 void file_open(lua_State *L);
 /* [-0, +1, m] next_line(file, token): a line, if it is there */
 void file_push_next_line(lua_State *L);

@@ -251,17 +251,38 @@ void module_push_name(lua_State *L) {
 
 /* Like luaL_argerror for a public function written in Lua, which calls us, itself or through helpers: counts as its
 ** caller sees the arguments, and blames the line of that caller. */
+/* whether the user has called that function of ours, by a function that is gone or by one of ours that calls `fn` */
+static bool is_called_for_user(lua_State *L, lua_Debug *ar) {
+  int top = lua_gettop(L);
+  lua_getinfo(L, "ntf", ar);
+  bool is = ar->istailcall ? push_public_name(L)
+                           : strcmp(ar->namewhat, "local") == 0 && strcmp(ar->name, "fn") == 0;
+  lua_settop(L, top);
+  return is;
+}
+
+static bool is_ours_at(lua_State *L, int level) {
+  lua_Debug ar;
+  return lua_getstack(L, level, &ar) && lua_getinfo(L, "S", &ar) &&
+         module_is_ours(runtime(L), ar.source);
+}
+
 int module_blame(lua_State *L, int n, const char *message) {
   lua_Debug ar;
   int level = 1;
   if (!lua_getstack(L, level, &ar)) return luaL_argerror(L, n, message);
-  for (lua_Debug up; lua_getstack(L, level + 1, &up); level++, ar = up)
-    if (!lua_getinfo(L, "S", &up) || !module_is_ours(runtime(L), up.source)) break;
+  bool for_user = is_called_for_user(L, &ar);
+  while (!for_user && is_ours_at(L, level + 1)) {
+    lua_getstack(L, ++level, &ar);
+    for_user = is_called_for_user(L, &ar);
+  }
   lua_getinfo(L, "nf", &ar);
-  const char *name = ar.name;
+  const char *name = for_user ? NULL : ar.name;
   if (name == NULL) name = push_public_name(L) ? lua_tostring(L, -1) : "?";
-  luaL_where(L, level + 1);
-  if (strcmp(ar.namewhat, "method") == 0 && --n == 0)
+  do level++;
+  while (is_ours_at(L, level));
+  luaL_where(L, level);
+  if (!for_user && strcmp(ar.namewhat, "method") == 0 && --n == 0)
     lua_pushfstring(L, "calling '%s' on bad self (%s)", name, message);
   else
     lua_pushfstring(L, "bad argument #%d to '%s' (%s)", n, name, message);

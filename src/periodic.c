@@ -555,8 +555,11 @@ static int l_periodic_new(lua_State *L) {
   p->period = period;
   p->next = loop_now(runtime(L)) + period;
   p->shifted = runtime(L)->shifted;
+  testing_opened(L, runtime(L));
   return 1;
 }
+
+bool periodic_is_open(const void *periodic) { return !((const struct periodic *)periodic)->closed; }
 
 static int l_period(lua_State *L) {
   lua_pushnumber(L, check_periodic(L)->period);

@@ -16,6 +16,7 @@
 ** - a stream, listener or the like (handle.c) says so, too: one that is open in the end is left, though it keeps
 **   no loop alive while nobody waits. Nothing of ours refers to an idle one; so that it can be closed,
 **   RUNTIME_WEAK knows those that were made meanwhile by their addresses, and watchers of files by their handles'.
+**   So does a PeriodicTimer or a File, of which RUNTIME_OPENED knows.
 **
 ** With no test running this costs one untaken branch for each slice of ready tasks, each fiber made and
 ** each deadline set.
@@ -26,7 +27,7 @@
 ** Source:    splitmix64 (Steele, Lea, Flood 2014); autojump clock and leak checks: trio.
 ** SPDX-License-Identifier: MIT
 */
-#include "io.h"
+#include "job.h"
 
 #include <signal.h>
 #include <string.h>
@@ -238,6 +239,30 @@ static void list_watcher(uv_handle_t *h, void *arg) {
   if (push_watcher(list->L, h)) lua_rawseti(list->L, -2, ++list->count);
 }
 
+void testing_note_opened(lua_State *L, struct runtime *rt) {
+  uint32_t number = find_place(L, rt->births);
+  int object = lua_gettop(L);
+  luaL_checkstack(L, 8, NULL);
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) {
+    lua_pushvalue(L, object);
+    if (number == 0)
+      lua_pushboolean(L, 1);
+    else {
+      const struct place *p = &rt->births->places[number - 1];
+      lua_pushfstring(L, "%s:%d", p->source, p->line);
+    }
+    lua_rawset(L, object + 1);
+  }
+  lua_settop(L, object);
+}
+
+/* the PeriodicTimer or File at i has not been disposed */
+static bool is_undisposed(lua_State *L, int i) {
+  const void *object = lua_touserdata(L, i);
+  if (object_test(L, i, TAG_FILE) != NULL) return file_is_open((const struct file *)object);
+  return periodic_is_open(object);
+}
+
 /* [-0, +1, m] a list of all these */
 static void list_open(lua_State *L) {
   struct runtime *rt = runtime(L);
@@ -246,6 +271,15 @@ static void list_open(lua_State *L) {
   for (struct link *l = rt->handles.next; l != &rt->handles; l = l->next)
     if (push_left_open(L, container_of(l, struct handle, link))) lua_rawseti(L, -2, ++list.count);
   if (rt->loop_open) uv_walk(&rt->loop, list_watcher, &list);
+  int top = lua_gettop(L);
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE)
+    for (lua_pushnil(L); lua_next(L, top + 1);) {
+      lua_pop(L, 1);
+      if (!is_undisposed(L, -1)) continue;
+      lua_pushvalue(L, -1);
+      lua_rawseti(L, top, ++list.count);
+    }
+  lua_settop(L, top);
 }
 
 /* The other handles, while they keep the loop alive, and the children that run. */
@@ -310,6 +344,11 @@ static int l_begin(lua_State *L) {
   lua_newtable(L);
   lua_pushvalue(L, 5);
   lua_rawseti(L, 6, BEFORE_LIBRARY);
+  lua_newtable(L); /* … before opened */
+  lua_createtable(L, 0, 1);
+  lua_pushliteral(L, "k");
+  lua_setfield(L, -2, "__mode");
+  lua_setmetatable(L, -2);
   struct handles list = list_handles(L);
   for (size_t i = 0; i < list.count; i++) { /* those that were there before */
     lua_pushboolean(L, 1);
@@ -324,7 +363,8 @@ static int l_begin(lua_State *L) {
   memset(b, 0, sizeof *b);
   b->library = lua_tolstring(L, 5, &b->library_length);
   rt->births = b;
-  lua_settop(L, 6);
+  lua_settop(L, 7);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_OPENED);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
   timer_shift(rt, loop_now(rt), start); /* deadlines from before have the same time left */
   rt->clock = lua_toboolean(L, 1) ? CLOCK_JUMPING : CLOCK_HELD;
@@ -345,6 +385,8 @@ static int l_finish(lua_State *L) {
   testing_forget(L, rt);
   lua_pushnil(L);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
+  lua_pushnil(L);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_OPENED);
   return 0;
 }
 
@@ -423,15 +465,29 @@ static int l_left(lua_State *L) {
   return 1;
 }
 
-/* of the stream, listener … at i; 0: it has none, as a watcher of files */
-static int slot_of(lua_State *L, int i) {
-  if (object_test(L, i, TAG_WATCHER) != NULL) return 0;
-  return ((const struct handle *)lua_touserdata(L, i))->task.slot;
+/* [-0, +1, m] where the stream, listener … at i was made, or nil */
+static void push_opening(lua_State *L, int i) {
+  const struct births *b = runtime(L)->births;
+  bool noted = object_test(L, i, TAG_FILE) != NULL || object_test(L, i, TAG_PERIODIC) != NULL;
+  if (noted) {
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED);
+    lua_pushvalue(L, i);
+    lua_rawget(L, -2);
+    lua_remove(L, -2);
+    if (lua_isstring(L, -1)) return;
+    lua_pop(L, 1);
+  } else if (object_test(L, i, TAG_WATCHER) == NULL) {
+    size_t slot = (size_t)((const struct handle *)lua_touserdata(L, i))->task.slot;
+    if (born_at(b, BIRTH_SLOT, slot) != 0) { /* else it was closed meanwhile */
+      push_place(L, b, BIRTH_SLOT, slot);
+      return;
+    }
+  }
+  lua_pushnil(L);
 }
 
 /* left_open() -> the same of what is open: streams, listeners, handles of libuv */
 static int l_left_open(lua_State *L) {
-  struct runtime *rt = runtime(L);
   lua_Integer count = 0;
   lua_settop(L, 0);
   lua_newtable(L);
@@ -439,11 +495,11 @@ static int l_left_open(lua_State *L) {
   list_open(L);
   while (lua_rawgeti(L, 3, count + 1) != LUA_TNIL) { /* list before open handle */
     lua_pushfstring(L, "an open %s", luaL_tolstring(L, 4, NULL));
-    int slot = slot_of(L, 4);
-    if (born_at(rt->births, BIRTH_SLOT, (size_t)slot) != 0) { /* else it was closed meanwhile */
-      push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
+    push_opening(L, 4);
+    if (lua_isnil(L, -1))
+      lua_pop(L, 1);
+    else
       lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -2), lua_tostring(L, -1));
-    }
     lua_rawseti(L, 1, ++count);
     lua_settop(L, 3);
   }
@@ -466,6 +522,10 @@ static void close_left(lua_State *L) {
   int top = lua_gettop(L);
   list_open(L);
   for (lua_Integer i = 1; lua_rawgeti(L, top + 1, i) != LUA_TNIL; i++, lua_settop(L, top + 1)) {
+    if (object_test(L, -1, TAG_FILE) != NULL) { /* nobody uses it: no task is left */
+      file_dispose((struct file *)lua_touserdata(L, -1));
+      continue;
+    }
     lua_getfield(L, -1, "dispose");
     lua_insert(L, -2);
     lua_pcall(L, 1, 0, 0);

@@ -37,6 +37,11 @@ end
 
 local shield_options = { grace = true }
 
+local function shielded(grace, fn, ...)
+  local _ <close> = core.open_shield(grace)
+  return fn(...)
+end
+
 ---Calls `fn` with the ambient token and deadline hidden: for clean-up that must await. May suspend.
 ---Raises: InvalidOperation outside every task.
 ---Source: trio's shielded scopes.
@@ -47,16 +52,14 @@ local shield_options = { grace = true }
 function flow.shield(options, fn, ...)
   if type(options) ~= "table" or core.is_callable(options) then
     core.check_function(1, options)
-    local _ <close> = core.open_shield()
-    return options(fn, ...)
+    return shielded(nil, options, fn, ...)
   end
   local grace = core.check_options(1, options, shield_options).grace
   core.check_function(2, fn)
   if grace ~= nil and not (type(grace) == "number" and grace >= 0) then
     core.argument_error(1, "grace must be a number of seconds")
   end
-  local _ <close> = core.open_shield(grace)
-  return fn(...)
+  return shielded(grace, fn, ...)
 end
 
 return flow
