@@ -1054,11 +1054,11 @@ describe("finalizers and metamethods", function()
       ["stream.from"] = function() return flow.stream.from(5) end,
     }
     local ways = {
-      function(fn) return flow.with_timeout(1, fn) end,
-      function(fn) return flow.shield(fn) end,
-      function(fn) return flow.shield({ grace = 1 }, fn) end,
-      function(fn) return flow.call(fn) end,
-      function(fn) return flow.with_cancellation(flow.CancellationToken.none, fn) end,
+      function(fn) flow.with_timeout(1, fn) end,
+      function(fn) flow.shield(fn) end,
+      function(fn) flow.shield({ grace = 1 }, fn) end,
+      function(fn) flow.call(fn) end,
+      function(fn) flow.with_cancellation(flow.CancellationToken.none, fn) end,
     }
     for name, fn in pairs(calls) do
       for _, way in ipairs(ways) do

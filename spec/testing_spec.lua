@@ -292,7 +292,8 @@ describe("what a test leaves behind", function()
 
   it("fails it: an open file", function()
     local path = os.tmpname()
-    is_error("InvalidOperation", raised(testing.run, function() kept = flow.fs.open(path) end), "an open coflow.File", path)
+    local err = raised(testing.run, function() kept = flow.fs.open(path) end)
+    is_error("InvalidOperation", err, "an open coflow.File", path)
     assert.is_true(kept.is_closed)
     kept = nil
     testing.run(function()
