@@ -340,6 +340,32 @@ describe("the ambient token", function()
     raises("OperationCanceled", task.await, task)
   end))
 
+  it("is a Timeout for the message handler of xpcall, too, and for what it makes of it", in_task(function()
+    local function named(err) return flow.errors.is(err, "Timeout") and "late" or err end
+    local function boxed(err) return { err } end
+    local function sleeper() flow.with_timeout(1, flow.sleep, 9) end
+    local function deep() flow.with_timeout(1, function() flow.with_timeout(5, pcall(flow.sleep, 0) and flow.sleep, 9) end) end
+    for _, fn in ipairs { sleeper, deep } do
+      assert.equal("late", select(2, xpcall(fn, named)))
+      assert.is_true(flow.errors.is(select(2, xpcall(fn, boxed))[1], "Timeout"))
+      assert.matches("^Timeout: ", select(2, xpcall(fn, tostring)))
+      assert.equal("late", select(3, xpcall(xpcall, named, fn, named)))
+    end
+  end))
+
+  it("is no Timeout where somebody has caught it, and raised something else", in_task(function()
+    local function raising() flow.with_timeout(1, function()
+      pcall(flow.sleep, 9)
+      error("mine", 0)
+    end) end
+    local function handled() flow.with_timeout(1, function()
+      error(select(2, xpcall(flow.sleep, tostring, 9)), 0)
+    end) end
+    assert.equal("mine", select(2, xpcall(raising, tostring)))
+    assert.matches("^OperationCanceled: ", select(2, xpcall(handled, tostring)))
+    assert.equal("mine", select(2, pcall(raising)))
+  end))
+
   it("runs its callbacks in the order of equal deadlines, between those of sources", in_order(function()
     local log, note = recorder()
     local first = flow.CancellationTokenSource(1)

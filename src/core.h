@@ -319,6 +319,7 @@ struct scope {
   bool canceled, expired; /* expired: its own deadline came first */
   bool armed;             /* a deadline here or above may wake what is below: hold it */
   bool closed;            /* by its block, which does not know it any more */
+  bool handled;           /* expired: its error goes to the block by way of a message handler */
 };
 enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with callbacks to run */
 enum {
@@ -494,6 +495,7 @@ struct runtime {
   uint32_t label_count;
   struct label_cache labels[LABEL_CACHE];
   const void *error_metatables[ERROR_COUNT];
+  lua_CFunction pcall, xpcall; /* Lua's own */
 
   struct link catchers;  /* the open ones (signal.c) */
   struct caught *caught; /* a list of the handles of signals */

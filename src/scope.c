@@ -409,6 +409,38 @@ static int throw_k(lua_State *L, int status, lua_KContext ctx) {
   return scope_throw(L, ((struct fiber *)rt->me)->member.scope);
 }
 
+static bool holds(lua_State *L, lua_Debug *ar, const struct scope *s) {
+  bool found = false;
+  for (int n = 1; !found && lua_getlocal(L, ar, n) != NULL; n++, lua_pop(L, 1))
+    found = lua_touserdata(L, -1) == (const void *)s;
+  return found;
+}
+
+/* [-0, +0, -] The error of the scope s is about to be raised. Where xpcall calls the block whose deadline that is, its
+** message handler sees the error first, and the block gets what that makes of it; which is still that error if nothing
+** on the way could have caught it. */
+static void note_handler(lua_State *L, const struct runtime *rt, const struct scope *s) {
+  struct scope *block = s->origin;
+  if (!block->expired || block->kind != SCOPE_BLOCK || block->co != L) return;
+  lua_Debug ar;
+  bool inside = true;
+  for (int level = 1; lua_getstack(L, level, &ar); level++) {
+    lua_getinfo(L, "Sf", &ar);
+    lua_CFunction f = lua_tocfunction(L, -1);
+    lua_pop(L, 1);
+    if (f == NULL) {
+      if (inside) inside = !holds(L, &ar, block);
+    } else if (inside || f == rt->pcall)
+      return;
+    else if (f == rt->xpcall) {
+      lua_Debug caller;
+      block->handled = !lua_getstack(L, level + 1, &caller) || !lua_getinfo(L, "S", &caller) ||
+                       !module_is_ours(rt, caller.source);
+      return;
+    }
+  }
+}
+
 /* A task that goes on after each refusal, and never waits, shall hold up itself only: now and then it is
 ** suspended after all, and others run. */
 int scope_throw(lua_State *L, struct scope *s) {
@@ -421,6 +453,7 @@ int scope_throw(lua_State *L, struct scope *s) {
     loop_queue(rt, me);
     return fiber_suspend(L, rt, me, 0, throw_k);
   }
+  note_handler(L, rt, s);
   scope_push_error(L, s == me->member.scope ? scope_ambient(L, rt) : s);
   return lua_error(L);
 }
@@ -630,15 +663,18 @@ void scope_finish(lua_State *L, struct runtime *rt, struct scope *s) {
 /* [-0, +0, m] the block ends with the error at `error`, or nil. True if that was a cancellation and has become
 ** a Timeout, because the deadline of the block itself has passed. */
 static bool close_block(lua_State *L, struct runtime *rt, struct scope *s, int error) {
+  bool handled = s->handled && !lua_isnil(L, error);
   bool late = s->kind == SCOPE_BLOCK && s->seconds != HUGE_VAL && lua_istable(L, error) &&
               (s->expired || (!s->canceled && s->due <= loop_now(rt)));
   double seconds = s->seconds;
   scope_finish(L, rt, s);
-  if (!late || !error_is(L, error, ERROR_CANCELED)) return false;
+  bool canceled = late && error_is(L, error, ERROR_CANCELED);
+  if (!canceled && !handled) return false;
   push_timeout(L, seconds);
-  if (lua_getfield(L, error, "written") != LUA_TNIL) /* of a write that it has cut short */
+  if (canceled &&
+      lua_getfield(L, error, "written") != LUA_TNIL) /* of a write that it has cut short */
     lua_setfield(L, -2, "written");
-  else
+  else if (canceled)
     lua_pop(L, 1);
   lua_replace(L, error);
   return true;
@@ -677,8 +713,7 @@ void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co) {
 static void push_opening(lua_State *L, const struct scope *s) {
   lua_Debug ar;
   for (int level = 1; lua_getstack(L, level, &ar); level++)
-    for (int n = 1; lua_getlocal(L, &ar, n) != NULL; n++, lua_pop(L, 1)) {
-      if (lua_touserdata(L, -1) != (const void *)s) continue;
+    if (holds(L, &ar, s)) {
       coroutine_push_place(L, level);
       return;
     }
@@ -755,10 +790,21 @@ static const luaL_Reg functions[] = {{"open_timeout", l_open_timeout},
 
 static const luaL_Reg scope_methods[] = {{"__close", l_close}, {NULL, NULL}};
 
+static lua_CFunction global_function(lua_State *L, const char *name) {
+  lua_pushglobaltable(L);
+  lua_pushstring(L, name);
+  lua_rawget(L, -2);
+  lua_CFunction f = lua_tocfunction(L, -1);
+  lua_pop(L, 2);
+  return f;
+}
+
 void scope_open(lua_State *L) {
   struct runtime *rt = runtime(L);
   module_functions(L, functions);
   module_class(L, TAG_SCOPE, "coflow.CancellationScope", scope_methods, NULL);
+  rt->pcall = global_function(L, "pcall");
+  rt->xpcall = global_function(L, "xpcall");
   rt->root = scope_new(L, rt, SCOPE_BASE, sizeof *rt->root);
   rt->root->base = rt->root;
 }
