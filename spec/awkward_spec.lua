@@ -369,10 +369,11 @@ describe("an error that ends a coroutine of Lua's own", function()
 end)
 
 describe("the state of a loop over when_each", function()
-  it("cannot be awaited", in_order(function()
+  it("cannot be awaited, nor canceled", in_order(function()
     local _, state, _, closing <close> = flow.when_each { never() } -- luacheck: ignore closing
     for _, wait in ipairs { flow.await, flow.try_await, flow.when_all, flow.await_any, flow.when_any,
-      function(t) return t:wait_async(1) end, function(t) return t:continue_with(print) end } do
+      function(t) return t:wait_async(1) end, function(t) return t:continue_with(print) end,
+      function(t) return t:cancel() end } do
       local ok, err = pcall(wait, state)
       assert.is_false(ok)
       assert.truthy(tostring(err):find("when_each", 1, true), err)

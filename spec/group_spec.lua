@@ -1279,6 +1279,43 @@ describe("misuse", function()
   end)
 end)
 
+describe("a group that others close", function()
+  local function closed_in(group)
+    local _ <close> = group
+    flow.yield()
+  end
+
+  it("is left as it is: it is for task_group to close it", in_task(function()
+    local message = "task_group does, when its function returns"
+    helper.is_error("InvalidOperation", raised(flow.task_group, function(group)
+      group:spawn(closed_in, group)
+      flow.sleep(1)
+    end), message)
+    helper.is_error("InvalidOperation", raised(flow.task_group, function(group) closed_in(group) end), message)
+    local value = flow.task_group(function(group)
+      helper.is_error("InvalidOperation", raised(closed_in, group), message)
+      return group:spawn(function() return "alive" end):await()
+    end)
+    assert.equal("alive", value)
+  end))
+
+  it("tells who waits for its stop from outside when it has ended", in_task(function()
+    local group, gate = nil, flow.TaskCompletionSource()
+    local outside = flow.spawn(function()
+      gate.task:await()
+      return pcall(group.wait_stopping, group)
+    end)
+    flow.task_group(function(g)
+      group = g
+      gate:set_result()
+      flow.sleep(1)
+    end)
+    local ok, err = outside:await()
+    assert.is_false(ok)
+    helper.is_error("InvalidOperation", err, "it will never be stopped")
+  end))
+end)
+
 describe("a child", function()
   it("that returns as much as a stack holds does not keep its group waiting", function()
     local most = 1000000

@@ -609,7 +609,7 @@ struct task *task_check(lua_State *L, int i);
 /* [-0, +0, v] the state of a loop over when_each is a task, but none to wait for */
 static inline void task_refuse_state(lua_State *L, int i, const struct task *t) {
   if (task_is(t, KIND_EACH))
-    luaL_argerror(L, i, "the state of a when_each iteration cannot be awaited");
+    luaL_argerror(L, i, "the state of a when_each iteration is nobody's task");
 }
 /* [-0, +0, e] replaces what is at i by its task; NULL if none */
 struct task *task_awaitable(lua_State *L, int i);

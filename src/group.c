@@ -254,6 +254,10 @@ static int l_stop(lua_State *L) {
   return 0;
 }
 
+static void push_never_stopped(lua_State *L) {
+  error_push(L, ERROR_OPERATION, "the task group has ended: it will never be stopped");
+}
+
 /* group:wait_stopping(token) */
 static int l_wait_stopping(lua_State *L) {
   struct runtime *rt = runtime(L);
@@ -264,8 +268,10 @@ static int l_wait_stopping(lua_State *L) {
   if ((k != NULL && token_canceled(k)) || (s->canceled && !token_none(L, 2)))
     return operation_throw_canceled(L, k, 2, s);
   if (g->stopping) return 0;
-  if (g->ended)
-    return error_throw(L, ERROR_OPERATION, "the task group has ended: it will never be stopped");
+  if (g->ended) {
+    push_never_stopped(L);
+    return lua_error(L);
+  }
   if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
     lua_pop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
@@ -320,7 +326,14 @@ static int join(lua_State *L, struct group *g) {
   bool told = lua_getiuservalue(L, 1, GROUP_FAILED) != LUA_TNIL;
   told = lua_getiuservalue(L, 1, GROUP_WINNER) != LUA_TNIL || told;
   told = told || g->body_failed || g->canceled || g->policy == FIRST_SUCCESS;
+  bool awaited = !g->stopping && lua_getiuservalue(L, 1, GROUP_STOPPING) != LUA_TNIL;
+  int promise = lua_gettop(L);
+  if (awaited) push_never_stopped(L);
   g->ended = true;
+  if (awaited) { /* by tasks that are not in it */
+    ((struct task *)lua_touserdata(L, promise))->flags |= TASK_OBSERVED;
+    task_settle_faulted(L, rt, promise, 0);
+  }
   if (g->scope.canceled) { /* the scope lets go of it */
     scope_push_token(L, &g->scope);
     lua_setiuservalue(L, 1, GROUP_TOKEN);
@@ -369,6 +382,15 @@ static void take(lua_State *L, int list) {
   lua_setiuservalue(L, 1, list);
 }
 
+/* called_by_user(): whether the function that calls us was called by one of the user's */
+static int l_called_by_user(lua_State *L) {
+  lua_Debug ar;
+  bool is = lua_getstack(L, 2, &ar) && lua_getinfo(L, "S", &ar) && *ar.what != 'C' &&
+            !module_is_ours(runtime(L), ar.source);
+  lua_pushboolean(L, is);
+  return 1;
+}
+
 /* take_group_state(group) -> policy, failures or nil, winner or nil, canceled by its own code, had children */
 static int l_state(lua_State *L) {
   static const char *const policies[] = {"fail_fast", "supervise", "first_success"};
@@ -414,9 +436,13 @@ static int l_on_close(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"open_group", l_open},         {"join_group", l_join},
-                                     {"group_ended", l_ended},       {"take_group_state", l_state},
-                                     {"on_group_close", l_on_close}, {NULL, NULL}};
+static const luaL_Reg functions[] = {{"open_group", l_open},
+                                     {"join_group", l_join},
+                                     {"group_ended", l_ended},
+                                     {"take_group_state", l_state},
+                                     {"on_group_close", l_on_close},
+                                     {"called_by_user", l_called_by_user},
+                                     {NULL, NULL}};
 
 static const luaL_Reg methods[] = {{"spawn", l_spawn},
                                    {"cancel", l_cancel},

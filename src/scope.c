@@ -769,6 +769,7 @@ static int l_deadline(lua_State *L) {
 static int l_cancel(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *t = task_check(L, 1);
+  task_refuse_state(L, 1, t);
   lua_settop(L, 2);
   bool fresh = false;
   if (task_is(t, KIND_FIBER) && !task_done(t))

@@ -77,6 +77,10 @@ end
 -- Where the body is called plainly, an error comes here.
 core.on_group_close(function(group, err)
   if core.group_ended(group) then return end
+  if err == nil and core.called_by_user() then
+    error(errors.InvalidOperation(
+      "a task group is not for others to close: task_group does, when its function returns"), 0)
+  end
   local root = core.failure_root(nil, err)
   core.join_group(group, false, err)
   conclude(group, false, err, root)
