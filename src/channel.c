@@ -378,6 +378,7 @@ static int twin(lua_State *L, enum ask what) {
   if (what == ASK_WRITE)
     check_item(L, 2);
   else {
+    token_opt(L, 2); /* it is argument 2 as long as nothing is moved */
     lua_settop(L, 2);
     lua_pushnil(L);
     lua_insert(L, 2);
