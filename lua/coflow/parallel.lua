@@ -8,10 +8,11 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
-local pack = require("coflow.stream.iteration").pack
-local as_stream = require("coflow.stream.source").as_stream
+local iteration = require "coflow.stream.iteration"
+local sources = require "coflow.stream.source"
 local task_group = require("coflow.group").task_group
 
+local new_run, pack = iteration.new_run, iteration.pack
 local NONE = core.take("none", {}).none
 local DEGREE = 16
 
@@ -68,7 +69,7 @@ local function take_list(loop, list)
 end
 
 local function take_stream(loop, source)
-  local next, close = source._open(loop.token)
+  local next, close = source._open(new_run(loop.token))
   local _ <close> = close and setmetatable({ close }, deferred) or nil
   while true do
     wait_for_slot(loop)
@@ -88,10 +89,10 @@ local function run(loop, items, source, token)
   return loop
 end
 
--- Outside every task the loop is a task of its own.
+-- Outside every task the loop is a task of its own, where there can be one.
 local function drive(loop, ...)
   if core.current_task() then return run(loop, ...) end
-  return core.await(core.spawn(run, loop, ...))
+  return core.run(run, loop, ...)
 end
 
 local known_options = { max_degree_of_parallelism = true, token = true, on_progress = true }
@@ -126,10 +127,9 @@ end
 
 -- What both functions take: a stream of the items, or nil where they are a list, and its length.
 local function source_of(items)
-  local made, wrong = as_stream(items)
-  if not made then return nil, nil, wrong end
-  if type(items) ~= "table" or made == items or core.is_callable(items) or items.iterate then return made end
-  return nil, math.tointeger(rawget(items, "n")) or #items
+  if sources.is_list(items) then return nil, math.tointeger(rawget(items, "n")) or #items end
+  local made, wrong = sources.as_stream(items)
+  return made, nil, wrong
 end
 
 ---@class coflow.ParallelOptions

@@ -1,13 +1,17 @@
 -- coflow.stream: async streams, lazy and pull-based: nothing runs until somebody asks for an item.
 --
--- A stream is a recipe: a function open(token) that gives, for one iteration, two functions:
+-- A stream is a recipe: a function open(run) that gives, for one iteration, two functions:
 --
 --   next()   the next item: a value that is not nil, or two; nil at the end. May suspend and may raise.
 --   close()  ends what next has begun, upstream first come last; nil where there is nothing to end.
 --            May suspend where the caller may, and may raise, after all is closed.
 --
--- What they may rely on: nobody calls next after it has given nil or raised, nor after close, nor while a call of
--- it is under way; close is called once, also after the end. The Iteration on the outside (stream/iteration.lua) sees
+-- `run` is what all of its streams know of that iteration: `token`, which it was given, or nil, and `closed`, which
+-- becomes true before the first close is called. That may happen during a call of next, from another task. So what
+-- begins something, a source or a pump, looks at it first: once it is true, next gives nil.
+--
+-- What they may rely on: nobody calls next after it has given nil or raised, nor while a call of it is under way;
+-- close is called once, also after the end. The Iteration on the outside (stream/iteration.lua) sees
 -- to that. Items come from stream/source.lua, go through stream/operators.lua, some of them with a task for each
 -- source (stream/pump.lua), and end here.
 --

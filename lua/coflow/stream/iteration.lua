@@ -4,18 +4,18 @@
 -- an error, a cancellation too, the iteration ends, and closes everything upstream, before the error goes on.
 -- One that is forgotten unfinished is closed by a task of its own.
 --
--- Invariants: it._close is called once, by whoever clears it._open.
+-- Invariants: it._close is called once, by whoever sets run.closed.
 --             it._busy is nil before the first pull, true during one, else false.
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
 
-local await, current_task, errors = core.await, core.current_task, core.errors
+local current_task, errors = core.current_task, core.errors
 local is_error = errors.is
 local NONE = core.take("none", {}).none
 
 ---@class coflow.Stream
----@field _open fun(token?: coflow.CancellationToken): function, function?
+---@field _open fun(run: coflow.StreamRun): function, function?
 local Stream = {}
 local class = { __index = Stream, __name = "coflow.Stream" }
 
@@ -83,11 +83,11 @@ local function under_token(token, fn)
   return value, second
 end
 
--- `next` within such a scope; there are none outside of tasks, so there each pull is a task.
+-- `next` within such a scope; there are none outside of tasks, so there each pull is a task, where there can be one.
 local function within(scope, argument, next)
   return function()
     if current_task() then return scope(argument, next) end
-    return await(core.spawn(scope, argument, next))
+    return core.run(scope, argument, next)
   end
 end
 
@@ -100,7 +100,7 @@ local Iteration = {}
 local iteration = { __index = Iteration, __name = "coflow.StreamIteration" }
 
 local function finish(it)
-  it._open = false
+  it._run.closed = true
   local close = it._close
   it._close = nil
   if close then close() end
@@ -112,28 +112,28 @@ function pulling.__close(guard)
   local it = guard[1]
   if not it._busy then return end
   it._busy = false -- it was left by an error
-  if it._open then finish(it) end
+  if not it._run.closed then finish(it) end
 end
 
 function iteration.__call(it)
-  local busy = it._busy
-  if not it._open then
+  local busy, run = it._busy, it._run
+  if run.closed then
     return nil
   elseif busy then
     error(errors.InvalidOperation("the iteration is in use: its next item has been asked for already"), 2)
   elseif busy == nil then
-    core.throw_if_canceled(it._token)
+    core.throw_if_canceled(run.token)
   end
   it._busy = true
   local _ <close> = it._guard
   local value, second = it._next()
   it._busy = false
-  if value == nil and it._open then finish(it) end
+  if value == nil and not run.closed then finish(it) end
   return value, second
 end
 
 function iteration.__close(it)
-  if it._open then finish(it) end
+  if not it._run.closed then finish(it) end
 end
 
 local function close_later(close)
@@ -143,8 +143,8 @@ end
 
 -- Forgotten unfinished: closed on a later turn, by a task that has nobody's context or token.
 function iteration.__gc(it)
-  if not it._open or it._busy == nil or not it._close then return end
-  it._open = false
+  if it._run.closed or it._busy == nil or not it._close then return end
+  it._run.closed = true
   local _ <close> = core.suppress_flow()
   core.spawn(close_later, it._close)
 end
@@ -155,17 +155,24 @@ function Iteration:dispose()
   if getmetatable(self) ~= iteration then
     error("calling 'dispose' on bad self (coflow.StreamIteration expected, got " .. type(self) .. ")", 2)
   end
-  if not self._open then return end
+  if self._run.closed then return end
   if self._busy then
     error(errors.InvalidOperation("the iteration is in use: somebody waits for its next item"), 2)
   end
   finish(self)
 end
 
+-- What the streams of one iteration share.
+---@class coflow.StreamRun
+---@field token? coflow.CancellationToken
+---@field closed boolean no source, and no pump, is to begin any more
+local function new_run(token) return { token = token, closed = false } end
+
 local function iterate(self, token)
-  local next, close = self._open(token)
+  local run = new_run(token)
+  local next, close = self._open(run)
   if token ~= nil then next = within(under_token, token, next) end
-  local it = setmetatable({ _next = next, _close = close, _open = true, _token = token, _guard = false }, iteration)
+  local it = setmetatable({ _next = next, _close = close, _run = run, _guard = false }, iteration)
   it._guard = setmetatable({ it }, pulling)
   return it, it, nil, it
 end
@@ -193,6 +200,6 @@ local function pack(value, second)
 end
 
 return {
-  Stream = Stream, new = new, is_stream = is_stream, check = check, check_token = check_token, iterate = iterate,
+  Stream = Stream, new = new, new_run = new_run, is_stream = is_stream, check = check, check_token = check_token, iterate = iterate,
   pack = pack, deferred = deferred, in_turn = in_turn, within = within, under_token = under_token,
 }

@@ -19,7 +19,7 @@ local as_stream, check_stream = source.as_stream, source.check_stream
 
 -- Makes the method `name`, of one argument. `check_argument` gives it, or raises; nil: the stream stays as it is.
 --
--- `step(next, argument, token)` gives, for one iteration of the source, what takes the place of its `next`; and, if it
+-- `step(next, argument, run)` gives, for one iteration of the source, what takes the place of its `next`; and, if it
 -- has something of its own to close, a function that does, called before the source's `close`.
 ---@return fun(self: coflow.Stream, argument: any): coflow.Stream
 local function operator(name, check_argument, step)
@@ -28,9 +28,9 @@ local function operator(name, check_argument, step)
     argument = check_argument(argument)
     if argument == nil then return self end
     local open = self._open
-    return new_stream(function(token)
-      local next, close = open(token)
-      local pull, close_own = step(next, argument, token)
+    return new_stream(function(run)
+      local next, close = open(run)
+      local pull, close_own = step(next, argument, run)
       return pull, in_turn(close_own, close)
     end)
   end
@@ -163,7 +163,7 @@ end)
 ---The items of what `fn` returns for each item (whatever `stream.from` takes), one after the other.
 ---@param fn fun(item: any, second: any): table|function|coflow.Stream
 ---@return coflow.Stream
-Stream.flat_map = operator("flat_map", callable, function(next, fn, token)
+Stream.flat_map = operator("flat_map", callable, function(next, fn, run)
   local inner, close_inner
   local function leave()
     local leaving = close_inner
@@ -180,8 +180,9 @@ Stream.flat_map = operator("flat_map", callable, function(next, fn, token)
       local value, second = next()
       if value == nil then return nil end
       local made, wrong = as_stream(fn(value, second))
+      if run.closed then return nil end
       if wrong then error("bad argument #1 to 'flat_map' (its function: " .. wrong .. ")", 0) end
-      inner, close_inner = made._open(token)
+      inner, close_inner = made._open(run)
     end
   end, leave
 end)
@@ -190,8 +191,8 @@ end)
 ---either side becomes a list.
 ---@param other table|function|coflow.Stream|coflow.Channel whatever `stream.from` takes
 ---@return coflow.Stream
-Stream.zip = operator("zip", other_stream, function(next, other, token)
-  local next_other, close_other = other._open(token)
+Stream.zip = operator("zip", other_stream, function(next, other, run)
+  local next_other, close_other = other._open(run)
   return function()
     local a, a2 = next()
     if a == nil then return nil end
@@ -243,7 +244,7 @@ end)
 function Stream:buffer(n)
   check(self, "buffer")
   n = positive(n)
-  return new_stream(function(token) return gather({ self }, n, "stream buffer", token) end)
+  return new_stream(function(run) return gather({ self }, n, "stream buffer", run) end)
 end
 
 ---The items of this stream and the others, in the order in which they arrive: each source has a task of the
@@ -257,5 +258,5 @@ function Stream:merge(other, ...)
   for i = 1, math.max(others.n, 1) do
     streams[i + 1] = check_stream(i + 1, others[i])
   end
-  return new_stream(function(token) return gather(streams, 1, "stream merge", token) end)
+  return new_stream(function(run) return gather(streams, 1, "stream merge", run) end)
 end
