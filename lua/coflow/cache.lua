@@ -107,6 +107,7 @@ function AsyncCache:get_or_add(key, factory, token)
   drop_expired(self)
   local entry = self._entries[key]
   if not entry then
+    core.check_here()
     core.throw_if_canceled(token)
     local made = { key = key }
     made.flight = flight.new(make, function() drop(self, made) end, self, made, factory)
@@ -156,7 +157,8 @@ local function new(options)
   local time_to_live, max_entries = options.time_to_live or math.huge, options.max_entries or math.huge
   if type(time_to_live) ~= "number" or time_to_live <= 0 or time_to_live ~= time_to_live then
     core.argument_error(1, "time_to_live must be a positive number of seconds")
-  elseif max_entries ~= math.huge and not (math.type(max_entries) == "integer" and max_entries >= 1) then
+  elseif max_entries ~= math.huge and not (math.type(max_entries) and math.tointeger(max_entries)
+    and max_entries >= 1) then
     core.argument_error(1, "max_entries must be a positive integer")
   end
   local cache = setmetatable({ _time_to_live = time_to_live, _max_entries = max_entries }, class)

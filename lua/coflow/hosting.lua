@@ -86,6 +86,7 @@ end
 
 ---Cancels the stopping token, and waits until the service has ended, or `token` is canceled: it raises nothing
 ---because the service does not listen, nor what the service raised. Before the start it does nothing.
+---Cancellation: ends the wait; a token that is canceled already only says that there is to be none.
 ---Raises: an Aggregate of what callbacks of the stopping token raised, when it has waited.
 ---Source: .NET BackgroundService.StopAsync.
 ---@param token? coflow.CancellationToken
@@ -96,9 +97,11 @@ function Background:stop(token)
   end
   local task = self.execute_task
   if not task then return end
+  local waits = not task.is_completed and core.current_task() ~= task
+  if waits then core.check_here() end
   self._stopping = true
   local ok, problems = pcall(core.cancel, task, "the service is to stop")
-  if not task.is_completed and core.current_task() ~= task then
+  if waits and not task.is_completed then
     local waited, err = pcall(core.await_with, core.when_any(task), token)
     if not waited and not errors.is(err, "OperationCanceled") then error(err, 0) end
   end
@@ -211,6 +214,16 @@ function Host:add(service)
   return self
 end
 
+-- One service: what it runs in the background, then what it has of its own.
+local function stop_service(entry)
+  local service, background = entry.service, entry.background
+  local token = core.cancellation_token()
+  local ok, problems = true, nil
+  if background then ok, problems = pcall(background.stop, background, token) end
+  if service ~= background and service.stop then service:stop(token) end
+  if not ok then error(problems, 0) end
+end
+
 -- Starting.
 
 -- A start that does not return takes along what it has started: those tasks are under the token of its task.
@@ -227,7 +240,11 @@ local function start_in_task(self, entry)
   local guard <close> = setmetatable({ task = core.current_task() }, ending_service_start)
   local service, background = entry.service, entry.background
   if service ~= background and service.start then service:start(core.cancellation_token()) end
-  self._started[#self._started + 1] = entry
+  if self._state == "stopped" then -- without it: it took too long to start, and is stopped by itself
+    start_detached(nil, service.stop, stop_service, entry)
+  else
+    self._started[#self._started + 1] = entry
+  end
   guard.returned = true
   core.throw_if_canceled()
   if background then background:start() end
@@ -243,7 +260,7 @@ local function start_service(self, entry)
     if not waited then
       local ok, problems = pcall(core.cancel, task, core.cancellation_token().reason)
       if not ok then core.report(problems) end
-      if not errors.is(err, "OperationCanceled") then error(err, 0) end -- here nobody can wait
+      if not errors.is(err, "OperationCanceled") then error(err, 0) end
       local _ <close> = core.open_shield()
       await_end(task)
     end
@@ -291,6 +308,7 @@ function Host:start(token)
   check(self, "start")
   local wrong = wrong_token(token)
   if wrong then core.argument_error(2, wrong) end
+  core.check_here()
   if not core.current_task() then return core.run(Host.start, self, token) end
   core.throw_if_canceled(token)
   start(self, token)
@@ -299,15 +317,6 @@ end
 Host.start_async = core.async(Host.start)
 
 -- Stopping.
-
-local function stop_service(entry)
-  local service, background = entry.service, entry.background
-  local token = core.cancellation_token()
-  local ok, problems = true, nil
-  if background then ok, problems = pcall(background.stop, background, token) end
-  if service ~= background and service.stop then service:stop(token) end
-  if not ok then error(problems, 0) end
-end
 
 -- What the host ends with: its failures, in the order in which they came.
 local function conclude(failed)
@@ -333,25 +342,28 @@ local function stop_services(self)
     core.report(errors.Timeout(("the host was to stop, but the start of %s went on for %g s")
       :format(hung and name_of(hung.service) or "a service", timeout)), hung and hung.task)
   end
-  local stops, late = {}, false
-  for i = #self._started, 1, -1 do
-    local entry = self._started[i]
-    local task = start_detached(nil, entry.service.stop, stop_service, entry)
-    stops[#stops + 1] = task
-    if not ends_within(timeout, task) then
-      local ok, problems = pcall(core.cancel, task, "the shutdown timeout of the host has passed")
-      if not ok then core.report(problems) end
-      late = true
-    end
+  local stops = {}
+  while #self._started > 0 do -- one whose start comes back meanwhile, too
+    local late = false
+    repeat
+      local entry = table.remove(self._started)
+      local task = start_detached(nil, entry.service.stop, stop_service, entry)
+      stops[#stops + 1] = { task = task, entry = entry }
+      if not ends_within(timeout, task) then
+        local ok, problems = pcall(core.cancel, task, "the shutdown timeout of the host has passed")
+        if not ok then core.report(problems) end
+        late = true
+      end
+    until #self._started == 0
+    if late then core.yield() end -- those that listen have ended then
   end
-  if late then core.yield() end -- those that listen have ended then
-  for i, task in ipairs(stops) do
-    local entry = self._started[#self._started + 1 - i]
-    local background = entry.background
+  for _, stop in ipairs(stops) do
+    local task, entry = stop.task, stop.entry
+    local running = entry.background and entry.background.execute_task -- nil: its start was canceled before
     if task.is_faulted then
       self._failed[#self._failed + 1] = task
-    elseif not task.is_completed or (background and not background.execute_task.is_completed) then
-      local hung = task.is_completed and background.execute_task or task
+    elseif not task.is_completed or (running and not running.is_completed) then
+      local hung = task.is_completed and running or task
       core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)), hung)
     end
   end
@@ -377,7 +389,7 @@ end
 ---longer than the shutdown timeout is left alone: its token is canceled, and the next one's turn comes. Its own
 ---token is what cancels it; the caller's token and deadline only end the caller's wait.
 ---Before the start it does nothing; a second call waits for the same end.
----Cancellation: ends the wait; the stopping goes on.
+---Cancellation: ends the wait; the stopping goes on. Canceled before the call: raises, and begins no stopping.
 ---Raises: what the services raised that failed, in the background or when they were stopped: one as it is, several
 ---as an Aggregate, in the order in which it happened. A service that was canceled has not failed. One that does
 ---not stop in time is reported as unobserved, with the task that still runs.
@@ -387,6 +399,9 @@ function Host:stop(token)
   local wrong = wrong_token(token)
   if wrong then core.argument_error(2, wrong) end
   if self._state == "created" then return end
+  if self._state == "stopped" then return self._stop:results() end
+  core.check_here()
+  if not self._stop then core.throw_if_canceled(token) end
   core.await_with(stopping(self), token)
 end
 
@@ -423,7 +438,7 @@ end
 local function give_up(self)
   local _ <close> = core.open_shield()
   self:dispose()
-  for _, entry in ipairs(self._started) do
+  for _, entry in ipairs(self._services) do
     local task = entry.background and entry.background.execute_task
     if task then ends_within(self._shutdown_timeout, task) end
   end
@@ -453,6 +468,7 @@ function Host:run(token)
   check(self, "run")
   local wrong = wrong_token(token)
   if wrong then core.argument_error(2, wrong) end
+  core.check_here()
   if not core.current_task() then return core.run(Host.run, self, token) end
   core.throw_if_canceled(token)
   if self._state == "stopped" then
@@ -505,7 +521,7 @@ local function new_host(options)
     _failure = failure,
     _services = {}, -- { service =, background = or nil } in the order of their start
     _known = {}, -- service -> true
-    _started = {}, -- those of the services that have
+    _started = {}, -- those of them that have started, and whose stop has not begun
     _failed = {}, -- tasks
     _asked = core.TaskCompletionSource(), -- to stop
     _starting = core.call_source(nil), -- canceled when it is to stop, for who starts it

@@ -15,7 +15,7 @@ local class = { __name = "coflow.AsyncLazy" }
 function class.__index(lazy, key)
   if key == "is_value_created" then
     local current = rawget(lazy, "_flight")
-    return current ~= nil and current.task.is_completed_successfully
+    return current ~= nil and not current.given_up and current.task.is_completed_successfully
   end
   return AsyncLazy[key]
 end
@@ -39,6 +39,7 @@ function AsyncLazy:get(token)
   local failed = current and current.task.is_completed and not current.task.is_completed_successfully
   if current and (current.given_up or failed and (self._retry or current.task.is_canceled)) then current = nil end
   if not current then
+    core.check_here()
     core.throw_if_canceled(token)
     local before, made = self._flight, flight.new(self._factory)
     current = self._flight

@@ -234,7 +234,7 @@ local blaming = {
 }
 
 local function run(args, input, options, token)
-  if not core.is_awaitable_here() then core.yield() end -- raises why not, before anything is started
+  core.check_here()
   local _ <close> = setmetatable({ token = token }, blaming)
   local _ <close> = under(token)
   core.throw_if_canceled()
