@@ -19,6 +19,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local errors = core.errors
 
@@ -59,10 +60,14 @@ local Background = {}
 
 local background_class = { __name = "coflow.BackgroundService", __index = Background }
 
-local function check_background(self, what)
-  if getmetatable(self) ~= background_class then
-    error(("calling '%s' on bad self (coflow.BackgroundService expected, got %s)"):format(what, type(self)), 3)
-  end
+local function check_background(self)
+  if getmetatable(self) == background_class then return end
+  core.argument_error(1, "coflow.BackgroundService expected, got " .. type(self))
+end
+
+local function check_background_stop(self, token)
+  check_background(self)
+  arguments.check_token(2, token)
 end
 
 -- In the task of the service: its token is the stopping token.
@@ -75,7 +80,7 @@ end
 ---Starts it, on a later turn, and does not wait: whatever it does delays nobody. It runs in the context captured now.
 ---Raises: InvalidOperation if it runs already.
 function Background:start()
-  check_background(self, "start")
+  check_background(self)
   if self.execute_task and not self.execute_task.is_completed then
     error(errors.InvalidOperation("the BackgroundService has been started already"), 0)
   end
@@ -91,10 +96,7 @@ end
 ---Source: .NET BackgroundService.StopAsync.
 ---@param token? coflow.CancellationToken
 function Background:stop(token)
-  check_background(self, "stop")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "CancellationToken expected, got " .. type(token))
-  end
+  check_background_stop(self, token)
   local task = self.execute_task
   if not task then return end
   local waits = not task.is_completed and core.current_task() ~= task
@@ -110,7 +112,7 @@ end
 
 ---Cancels the stopping token, and does not wait.
 function Background:dispose()
-  check_background(self, "dispose")
+  check_background(self)
   local task = self.execute_task
   if not task or task.is_completed then return end
   self._stopping = true
@@ -120,7 +122,7 @@ end
 
 background_class.__close = Background.dispose
 
-Background.stop_async = core.async(Background.stop)
+Background.stop_async = arguments.twin(Background.stop, check_background_stop)
 
 ---A service of which `fn(stopping_token)`, or `execute(self, stopping_token)` of a table, runs in the background. The
 ---stopping token is its ambient one as well: when the service is to stop, whatever it waits for is interrupted, unless
@@ -143,16 +145,14 @@ local Host = {}
 
 local host_class = { __name = "coflow.Host", __index = Host }
 
-local function check(self, what)
-  if getmetatable(self) ~= host_class then
-    error(("calling '%s' on bad self (coflow.Host expected, got %s)"):format(what, type(self)), 3)
-  end
+local function check(self)
+  if getmetatable(self) ~= host_class then core.argument_error(1, "coflow.Host expected, got " .. type(self)) end
 end
 
-local function wrong_token(token)
-  if token ~= nil and not core.is_token(token) then
-    return "CancellationToken expected, got " .. type(token)
-  end
+-- For all that waits.
+local function check_wait(self, token)
+  check(self)
+  arguments.check_token(2, token)
 end
 
 -- From anywhere: the host is to stop.
@@ -199,7 +199,7 @@ end
 ---@param service table|coflow.BackgroundService
 ---@return coflow.Host self
 function Host:add(service)
-  check(self, "add")
+  check(self)
   local wrong = problem(service)
   if wrong then core.argument_error(2, wrong) end
   if self._state ~= "created" then
@@ -305,16 +305,14 @@ end
 ---second time: a host runs once.
 ---@param token? coflow.CancellationToken
 function Host:start(token)
-  check(self, "start")
-  local wrong = wrong_token(token)
-  if wrong then core.argument_error(2, wrong) end
+  check_wait(self, token)
   core.check_here()
   if not core.current_task() then return core.run(Host.start, self, token) end
   core.throw_if_canceled(token)
   start(self, token)
 end
 
-Host.start_async = core.async(Host.start)
+Host.start_async = arguments.twin(Host.start, check_wait)
 
 -- Stopping.
 
@@ -395,9 +393,7 @@ end
 ---not stop in time is reported as unobserved, with the task that still runs.
 ---@param token? coflow.CancellationToken
 function Host:stop(token)
-  check(self, "stop")
-  local wrong = wrong_token(token)
-  if wrong then core.argument_error(2, wrong) end
+  check_wait(self, token)
   if self._state == "created" then return end
   if self._state == "stopped" then return self._stop:results() end
   core.check_here()
@@ -405,12 +401,12 @@ function Host:stop(token)
   core.await_with(stopping(self), token)
 end
 
-Host.stop_async = core.async(Host.stop)
+Host.stop_async = arguments.twin(Host.stop, check_wait)
 
 ---Disposes of the services that have a `dispose`, in reverse order; a background service's cancels its stopping token.
 ---It waits for nothing: `host:stop()` comes before. Errors are reported as unobserved. Twice is harmless.
 function Host:dispose()
-  check(self, "dispose")
+  check(self)
   if self._disposed then return end
   self._disposed = true
   for i = #self._services, 1, -1 do
@@ -465,9 +461,7 @@ end
 ---stopped: a host runs once.
 ---@param token? coflow.CancellationToken
 function Host:run(token)
-  check(self, "run")
-  local wrong = wrong_token(token)
-  if wrong then core.argument_error(2, wrong) end
+  check_wait(self, token)
   core.check_here()
   if not core.current_task() then return core.run(Host.run, self, token) end
   core.throw_if_canceled(token)
@@ -498,7 +492,7 @@ function Host:run(token)
   end
 end
 
-Host.run_async = core.async(Host.run)
+Host.run_async = arguments.twin(Host.run, check_wait)
 
 local known_options = { shutdown_timeout = true, failure = true }
 

@@ -8,6 +8,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 local iteration = require "coflow.stream.iteration"
 local sources = require "coflow.stream.source"
 local task_group = require("coflow.group").task_group
@@ -148,6 +149,19 @@ local function sort_arguments(options, fn)
   return options, fn, 3
 end
 
+-- The function, the source and the length as above, and the options; raises what is wrong with the arguments.
+local function check_arguments(items, options, fn)
+  local place
+  options, fn, place = sort_arguments(options, fn)
+  local source, total, wrong = source_of(items)
+  if wrong then core.argument_error(1, wrong) end
+  options = core.check_options(2, options, known_options)
+  wrong = wrong_options(options)
+  if wrong then core.argument_error(2, wrong) end
+  core.check_function(place, fn)
+  return fn, source, total, options
+end
+
 local parallel = {}
 
 ---Calls `fn(item, token)` once for each item, several at the same time, each as a task with a context of its own.
@@ -163,14 +177,8 @@ local parallel = {}
 ---@param options? coflow.ParallelOptions may be left out
 ---@param fn fun(item: any, token: coflow.CancellationToken)
 function parallel.for_each(items, options, fn)
-  local place
-  options, fn, place = sort_arguments(options, fn)
-  local source, total, wrong = source_of(items)
-  if wrong then core.argument_error(1, wrong) end
-  options = core.check_options(2, options, known_options)
-  wrong = wrong_options(options)
-  if wrong then core.argument_error(2, wrong) end
-  core.check_function(place, fn)
+  local source, total
+  fn, source, total, options = check_arguments(items, options, fn)
   drive(new_loop(fn, options, total), items, source, options.token)
 end
 
@@ -180,14 +188,8 @@ end
 ---@param fn fun(item: any, token: coflow.CancellationToken): any
 ---@return { n: integer, [integer]: any } results nil for an item whose call ended canceled
 function parallel.map(items, options, fn)
-  local place
-  options, fn, place = sort_arguments(options, fn)
-  local source, total, wrong = source_of(items)
-  if wrong then core.argument_error(1, wrong) end
-  options = core.check_options(2, options, known_options)
-  wrong = wrong_options(options)
-  if wrong then core.argument_error(2, wrong) end
-  core.check_function(place, fn)
+  local source, total
+  fn, source, total, options = check_arguments(items, options, fn)
   local loop = new_loop(fn, options, total)
   loop.results = {}
   drive(loop, items, source, options.token)
@@ -195,7 +197,7 @@ function parallel.map(items, options, fn)
   return loop.results
 end
 
-parallel.for_each_async = core.async(parallel.for_each)
-parallel.map_async = core.async(parallel.map)
+parallel.for_each_async = arguments.twin(parallel.for_each, check_arguments)
+parallel.map_async = arguments.twin(parallel.map, check_arguments)
 
 return parallel

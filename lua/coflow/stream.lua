@@ -21,25 +21,38 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 local iteration = require "coflow.stream.iteration"
 local source = require "coflow.stream.source"
 require "coflow.stream.operators"
 
-local Stream, check, check_token = iteration.Stream, iteration.check, iteration.check_token
+local Stream, check, check_token = iteration.Stream, iteration.check, arguments.check_token
 local iterate, pack = iteration.iterate, iteration.pack
+
+local function check_to_table(self, token)
+  check(self)
+  check_token(2, token)
+end
 
 ---All items, as a list. One of two values is a list of these.
 ---@param token? coflow.CancellationToken
 ---@return any[]
 function Stream:to_table(token)
-  check(self, "to_table")
-  check_token(2, token)
+  check_to_table(self, token)
   local list, n = {}, 0
   for value, second in iterate(self, token) do
     n = n + 1
     list[n] = pack(value, second)
   end
   return list
+end
+
+Stream.to_table_async = arguments.twin(Stream.to_table, check_to_table)
+
+local function check_reduce(self, fn, _, token)
+  check(self)
+  core.check_function(2, fn)
+  check_token(4, token)
 end
 
 ---`fn(…fn(fn(initial, item1), item2)…)`. Without `initial` (nil) the first item takes its place.
@@ -49,9 +62,7 @@ end
 ---@param token? coflow.CancellationToken
 ---@return any
 function Stream:reduce(fn, initial, token)
-  check(self, "reduce")
-  core.check_function(2, fn)
-  check_token(4, token)
+  check_reduce(self, fn, initial, token)
   local result, empty = initial, initial == nil
   for value, second in iterate(self, token) do
     if empty then
@@ -64,18 +75,22 @@ function Stream:reduce(fn, initial, token)
   return result
 end
 
+Stream.reduce_async = arguments.twin(Stream.reduce, check_reduce)
+
+local function check_for_each(self, fn, token)
+  check(self)
+  core.check_function(2, fn)
+  check_token(3, token)
+end
+
 ---Calls `fn(item)` for each item, one after the other.
 ---@param fn fun(item: any, second: any)
 ---@param token? coflow.CancellationToken for the items; `fn` is not under it
 function Stream:for_each(fn, token)
-  check(self, "for_each")
-  core.check_function(2, fn)
-  check_token(3, token)
+  check_for_each(self, fn, token)
   for value, second in iterate(self, token) do fn(value, second) end
 end
 
-for _, name in ipairs { "to_table", "reduce", "for_each" } do
-  Stream[name .. "_async"] = core.async(Stream[name])
-end
+Stream.for_each_async = arguments.twin(Stream.for_each, check_for_each)
 
 return { new = source.new, from = source.from }

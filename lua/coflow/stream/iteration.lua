@@ -9,10 +9,10 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
+local under_token = require "coflow.under_token"
 
 local current_task, errors = core.current_task, core.errors
-local is_error = errors.is
-local NONE = core.take("none", {}).none
 
 ---@class coflow.Stream
 ---@field _open fun(run: coflow.StreamRun): function, function?
@@ -23,17 +23,9 @@ local function new(open) return setmetatable({ _open = open }, class) end
 
 local function is_stream(value) return getmetatable(value) == class end
 
--- For the methods: of whoever calls `name`.
-local function check(self, name)
-  if not is_stream(self) then
-    error(("calling '%s' on bad self (coflow.Stream expected, got %s)"):format(name, type(self)), 3)
-  end
-end
-
-local function check_token(n, token)
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(n, "CancellationToken expected, got " .. type(token))
-  end
+-- For the methods.
+local function check(self)
+  if not is_stream(self) then core.argument_error(1, "coflow.Stream expected, got " .. type(self)) end
 end
 
 -- Closing -----------------------------------------------------------------------------------------
@@ -59,31 +51,7 @@ local function in_turn(first, second)
   end
 end
 
--- Scopes around a pull ----------------------------------------------------------------------------
-
--- An error of the token that was given goes out with that token, not with that of our scope.
-local renaming = {}
-function renaming.__close(given, err)
-  local token = given[1]
-  if err == nil or token == NONE or not token.is_cancellation_requested then return end
-  if not is_error(err, "OperationCanceled") or err.token == token then return end
-  local _, own = pcall(token.throw_if_cancellation_requested, token)
-  if err.token == core.cancellation_token() or err.cause == own.cause then error(own, 0) end
-end
-
--- Calls fn with the ambient token linked to `token`; `none` hides it. Under a token that is canceled already it is
--- called too: it is interrupted where it waits, as always.
-local function under_token(token, fn)
-  local canceled = token.is_cancellation_requested and core.call_source()
-  local _ <close> = token == NONE and core.open_shield()
-    or core.open_linked(canceled and canceled.token or token, fn)
-  local _ <close> = setmetatable({ token }, renaming)
-  if canceled then canceled:cancel(token.reason) end
-  local value, second = fn()
-  return value, second
-end
-
--- `next` within such a scope; there are none outside of tasks, so there each pull is a task, where there can be one.
+-- `next` within a scope; there are none outside of tasks, so there each pull is a task, where there can be one.
 local function within(scope, argument, next)
   return function()
     if current_task() then return scope(argument, next) end
@@ -153,7 +121,7 @@ end
 ---Raises: what a `<close>` variable raises. InvalidOperation while another task waits for the next item.
 function Iteration:dispose()
   if getmetatable(self) ~= iteration then
-    error("calling 'dispose' on bad self (coflow.StreamIteration expected, got " .. type(self) .. ")", 2)
+    core.argument_error(1, "coflow.StreamIteration expected, got " .. type(self))
   end
   if self._run.closed then return end
   if self._busy then
@@ -188,8 +156,8 @@ end
 ---@param token? coflow.CancellationToken
 ---@return coflow.StreamIteration
 function Stream:iterate(token)
-  check(self, "iterate")
-  check_token(2, token)
+  check(self)
+  arguments.check_token(2, token)
   return iterate(self, token)
 end
 
@@ -200,6 +168,6 @@ local function pack(value, second)
 end
 
 return {
-  Stream = Stream, new = new, new_run = new_run, is_stream = is_stream, check = check, check_token = check_token, iterate = iterate,
-  pack = pack, deferred = deferred, in_turn = in_turn, within = within, under_token = under_token,
+  Stream = Stream, new = new, new_run = new_run, is_stream = is_stream, check = check, iterate = iterate,
+  pack = pack, deferred = deferred, in_turn = in_turn, within = within,
 }

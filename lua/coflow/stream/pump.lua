@@ -13,9 +13,10 @@
 
 local core = require "coflow.core"
 local iteration = require "coflow.stream.iteration"
+local under_token = require "coflow.under_token"
 
 local await, current_task, is_error = core.await, core.current_task, core.errors.is
-local deferred, in_turn, under_token = iteration.deferred, iteration.in_turn, iteration.under_token
+local deferred, in_turn = iteration.deferred, iteration.in_turn
 
 local FAILED = {}
 
