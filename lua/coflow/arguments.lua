@@ -24,9 +24,7 @@ end
 
 ---Refuses argument `n` if it is neither nil nor a token.
 function arguments.check_token(n, token)
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(n, "CancellationToken expected, got " .. type(token))
-  end
+  if token ~= nil and not core.is_token(token) then core.check_class(n, token, "coflow.CancellationToken") end
 end
 
 ---What stands before the token may be left out: then the token stands in its place. Gives both.
