@@ -79,6 +79,7 @@ build = {
       libdirs = { "$(LIBUV_LIBDIR)" },
       libraries = { "uv" },
     },
+    ["coflow.arguments"] = "lua/coflow/arguments.lua",
     ["coflow.async_state"] = "lua/coflow/async_state.lua",
     ["coflow.background"] = "lua/coflow/background.lua",
     ["coflow.cache"] = "lua/coflow/cache.lua",
@@ -119,5 +120,6 @@ build = {
     ["coflow.task"] = "lua/coflow/task.lua",
     ["coflow.testing"] = "lua/coflow/testing.lua",
     ["coflow.udp"] = "lua/coflow/udp.lua",
+    ["coflow.under_token"] = "lua/coflow/under_token.lua",
   },
 }

@@ -107,6 +107,32 @@ function helper.here(offset)
   return ("%s:%d"):format(info.source:match("[^/]+$"), info.currentline + (offset or 0))
 end
 
+---Calls `fn(...)` in a callback of the loop, outside every task, and returns what pcall gives. For a task, under
+---virtual time.
+function helper.in_callback(fn, ...)
+  local arguments, results = table.pack(...), nil
+  local source = flow.CancellationTokenSource()
+  source.token:register(function() results = table.pack(pcall(fn, table.unpack(arguments, 1, arguments.n))) end)
+  source:cancel_after(1)
+  flow.sleep(2)
+  return table.unpack(results, 1, results.n)
+end
+
+---Calls `fn(...)` in the places where nobody can wait: a callback of the loop, a function that C calls, a coroutine of
+---Lua's own. Each must refuse it with InvalidOperation.
+function helper.refused_where_nobody_waits(fn, ...)
+  local function check(where, ok, err)
+    if ok or not flow.errors.is(err, "InvalidOperation") then
+      error(("expected InvalidOperation %s, got: %s"):format(where, ok and "no error" or tostring(err)), 3)
+    end
+  end
+  local arguments = table.pack(...)
+  local function call() fn(table.unpack(arguments, 1, arguments.n)) end
+  check("in a callback of the loop", helper.in_callback(call))
+  check("in gsub", pcall(string.gsub, "x", "x", call))
+  check("in a plain coroutine", coroutine.resume(coroutine.create(call)))
+end
+
 ---The unobserved exceptions from now on, until the next handler: a list of { err =, task = }.
 function helper.reports()
   local reports = {}

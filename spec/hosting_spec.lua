@@ -313,6 +313,63 @@ describe("Host", function()
     assert.equal(2, #log)
   end))
 
+  it("stops a service of which only its start has come about, not its work", in_task(function()
+    local log, note = recorder()
+    local host = flow.Host()
+    host:add { start = function() flow.shield(flow.sleep, 2) end, execute = function() note("never") end,
+      stop = function() note("stop", flow.loop.now()) end }
+    local starting = host:start_async()
+    flow.sleep(1)
+    host:stop()
+    raises("OperationCanceled", flow.await, starting)
+    assert.same({ "stop 2.0" }, log)
+  end))
+
+  it("stops also what has started while it stops the others, or later still", in_task(function()
+    -- After 6 s the host goes on without c, and stops b until 8 s.
+    for seconds, stopped in pairs { [2.5] = 2.5, [7] = 8, [99] = 99 } do
+      local log, note = recorder()
+      local host = flow.Host { shutdown_timeout = 5 }
+      host:add(service(note, "a")):add(service(note, "b", { stop = 2 }))
+      host:add { start = function() flow.shield(flow.sleep, seconds) note("start c") end,
+        stop = function() note("stop c", flow.loop.now()) end }
+      local before = flow.loop.now()
+      local starting = host:start_async()
+      flow.sleep(1)
+      local list = reports(function() host:stop() end)
+      flow.try_await(starting)
+      flow.sleep(1)
+      assert.equal(seconds > 6 and 1 or 0, #list)
+      assert.truthy(table.concat(log, " "):find("stop c " .. before + stopped, 1, true), table.concat(log, " "))
+    end
+  end))
+
+  it("canceled before it stops begins no stopping; what runs already it joins", in_task(function()
+    local log, note = recorder()
+    local host = start_host(nil, service(note, "a", { stop = 1 }))
+    raises("OperationCanceled", host.stop, host, flow.CancellationToken.canceled)
+    raises("Timeout", flow.with_timeout, 1, function() pcall(flow.sleep, 2) host:stop() end)
+    helper.settle()
+    assert.same({ "start a 0.0" }, log)
+    host:stop()
+    host:stop(flow.CancellationToken.canceled) -- it is over
+    assert.same({ "start a 0.0", "stop a 1.0" }, log)
+  end))
+
+  it("changes nothing where nobody can wait", in_task(function()
+    local log, note = recorder()
+    local host = flow.Host():add(service(note, "a"))
+    helper.refused_where_nobody_waits(host.start, host)
+    helper.refused_where_nobody_waits(host.run, host)
+    note("refused")
+    host:start()
+    helper.refused_where_nobody_waits(host.stop, host)
+    helper.settle()
+    note("refused")
+    host:stop()
+    assert.same({ "refused", "start a 4.0", "refused", "stop a 6.0" }, log)
+  end))
+
   it("may be stopped by a service, from its start, its work and its stop", in_task(function()
     local log, note = recorder()
     local host
@@ -361,7 +418,7 @@ describe("Host", function()
     refuses("bad argument #1 to 'start'", function() host:start(1) end)
     refuses("bad argument #1 to 'stop'", function() host:stop(1) end)
     refuses("bad argument #1 to 'run'", function() host:run(1) end)
-    refuses("bad self", function() host.run() end)
+    refuses("bad argument #1 to 'run' (coflow.Host expected", function() host.run() end)
     refuses("bad argument #1 to 'BackgroundService'", function() flow.BackgroundService(1) end)
     refuses("bad argument #1 to 'BackgroundService'", function() flow.BackgroundService {} end)
     refuses(helper.here(1), function()
@@ -455,6 +512,15 @@ describe("BackgroundService", function()
     flow.yield()
     assert.same({ "second", "first" }, helper.inner(raised(host.stop, host)))
     assert.same({ "start a 0.0", "ended", "stop a 1.0" }, log)
+  end))
+
+  it("is not canceled by a stop where nobody can wait", in_task(function()
+    local background = flow.BackgroundService(function() flow.sleep(100) end)
+    background:start()
+    helper.refused_where_nobody_waits(background.stop, background)
+    assert.is_false(background.execute_task.is_completed)
+    background:stop()
+    assert.is_true(background.execute_task.is_canceled)
   end))
 
   it("can be used without a host", in_task(function()

@@ -104,6 +104,30 @@ describe("an AsyncLazy", function()
     assert.equal(2, lazy:get())
   end))
 
+  it("has no value when the factory returns after it was given up", in_task(function()
+    local calls = 0
+    local lazy = flow.AsyncLazy(function()
+      calls = calls + 1
+      pcall(flow.sleep, 1)
+      return calls
+    end)
+    raises("Timeout", flow.with_timeout, 0.5, lazy.get, lazy)
+    helper.settle()
+    assert.is_false(lazy.is_value_created)
+    assert.equal(2, lazy:get())
+    assert.is_true(lazy.is_value_created)
+  end))
+
+  it("calls nothing where nobody can wait, but has what is there", in_task(function()
+    local factory, calls = slow()
+    local lazy = flow.AsyncLazy(factory)
+    helper.refused_where_nobody_waits(lazy.get, lazy)
+    helper.settle()
+    assert.equal(0, calls())
+    assert.equal("value 1", (lazy:get()))
+    assert.equal("value 1", ("x"):gsub("x", function() return (lazy:get()) end))
+  end))
+
   it("hides every caller's context and deadline from the factory", in_task(function()
     local loc = flow.AsyncLocal()
     loc.value = "caller"
@@ -197,8 +221,18 @@ describe("an AsyncCache", function()
     assert.is_nil(weak[1])
   end))
 
+  it("calls nothing where nobody can wait, but has what is there", in_task(function()
+    local factory, calls = slow()
+    local cache = flow.AsyncCache()
+    helper.refused_where_nobody_waits(cache.get_or_add, cache, "k", factory)
+    helper.settle()
+    assert.equal(0, calls())
+    assert.equal("value 1", (cache:get_or_add("k", factory)))
+    assert.equal("value 1", ("x"):gsub("x", function() return (cache:get_or_add("k", factory)) end))
+  end))
+
   it("evicts what was used longest ago", in_task(function()
-    local cache = flow.AsyncCache { max_entries = 2 }
+    local cache = flow.AsyncCache { max_entries = 2.0 }
     local made = {}
     local function factory(key)
       made[#made + 1] = key
@@ -288,6 +322,8 @@ describe("an AsyncCache", function()
     assert.has_error(function() cache:get_or_add("k", print, "token") end)
     assert.has_error(function() flow.AsyncCache { time_to_live = 0 } end)
     assert.has_error(function() flow.AsyncCache { max_entries = 1.5 } end)
+    assert.has_error(function() flow.AsyncCache { max_entries = 0.0 } end)
+    assert.has_error(function() flow.AsyncCache { max_entries = "2" } end)
     assert.has_error(function() flow.AsyncCache { size = 1 } end)
   end))
 end)

@@ -443,7 +443,8 @@ describe("parallel.for_each", function()
     assert.is_false(task.is_completed)
     assert.same({ 1, 2, 3, n = 3 }, (task:await()))
     parallel.for_each_async(list(3), function() end):await()
-    assert.equal("string", type(parallel.for_each_async(nil, print).exception))
+    task = parallel.for_each_async(list(3), error)
+    assert.equal(3, #helper.inner(raised(flow.await, task)))
     task = parallel.for_each_async(list(3), function() flow.sleep(9) end)
     flow.yield()
     task:cancel()
@@ -468,6 +469,21 @@ describe("parallel.for_each", function()
     assert.same({ 2, n = 1 }, parallel.map({ 1 }, { token = Source().token }, function(v) return v + 1 end))
     is_error("OperationCanceled", raised(parallel.map, { 1 }, { token = Token.canceled }, print))
   end)
+
+  it("is refused, and calls nothing, in a callback of the loop", in_task(function()
+    local log, note = recorder()
+    is_error("InvalidOperation", select(2, helper.in_callback(parallel.for_each, list(3), note)))
+    flow.yield()
+    assert.same({}, log)
+  end))
+
+  it("takes a list of a strict class", in_task(function()
+    local strict = { __index = function(_, key)
+      if type(key) == "string" then error("undeclared " .. key) end
+    end }
+    local doubled = parallel.map(setmetatable(list(3), strict), function(v) return v * 2 end)
+    assert.same({ 2, 4, 6, n = 3 }, doubled)
+  end))
 
   it("refuses bad arguments", in_task(function()
     for _, name in ipairs { "for_each", "map" } do

@@ -99,6 +99,13 @@ describe("retry", function()
     assert.same({ 1, 1, 1 }, delays_of { delay = 1, use_jitter = true, random = random_from { 1 }, max_delay = 1 })
   end))
 
+  it("keeps to max_delay where integers end", in_task(function()
+    for _, delay in ipairs { 1e18, 1 << 60 } do
+      assert.same({ 5, 5, 5, 5, 5, 5, 5, 5, 5, 5 },
+        delays_of { delay = delay, backoff = "linear", max_delay = 5, max_retry_attempts = 10 })
+    end
+  end))
+
   it("keeps to max_delay where powers of two end", in_task(function()
     local n = helper.many(1200, 1100)
     for _, use_jitter in ipairs { false, true } do
@@ -797,6 +804,18 @@ describe("bulkhead", function()
 end)
 
 describe("rate_limiter", function()
+  it("knows numbers whose product is no integer", in_task(function()
+    local seconds = 1 << 61
+    for _, kind in ipairs { "token_bucket", "sliding_window" } do
+      local limiter = resilience.rate_limiter { permits = 3, per = seconds, kind = kind, queue_limit = 6 }
+      local calls = {}
+      for i = 1, 9 do calls[i] = limiter:execute_async(flow.loop.now) end
+      local first = calls[3]:await()
+      assert.equal(2.0 ^ 61, calls[6]:await() - first)
+      assert.equal(2.0 ^ 62, calls[9]:await() - first)
+    end
+  end))
+
   -- The times at which n calls start that come together.
   local function starts(limiter, n)
     local times, tasks, base = {}, {}, now()
@@ -1595,11 +1614,9 @@ describe("a strategy", function()
       support.bad_argument(1, "execute", function() strategy:execute(5) end, "function expected")
       assert.is_false(pcall(strategy.execute, {}, print))
       assert.is_false(pcall(strategy.execute))
-      local task = strategy:execute_async(5)
-      assert.is_false(task:try_await())
-      assert.is_true(task.is_faulted)
+      support.bad_argument(1, "execute_async", function() strategy:execute_async(5) end, "function expected")
     end
     local err = raised(function() resilience.retry().execute(resilience.bulkhead { max_concurrency = 1 }, print) end)
-    assert.is_truthy(err:find("calling 'execute' on bad self (coflow.resilience.retry expected, got table)", 1, true))
+    assert.is_truthy(err:find("bad argument #1 to 'execute' (coflow.resilience.retry expected, got table)", 1, true))
   end))
 end)

@@ -243,6 +243,101 @@ describe("a stream", function()
     assert.same({ "closed OperationCanceled" }, log)
   end))
 
+  -- What happens until a second after a block that iterates has been left while another task waits for an item.
+  local function left_by_another(make)
+    local log, note = recorder()
+    do
+      local it <close> = make(note):iterate()
+      flow.spawn(function() for v in it do note("item", v) end note("over") end)
+      flow.sleep(1)
+    end
+    note("left")
+    flow.sleep(1)
+    return log
+  end
+
+  local function late(items)
+    local ch = flow.Channel.unbounded()
+    flow.spawn(function() flow.sleep(1.5) for _, v in ipairs(items) do ch:write(v) end end)
+    return stream.from(ch)
+  end
+
+  it("begins nothing after its block has been left by another", in_task(function()
+    local function waiting(v) flow.sleep(1.5) return v end
+    assert.same({ "left", "over" }, left_by_another(function(note)
+      return late({ "a" }):zip(counter(3, nil, note))
+    end))
+    assert.same({ "left", "over" }, left_by_another(function(note)
+      return late({ "a" }):zip(counter(3, nil, note):merge(counter(3, nil, note)))
+    end))
+    assert.same({ "left", "over" }, left_by_another(function(note)
+      return stream.from({ 1, 2 }):flat_map(function() return waiting(counter(3, nil, note)) end)
+    end))
+    assert.same({ "left", "over" }, left_by_another(function(note)
+      return late({ "a" }):zip(stream.from({ iterate = function() note("iterate") return next, {} end }))
+    end))
+  end))
+
+  it("takes no further item of its source after its block has been left by another", in_task(function()
+    local ch = flow.Channel.unbounded()
+    for i = 1, 4 do ch:write(i) end
+    assert.same({ "left", "over" }, left_by_another(function()
+      return stream.from(ch):filter(function() flow.sleep(0.6) return false end)
+    end))
+    assert.equal(2, ch.count)
+    local endless = { "left", "asked 1", "over" }
+    assert.same(endless, left_by_another(function(note)
+      local asked = 0
+      local function next_one() asked = asked + 1 return asked end
+      return stream.from(next_one):filter(function(v) flow.sleep(1.5) note("asked", v) return v > 99 end)
+    end))
+    assert.same(endless, left_by_another(function(note)
+      return stream.from(list(99)):filter(function(v) flow.sleep(1.5) note("asked", v) return false end)
+    end))
+    assert.same({ "counter starts", "counter closed OperationCanceled true", "left", "over" },
+      left_by_another(function(note)
+        return counter(99, nil, note):filter(function() flow.sleep(1.5) return false end)
+      end))
+  end))
+
+  it("closes what a source began while its block was left by another", in_task(function()
+    local log = left_by_another(function(note)
+      return stream.from({ iterate = function()
+        flow.sleep(1.5)
+        return next, { 1 }, nil, closing(function() note("closed") end)
+      end })
+    end)
+    assert.same({ "left", "closed", "over" }, log)
+  end))
+
+  it("is refused where its pulls need a task and there can be none, and takes nothing then", in_task(function()
+    local log, note = recorder()
+    local ch = flow.Channel.unbounded()
+    ch:write("item")
+    local token = Source().token
+    is_error("InvalidOperation", select(2, helper.in_callback(function()
+      for v in stream.from(ch):iterate(token) do note(v) end
+    end)))
+    is_error("InvalidOperation", select(2, helper.in_callback(function()
+      for v in counter(2, nil, note):timeout(5):iterate() do note(v) end
+    end)))
+    collect()
+    assert.same({}, log)
+    assert.equal("item", ch:try_read())
+  end))
+
+  it("that reads ahead may be disposed of where nobody can wait: it ends on a later turn", in_task(function()
+    for _, where in ipairs { helper.in_callback, function(fn) return pcall(string.gsub, "x", "x", fn) end } do
+      local log, note = recorder()
+      local it = counter(9, nil, note):buffer(2):iterate()
+      it()
+      local ok, err = where(function() it:dispose() note("disposed") end)
+      assert.truthy(ok, tostring(err))
+      helper.settle()
+      assert.same({ "counter starts", "disposed", "counter closed OperationCanceled true" }, log)
+    end
+  end))
+
   it("tells a producer again and again to end, then closes it where it stands", in_task(function()
     local log, note = recorder()
     local s = stream.new(function(emit)
@@ -535,7 +630,8 @@ describe("a stream", function()
       local err = raised(load("local s, bad = ... local _ = s:" .. name .. "(bad) return _"), s, bad[1])
       assert.equal("string", type(err))
       assert.truthy(err:find("bad argument #1 to '" .. name .. "'", 1, true), err)
-      assert.truthy(raised(s[name], nil, 1):find("bad self", 1, true))
+      err = raised(load("local s, bad = ... local _ = s." .. name .. "(bad, bad) return _"), s, bad[1])
+      assert.truthy(err:find("bad argument #1 to '" .. name .. "' (coflow.Stream expected", 1, true), err)
     end
     for _, bad in ipairs { 5, "text", true } do
       assert.truthy(raised(function() local _ = stream.from(bad) return _ end):find("#1 to 'from'", 1, true))

@@ -911,6 +911,22 @@ describe("ReaderWriterLock", function()
   end))
 end)
 
+describe("events", function()
+  it("are set or not as told, by true, false or nothing", function()
+    for _, name in ipairs { "ManualResetEvent", "AutoResetEvent" } do
+      local class = flow[name]
+      assert.is_true(class(true).is_set)
+      assert.is_false(class(false).is_set)
+      assert.is_false(class(nil).is_set)
+      assert.is_false(class().is_set)
+      for _, wrong in ipairs { 5, "x", {}, print } do
+        local make = load("local flow, wrong = ... return function() local _ = flow." .. name .. "(wrong) end")
+        bad_argument(1, name, make(flow, wrong), "boolean expected")
+      end
+    end
+  end)
+end)
+
 describe("ManualResetEvent", function()
   it("lets all through while it is set", in_order(function()
     local event = flow.ManualResetEvent()

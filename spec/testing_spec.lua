@@ -731,6 +731,13 @@ describe("testing.explore", function()
     end, { seed = 1000 })
     assert.equal("third", err)
     assert.truthy(text:find("seed = 1002", 1, true), text)
+    local runs = 0
+    text = with_stderr(testing.explore, function()
+      runs = runs + 1
+      if runs == 2 then error("second", 0) end
+    end, { seed = math.maxinteger, runs = 2 })
+    assert.equal(2, runs)
+    assert.truthy(text:find("seed = " .. math.mininteger, 1, true), text)
     refuses("'run'", testing.explore, nothing, { run = 1 })
     refuses("runs", testing.explore, nothing, { runs = 0 })
     refuses("runs", testing.explore, nothing, { runs = 1.5 })

@@ -130,6 +130,7 @@ static int check_family(lua_State *L, int i) {
 /* resolve(host, options, token) */
 static int l_resolve(lua_State *L) {
   const char *host = check_host(L, 1);
+  io_token_last(L, 2);
   struct addrinfo hints = {.ai_family = check_family(L, 2), .ai_socktype = SOCK_STREAM};
   token_opt(L, 3);
   lua_settop(L, 3);

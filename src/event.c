@@ -13,8 +13,9 @@
 
 /* ---- events ---- */
 
-/* [-0, +1, m] as told by argument 1 */
+/* [-0, +1, v] as told by argument 1; not set unless it is */
 static int event_new(lua_State *L, const struct sync_class *class) {
+  if (!lua_isnoneornil(L, 1)) luaL_checktype(L, 1, LUA_TBOOLEAN);
   bool set = lua_toboolean(L, 1);
   sync_new(L, class, sizeof(struct sync), HOLDER_WAITERS)->count = set;
   return 1;

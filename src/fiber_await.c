@@ -356,6 +356,13 @@ static int l_is_awaitable_here(lua_State *L) {
   return 1;
 }
 
+/* check_here(): raises what an await here would, but for a cancellation. For what is to be refused before anything is
+** changed. */
+static int l_check_here(lua_State *L) {
+  fiber_here(L, runtime(L));
+  return 0;
+}
+
 static const luaL_Reg functions[] = {{"continuation", l_continuation},
                                      {"await", fiber_await_value},
                                      {"try_await", l_try_await},
@@ -363,6 +370,7 @@ static const luaL_Reg functions[] = {{"continuation", l_continuation},
                                      {"yield", l_yield},
                                      {"pcall", l_pcall},
                                      {"is_awaitable_here", l_is_awaitable_here},
+                                     {"check_here", l_check_here},
                                      {NULL, NULL}};
 
 void fiber_await_open(lua_State *L) { module_functions(L, functions); }

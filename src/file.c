@@ -336,6 +336,7 @@ static bool read_ready(struct job *j) { return j->limit == 0 || j->file->length 
 static int read_some(lua_State *L, int64_t usual, const struct io_class *class,
                      ssize_t (*run)(struct job *), bool (*ready)(struct job *)) {
   check_file(L);
+  io_token_last(L, 2);
   int64_t max = lua_isnoneornil(L, 2) ? usual : job_check_size(L, 2);
   lua_settop(L, 3);
   struct job *j = begin_for(L, 3, class, run, ready);
@@ -379,11 +380,14 @@ static int l_next_line(lua_State *L) {
   return 1;
 }
 
-/* write(s, ..., token) */
+/* write(s, ..., token): a nil after strings is a token that is not given; after nothing it is no string */
 static int l_write(lua_State *L) {
   check_file(L);
-  int top = lua_gettop(L), last = object_test(L, top, TAG_TOKEN) ? top - 1 : top;
-  if (last == top) lua_pushnil(L);
+  int last = lua_gettop(L);
+  if (object_test(L, last, TAG_TOKEN) != NULL || (last > 2 && lua_isnil(L, last)))
+    last--;
+  else
+    lua_pushnil(L);
   for (int i = 2; i <= last; i++)
     if (lua_type(L, i) != LUA_TSTRING) {
       luaL_argcheck(L, lua_isnumber(L, i), i,
@@ -418,6 +422,8 @@ static bool seek_ready(struct job *j) {
 static int l_seek(lua_State *L) {
   static const char *const names[] = {"set", "cur", "end", NULL};
   check_file(L);
+  io_token_last(L, 2);
+  io_token_last(L, 3);
   int whence = luaL_checkoption(L, 2, "cur", names);
   lua_Integer offset = luaL_optinteger(L, 3, 0);
   lua_settop(L, 4);

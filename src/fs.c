@@ -511,6 +511,7 @@ JOB_CLASS(copy_class, "fs.copy", "copy", job_land_nothing);
 /* open(path, mode, token) */
 static int l_open(lua_State *L) {
   check_path(L, 1);
+  io_token_last(L, 2);
   int flags = check_mode(L, 2);
   struct job *j = begin_path(L, 3, &open_class, run_open);
   if (j != NULL) j->flags = flags;
@@ -524,6 +525,7 @@ static int l_write_file(lua_State *L) {
   static const char *const options[] = {"atomic", "append", NULL};
   check_path(L, 1);
   luaL_checktype(L, 2, LUA_TSTRING);
+  io_token_last(L, 3);
   check_options(L, 3, options);
   bool atomic = option(L, 3, "atomic"), append = option(L, 3, "append");
   luaL_argcheck(L, !(atomic && append), 3, "'atomic' replaces the file, 'append' keeps it");
@@ -549,6 +551,7 @@ static int l_symlink(lua_State *L) { return two_paths(L, &symlink_class, run_sym
 static int l_access(lua_State *L) {
   check_path(L, 1);
   int mode = F_OK;
+  io_token_last(L, 2);
   for (const char *c = luaL_optstring(L, 2, ""); *c != '\0'; c++) {
     luaL_argcheck(L, strchr("rwx", *c) != NULL, 2, "only r, w and x are known");
     mode |= *c == 'r' ? R_OK : *c == 'w' ? W_OK : X_OK;
@@ -587,6 +590,7 @@ static int l_truncate(lua_State *L) {
 static int l_mkdir(lua_State *L) {
   static const char *const options[] = {"recursive", "mode", NULL};
   check_path(L, 1);
+  io_token_last(L, 2);
   check_options(L, 2, options);
   lua_settop(L, 3);
   bool recursive = option(L, 2, "recursive");
@@ -608,6 +612,7 @@ static int l_mkdir(lua_State *L) {
 static int l_remove(lua_State *L) {
   static const char *const options[] = {"recursive", NULL};
   check_path(L, 1);
+  io_token_last(L, 2);
   check_options(L, 2, options);
   bool recursive = option(L, 2, "recursive");
   struct job *j = begin_path(L, 3, &remove_class, run_remove);

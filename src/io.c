@@ -206,6 +206,13 @@ void io_done(struct io *op, ssize_t status) {
 
 /* ---- Lua face ---- */
 
+void io_token_last(lua_State *L, int i) {
+  if (object_test(L, i, TAG_TOKEN) == NULL || !lua_isnoneornil(L, i + 1)) return;
+  lua_settop(L, i);
+  lua_pushnil(L);
+  lua_insert(L, i);
+}
+
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);

@@ -55,6 +55,9 @@ void io_land(lua_State *L, int i);
 /* returns for the direct style, with the operation on top */
 int io_await(lua_State *L, struct fiber *me);
 int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that x_async is */
+/* [-0, +0/1, -] An argument that stands before the token, at i, may be left out: then the token stands in its place, and
+** nil is put before it. */
+void io_token_last(lua_State *L, int i);
 /* [-0, +0, m] into the table on top: as x_async and x */
 void io_functions(lua_State *L, const luaL_Reg *functions);
 /* [-0, +0, m] … of a class */

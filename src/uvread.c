@@ -366,7 +366,8 @@ static size_t check_size(lua_State *L, int i, lua_Integer least, size_t otherwis
 static int read_any(lua_State *L, int what, lua_CFunction f) {
   struct stream *s = stream_check(L);
   struct request r = {.verb = &read_verbs[what], .what = what};
-  int k = 3;
+  int k = what == ASK_UNTIL ? 4 : 3;
+  if (what != ASK_EXACTLY) io_token_last(L, k - 1);
   switch (what) {
     case ASK_SOME: r.size = check_size(L, 2, 1, UNLIMITED); break;
     case ASK_EXACTLY: r.size = check_size(L, 2, 0, 0); break;
@@ -377,7 +378,6 @@ static int read_any(lua_State *L, int what, lua_CFunction f) {
       luaL_argcheck(L, lua_rawlen(L, 2) > 0, 2, "a delimiter is not empty");
       r.data = 2;
       r.size = check_size(L, 3, 1, LINE_MOST);
-      k = 4;
   }
   token_opt(L, k);
   lua_settop(L, k);

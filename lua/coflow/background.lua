@@ -19,6 +19,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local errors = core.errors
 
@@ -56,10 +57,8 @@ end
 
 -- The course of a job -------------------------------------------------------------------------------
 
-local function check(self, what)
-  if getmetatable(self) ~= class then
-    error(("calling '%s' on bad self (coflow.BackgroundQueue expected, got %s)"):format(what, type(self)), 3)
-  end
+local function check(self)
+  if getmetatable(self) ~= class then core.argument_error(1, "coflow.BackgroundQueue expected, got " .. type(self)) end
 end
 
 local function throw_disposed()
@@ -177,6 +176,21 @@ end
 
 local known_enqueue_options = { token = true }
 
+-- The token among the options, and from where on the job is: at fn, or behind the options.
+local function check_enqueue(self, fn, ...)
+  check(self)
+  if type(fn) ~= "table" or core.is_callable(fn) then
+    core.check_function(2, fn)
+    return nil, false
+  end
+  local token = core.check_options(2, fn, known_enqueue_options).token
+  if token ~= nil and not core.is_token(token) then
+    core.argument_error(2, "token must be a CancellationToken")
+  end
+  core.check_function(3, (...))
+  return token, true
+end
+
 ---Hands in `fn(...)`, to be run by the queue, and returns its task: once it is queued, or running. While
 ---`capacity` jobs are queued it waits for room, first come, first served. The job runs in the context captured
 ---now, under no token and no deadline but its own: only `task:cancel()` and `dispose` cancel it, before its
@@ -188,31 +202,28 @@ local known_enqueue_options = { token = true }
 ---@param fn function
 ---@return coflow.Task
 function Queue:enqueue(fn, ...)
-  check(self, "enqueue")
-  if type(fn) ~= "table" or core.is_callable(fn) then
-    core.check_function(2, fn)
-    return enqueue(self, nil, fn, ...)
-  end
-  local token = core.check_options(2, fn, known_enqueue_options).token
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "token must be a CancellationToken")
-  end
-  core.check_function(3, (...))
-  return enqueue(self, token, ...)
+  local token, has_options = check_enqueue(self, fn, ...)
+  if has_options then return enqueue(self, token, ...) end
+  return enqueue(self, nil, fn, ...)
 end
 
-Queue.enqueue_async = core.async(Queue.enqueue)
+Queue.enqueue_async = arguments.twin(Queue.enqueue, check_enqueue)
 
 ---Hands in `fn(...)` and never waits: while the queue is full the job waits for room by itself, in its turn.
 ---Nobody has its task, so an error in it is reported as unobserved as soon as it ends.
 ---Raises: ObjectDisposed.
 ---@param fn function
 function Queue:fire_and_forget(fn, ...)
-  check(self, "fire_and_forget")
+  check(self)
   core.check_function(2, fn)
   local entry = new_entry(self, fn, ...)
   self._forgotten[entry.task] = true
   add(self, entry, first(self._waiting) ~= nil or not has_room(self))
+end
+
+local function check_drain(self, token)
+  check(self)
+  arguments.check_token(2, token)
 end
 
 ---Waits until the queue is idle: all that has been handed in has ended, and what was handed in meanwhile.
@@ -221,10 +232,7 @@ end
 ---Raises: InvalidOperation in a job of this queue, which would wait for itself.
 ---@param token? coflow.CancellationToken
 function Queue:drain(token)
-  check(self, "drain")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "CancellationToken expected, got " .. type(token))
-  end
+  check_drain(self, token)
   core.throw_if_canceled(token)
   local me = core.current_task()
   if me and self._running[me] then
@@ -239,14 +247,14 @@ function Queue:drain(token)
   core.await_with(self._idle.task, token)
 end
 
-Queue.drain_async = core.async(Queue.drain)
+Queue.drain_async = arguments.twin(Queue.drain, check_drain)
 
 ---Ends the queue, without waiting: jobs that have not started never do, and end canceled; those that run are
 ---canceled. Whoever waits for room gets ObjectDisposed, and so does whoever comes later. `drain` may be called
 ---afterwards, to wait for the end of those that still run. Disposing twice is harmless.
 ---Errors in callbacks of the jobs' tokens are reported as unobserved.
 function Queue:dispose()
-  check(self, "dispose")
+  check(self)
   if self._disposed then return end
   self._disposed = true
   local tasks, places, running = {}, {}, {}

@@ -8,6 +8,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 local flight = require "coflow.flight"
 
 ---@class coflow.AsyncCache
@@ -83,10 +84,15 @@ local function make(cache, entry, factory)
   return done(factory(entry.key))
 end
 
-local function check(self, name)
-  if getmetatable(self) ~= class then
-    error(("calling '%s' on bad self (coflow.AsyncCache expected, got %s)"):format(name, type(self)), 3)
-  end
+local function check(self)
+  if getmetatable(self) ~= class then core.argument_error(1, "coflow.AsyncCache expected, got " .. type(self)) end
+end
+
+local function check_get(self, key, factory, token)
+  check(self)
+  if key == nil or key ~= key then core.argument_error(2, "the key must be neither nil nor NaN") end
+  core.check_function(3, factory)
+  arguments.check_token(4, token)
 end
 
 ---The value under the key; if there is none, that of `factory(key)`, which then is kept. Callers that come
@@ -98,15 +104,11 @@ end
 ---@param token? coflow.CancellationToken
 ---@return any ...
 function AsyncCache:get_or_add(key, factory, token)
-  check(self, "get_or_add")
-  if key == nil or key ~= key then core.argument_error(2, "the key must be neither nil nor NaN") end
-  core.check_function(3, factory)
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(4, "CancellationToken expected, got " .. type(token))
-  end
+  check_get(self, key, factory, token)
   drop_expired(self)
   local entry = self._entries[key]
   if not entry then
+    core.check_here()
     core.throw_if_canceled(token)
     local made = { key = key }
     made.flight = flight.new(make, function() drop(self, made) end, self, made, factory)
@@ -124,13 +126,13 @@ function AsyncCache:get_or_add(key, factory, token)
   return entry.flight:join(token)
 end
 
-AsyncCache.get_or_add_async = core.async(AsyncCache.get_or_add)
+AsyncCache.get_or_add_async = arguments.twin(AsyncCache.get_or_add, check_get)
 
 ---Forgets the value under the key. A factory that is making it goes on, for those who wait.
 ---@param key any
 ---@return boolean whether there was one
 function AsyncCache:invalidate(key)
-  check(self, "invalidate")
+  check(self)
   drop_expired(self)
   local entry = key ~= nil and self._entries[key]
   if entry then drop(self, entry) end
@@ -139,7 +141,7 @@ end
 
 ---Forgets all values.
 function AsyncCache:clear()
-  check(self, "clear")
+  check(self)
   self._entries, self._count = {}, 0
   self._used = new_list("next_used", "previous_used")
   self._made = new_list("next_made", "previous_made")
@@ -156,7 +158,8 @@ local function new(options)
   local time_to_live, max_entries = options.time_to_live or math.huge, options.max_entries or math.huge
   if type(time_to_live) ~= "number" or time_to_live <= 0 or time_to_live ~= time_to_live then
     core.argument_error(1, "time_to_live must be a positive number of seconds")
-  elseif max_entries ~= math.huge and not (math.type(max_entries) == "integer" and max_entries >= 1) then
+  elseif max_entries ~= math.huge and not (math.type(max_entries) and math.tointeger(max_entries)
+    and max_entries >= 1) then
     core.argument_error(1, "max_entries must be a positive integer")
   end
   local cache = setmetatable({ _time_to_live = time_to_live, _max_entries = max_entries }, class)

@@ -3,6 +3,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local fs, next_line = core.open_fs()
 
@@ -16,9 +17,7 @@ local File = core.methods("coflow.File")
 ---@return fun(): string?
 function File:lines(token)
   core.check_class(1, self, "coflow.File")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "token must be a CancellationToken")
-  end
+  arguments.check_token(2, token)
   local read_line = self.read_line
   return function()
     return next_line(self, token) or read_line(self, nil, token)
@@ -33,9 +32,7 @@ local Watcher = core.methods("coflow.Watcher")
 ---@return fun(): coflow.Change?
 function Watcher:iterate(token)
   core.check_class(1, self, "coflow.Watcher")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "token must be a CancellationToken")
-  end
+  arguments.check_token(2, token)
   local next = self.next
   return function() return next(self, token) end
 end

@@ -19,6 +19,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local errors = core.errors
 
@@ -59,10 +60,14 @@ local Background = {}
 
 local background_class = { __name = "coflow.BackgroundService", __index = Background }
 
-local function check_background(self, what)
-  if getmetatable(self) ~= background_class then
-    error(("calling '%s' on bad self (coflow.BackgroundService expected, got %s)"):format(what, type(self)), 3)
-  end
+local function check_background(self)
+  if getmetatable(self) == background_class then return end
+  core.argument_error(1, "coflow.BackgroundService expected, got " .. type(self))
+end
+
+local function check_background_stop(self, token)
+  check_background(self)
+  arguments.check_token(2, token)
 end
 
 -- In the task of the service: its token is the stopping token.
@@ -75,7 +80,7 @@ end
 ---Starts it, on a later turn, and does not wait: whatever it does delays nobody. It runs in the context captured now.
 ---Raises: InvalidOperation if it runs already.
 function Background:start()
-  check_background(self, "start")
+  check_background(self)
   if self.execute_task and not self.execute_task.is_completed then
     error(errors.InvalidOperation("the BackgroundService has been started already"), 0)
   end
@@ -86,19 +91,19 @@ end
 
 ---Cancels the stopping token, and waits until the service has ended, or `token` is canceled: it raises nothing
 ---because the service does not listen, nor what the service raised. Before the start it does nothing.
+---Cancellation: ends the wait; a token that is canceled already only says that there is to be none.
 ---Raises: an Aggregate of what callbacks of the stopping token raised, when it has waited.
 ---Source: .NET BackgroundService.StopAsync.
 ---@param token? coflow.CancellationToken
 function Background:stop(token)
-  check_background(self, "stop")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "CancellationToken expected, got " .. type(token))
-  end
+  check_background_stop(self, token)
   local task = self.execute_task
   if not task then return end
+  local waits = not task.is_completed and core.current_task() ~= task
+  if waits then core.check_here() end
   self._stopping = true
   local ok, problems = pcall(core.cancel, task, "the service is to stop")
-  if not task.is_completed and core.current_task() ~= task then
+  if waits and not task.is_completed then
     local waited, err = pcall(core.await_with, core.when_any(task), token)
     if not waited and not errors.is(err, "OperationCanceled") then error(err, 0) end
   end
@@ -107,7 +112,7 @@ end
 
 ---Cancels the stopping token, and does not wait.
 function Background:dispose()
-  check_background(self, "dispose")
+  check_background(self)
   local task = self.execute_task
   if not task or task.is_completed then return end
   self._stopping = true
@@ -117,7 +122,7 @@ end
 
 background_class.__close = Background.dispose
 
-Background.stop_async = core.async(Background.stop)
+Background.stop_async = arguments.twin(Background.stop, check_background_stop)
 
 ---A service of which `fn(stopping_token)`, or `execute(self, stopping_token)` of a table, runs in the background. The
 ---stopping token is its ambient one as well: when the service is to stop, whatever it waits for is interrupted, unless
@@ -140,16 +145,14 @@ local Host = {}
 
 local host_class = { __name = "coflow.Host", __index = Host }
 
-local function check(self, what)
-  if getmetatable(self) ~= host_class then
-    error(("calling '%s' on bad self (coflow.Host expected, got %s)"):format(what, type(self)), 3)
-  end
+local function check(self)
+  if getmetatable(self) ~= host_class then core.argument_error(1, "coflow.Host expected, got " .. type(self)) end
 end
 
-local function wrong_token(token)
-  if token ~= nil and not core.is_token(token) then
-    return "CancellationToken expected, got " .. type(token)
-  end
+-- For all that waits.
+local function check_wait(self, token)
+  check(self)
+  arguments.check_token(2, token)
 end
 
 -- From anywhere: the host is to stop.
@@ -196,7 +199,7 @@ end
 ---@param service table|coflow.BackgroundService
 ---@return coflow.Host self
 function Host:add(service)
-  check(self, "add")
+  check(self)
   local wrong = problem(service)
   if wrong then core.argument_error(2, wrong) end
   if self._state ~= "created" then
@@ -209,6 +212,16 @@ function Host:add(service)
   if background then background._over = function(task) over(self, background, task) end end
   self._services[#self._services + 1] = { service = service, background = background }
   return self
+end
+
+-- One service: what it runs in the background, then what it has of its own.
+local function stop_service(entry)
+  local service, background = entry.service, entry.background
+  local token = core.cancellation_token()
+  local ok, problems = true, nil
+  if background then ok, problems = pcall(background.stop, background, token) end
+  if service ~= background and service.stop then service:stop(token) end
+  if not ok then error(problems, 0) end
 end
 
 -- Starting.
@@ -227,7 +240,11 @@ local function start_in_task(self, entry)
   local guard <close> = setmetatable({ task = core.current_task() }, ending_service_start)
   local service, background = entry.service, entry.background
   if service ~= background and service.start then service:start(core.cancellation_token()) end
-  self._started[#self._started + 1] = entry
+  if self._state == "stopped" then -- without it: it took too long to start, and is stopped by itself
+    start_detached(nil, service.stop, stop_service, entry)
+  else
+    self._started[#self._started + 1] = entry
+  end
   guard.returned = true
   core.throw_if_canceled()
   if background then background:start() end
@@ -243,7 +260,7 @@ local function start_service(self, entry)
     if not waited then
       local ok, problems = pcall(core.cancel, task, core.cancellation_token().reason)
       if not ok then core.report(problems) end
-      if not errors.is(err, "OperationCanceled") then error(err, 0) end -- here nobody can wait
+      if not errors.is(err, "OperationCanceled") then error(err, 0) end
       local _ <close> = core.open_shield()
       await_end(task)
     end
@@ -288,26 +305,16 @@ end
 ---second time: a host runs once.
 ---@param token? coflow.CancellationToken
 function Host:start(token)
-  check(self, "start")
-  local wrong = wrong_token(token)
-  if wrong then core.argument_error(2, wrong) end
+  check_wait(self, token)
+  core.check_here()
   if not core.current_task() then return core.run(Host.start, self, token) end
   core.throw_if_canceled(token)
   start(self, token)
 end
 
-Host.start_async = core.async(Host.start)
+Host.start_async = arguments.twin(Host.start, check_wait)
 
 -- Stopping.
-
-local function stop_service(entry)
-  local service, background = entry.service, entry.background
-  local token = core.cancellation_token()
-  local ok, problems = true, nil
-  if background then ok, problems = pcall(background.stop, background, token) end
-  if service ~= background and service.stop then service:stop(token) end
-  if not ok then error(problems, 0) end
-end
 
 -- What the host ends with: its failures, in the order in which they came.
 local function conclude(failed)
@@ -333,25 +340,28 @@ local function stop_services(self)
     core.report(errors.Timeout(("the host was to stop, but the start of %s went on for %g s")
       :format(hung and name_of(hung.service) or "a service", timeout)), hung and hung.task)
   end
-  local stops, late = {}, false
-  for i = #self._started, 1, -1 do
-    local entry = self._started[i]
-    local task = start_detached(nil, entry.service.stop, stop_service, entry)
-    stops[#stops + 1] = task
-    if not ends_within(timeout, task) then
-      local ok, problems = pcall(core.cancel, task, "the shutdown timeout of the host has passed")
-      if not ok then core.report(problems) end
-      late = true
-    end
+  local stops = {}
+  while #self._started > 0 do -- one whose start comes back meanwhile, too
+    local late = false
+    repeat
+      local entry = table.remove(self._started)
+      local task = start_detached(nil, entry.service.stop, stop_service, entry)
+      stops[#stops + 1] = { task = task, entry = entry }
+      if not ends_within(timeout, task) then
+        local ok, problems = pcall(core.cancel, task, "the shutdown timeout of the host has passed")
+        if not ok then core.report(problems) end
+        late = true
+      end
+    until #self._started == 0
+    if late then core.yield() end -- those that listen have ended then
   end
-  if late then core.yield() end -- those that listen have ended then
-  for i, task in ipairs(stops) do
-    local entry = self._started[#self._started + 1 - i]
-    local background = entry.background
+  for _, stop in ipairs(stops) do
+    local task, entry = stop.task, stop.entry
+    local running = entry.background and entry.background.execute_task -- nil: its start was canceled before
     if task.is_faulted then
       self._failed[#self._failed + 1] = task
-    elseif not task.is_completed or (background and not background.execute_task.is_completed) then
-      local hung = task.is_completed and background.execute_task or task
+    elseif not task.is_completed or (running and not running.is_completed) then
+      local hung = task.is_completed and running or task
       core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)), hung)
     end
   end
@@ -377,25 +387,26 @@ end
 ---longer than the shutdown timeout is left alone: its token is canceled, and the next one's turn comes. Its own
 ---token is what cancels it; the caller's token and deadline only end the caller's wait.
 ---Before the start it does nothing; a second call waits for the same end.
----Cancellation: ends the wait; the stopping goes on.
+---Cancellation: ends the wait; the stopping goes on. Canceled before the call: raises, and begins no stopping.
 ---Raises: what the services raised that failed, in the background or when they were stopped: one as it is, several
 ---as an Aggregate, in the order in which it happened. A service that was canceled has not failed. One that does
 ---not stop in time is reported as unobserved, with the task that still runs.
 ---@param token? coflow.CancellationToken
 function Host:stop(token)
-  check(self, "stop")
-  local wrong = wrong_token(token)
-  if wrong then core.argument_error(2, wrong) end
+  check_wait(self, token)
   if self._state == "created" then return end
+  if self._state == "stopped" then return self._stop:results() end
+  core.check_here()
+  if not self._stop then core.throw_if_canceled(token) end
   core.await_with(stopping(self), token)
 end
 
-Host.stop_async = core.async(Host.stop)
+Host.stop_async = arguments.twin(Host.stop, check_wait)
 
 ---Disposes of the services that have a `dispose`, in reverse order; a background service's cancels its stopping token.
 ---It waits for nothing: `host:stop()` comes before. Errors are reported as unobserved. Twice is harmless.
 function Host:dispose()
-  check(self, "dispose")
+  check(self)
   if self._disposed then return end
   self._disposed = true
   for i = #self._services, 1, -1 do
@@ -423,7 +434,7 @@ end
 local function give_up(self)
   local _ <close> = core.open_shield()
   self:dispose()
-  for _, entry in ipairs(self._started) do
+  for _, entry in ipairs(self._services) do
     local task = entry.background and entry.background.execute_task
     if task then ends_within(self._shutdown_timeout, task) end
   end
@@ -450,9 +461,8 @@ end
 ---stopped: a host runs once.
 ---@param token? coflow.CancellationToken
 function Host:run(token)
-  check(self, "run")
-  local wrong = wrong_token(token)
-  if wrong then core.argument_error(2, wrong) end
+  check_wait(self, token)
+  core.check_here()
   if not core.current_task() then return core.run(Host.run, self, token) end
   core.throw_if_canceled(token)
   if self._state == "stopped" then
@@ -482,7 +492,7 @@ function Host:run(token)
   end
 end
 
-Host.run_async = core.async(Host.run)
+Host.run_async = arguments.twin(Host.run, check_wait)
 
 local known_options = { shutdown_timeout = true, failure = true }
 
@@ -505,7 +515,7 @@ local function new_host(options)
     _failure = failure,
     _services = {}, -- { service =, background = or nil } in the order of their start
     _known = {}, -- service -> true
-    _started = {}, -- those of the services that have
+    _started = {}, -- those of them that have started, and whose stop has not begun
     _failed = {}, -- tasks
     _asked = core.TaskCompletionSource(), -- to stop
     _starting = core.call_source(nil), -- canceled when it is to stop, for who starts it

@@ -4,6 +4,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 local flight = require "coflow.flight"
 
 ---@class coflow.AsyncLazy
@@ -15,12 +16,17 @@ local class = { __name = "coflow.AsyncLazy" }
 function class.__index(lazy, key)
   if key == "is_value_created" then
     local current = rawget(lazy, "_flight")
-    return current ~= nil and current.task.is_completed_successfully
+    return current ~= nil and not current.given_up and current.task.is_completed_successfully
   end
   return AsyncLazy[key]
 end
 
 local known_options = { retry_on_failure = true }
+
+local function check_get(self, token)
+  if getmetatable(self) ~= class then core.argument_error(1, "coflow.AsyncLazy expected, got " .. type(self)) end
+  arguments.check_token(2, token)
+end
 
 ---The value: of the factory's one call. Callers that come while it runs wait for the same one.
 ---Cancellation: ends this caller's wait; the factory is canceled when no caller is left, and then called again
@@ -29,16 +35,12 @@ local known_options = { retry_on_failure = true }
 ---@param token? coflow.CancellationToken
 ---@return any ...
 function AsyncLazy:get(token)
-  if getmetatable(self) ~= class then
-    error("calling 'get' on bad self (coflow.AsyncLazy expected, got " .. type(self) .. ")", 2)
-  end
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "CancellationToken expected, got " .. type(token))
-  end
+  check_get(self, token)
   local current = self._flight
   local failed = current and current.task.is_completed and not current.task.is_completed_successfully
   if current and (current.given_up or failed and (self._retry or current.task.is_canceled)) then current = nil end
   if not current then
+    core.check_here()
     core.throw_if_canceled(token)
     local before, made = self._flight, flight.new(self._factory)
     current = self._flight
@@ -51,7 +53,7 @@ function AsyncLazy:get(token)
   return current:join(token)
 end
 
-AsyncLazy.get_async = core.async(AsyncLazy.get)
+AsyncLazy.get_async = arguments.twin(AsyncLazy.get, check_get)
 
 ---A lazy value. The factory runs in the empty execution context, and under no caller's token.
 ---@param factory fun(): ...

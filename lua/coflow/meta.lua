@@ -1016,7 +1016,8 @@ function Barrier:dispose() end
 
 ---Files and directories. Each operation is done by a thread of libuv's pool (four of them, unless UV_THREADPOOL_SIZE
 ---says otherwise) and suspends the calling task only; its `_async` twin takes the same arguments and returns a task
----of its results. Paths are strings of any bytes but zero; permissions are integers. What holds for all:
+---of its results. Paths are strings of any bytes but zero; permissions are integers. The token may stand in place of
+---what may be left out before it: `fs.remove(path, token)`. What holds for all:
 ---
 ---Cancellation: ends the wait at once. One that no thread has begun is never done; one that is being done stops
 ---between two system calls, and what it brings late is released. What it has changed by then is changed.
@@ -1420,8 +1421,8 @@ function flow.net.connect_pipe_async(path, token) end
 
 ---A connection, TCP or a pipe, or a standard stream. One task reads and one writes at a time; a second one is refused
 ---with InvalidOperation, the first unharmed; but any number may write to standard output and error. Whatever waits on
----it is under the ambient token, and ends at once when that is canceled. One that is forgotten is closed when it is
----collected.
+---it is under the ambient token, and ends at once when that is canceled; a token of its own may stand in place of what
+---may be left out before it: `stream:read(token)`. One that is forgotten is closed when it is collected.
 ---@class coflow.Stream
 ---@field local_address string? "127.0.0.1:80", "[fe80::1%eth0]:80", or the path of a pipe; nil once it is closed
 ---@field peer_address string? the same, of the other end

@@ -4,6 +4,8 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
+local under_token = require "coflow.under_token"
 
 local net = core.open_net()
 
@@ -14,18 +16,17 @@ local Stream, Listener = core.methods "coflow.Stream", core.methods "coflow.List
 local BACKLOG = 1024
 local PAUSE = 0.1 -- seconds, before a listener that has no descriptors left asks again
 
-local function check_token(n, token)
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(n, "token must be a CancellationToken")
-  end
-end
+local check_token, token_last = arguments.check_token, arguments.token_last
 
 local function is_integer(value, least, most)
   return type(value) == "number" and value == math.floor(value) and value >= least and value <= most
 end
 
+-- Whether it could be the name or the address of a host. The system would end it at a zero byte.
+local function is_host(value) return type(value) == "string" and value ~= "" and not value:find("\0", 1, true) end
+
 local function check_place(host, port, least)
-  if type(host) ~= "string" or host == "" then core.argument_error(1, "name or address of a host expected") end
+  if not is_host(host) then core.argument_error(1, "name or address of a host expected") end
   if not is_integer(port, least, 65535) then core.argument_error(2, "number of a port expected") end
 end
 
@@ -47,12 +48,13 @@ local connect_options = { family = true }
 
 local function check_connect(host, port, options, token)
   check_place(host, port, 1)
+  options, token = token_last(options, token)
   options = core.check_options(3, options, connect_options)
   if options.family ~= nil and not families[options.family] then
     core.argument_error(3, "family must be \"ipv4\", \"ipv6\" or \"any\"")
   end
   check_token(4, token)
-  return options.family
+  return options.family, token
 end
 
 local function connect(host, port, family, token)
@@ -76,7 +78,7 @@ end
 ---@param token? coflow.CancellationToken
 ---@return coflow.Stream
 function net.connect(host, port, options, token)
-  return connect(host, port, check_connect(host, port, options, token), token)
+  return connect(host, port, check_connect(host, port, options, token))
 end
 
 local connect_async = core.async(connect)
@@ -87,7 +89,7 @@ local connect_async = core.async(connect)
 ---@param token? coflow.CancellationToken
 ---@return coflow.Task
 function net.connect_async(host, port, options, token)
-  return connect_async(host, port, check_connect(host, port, options, token), token)
+  return connect_async(host, port, check_connect(host, port, options, token))
 end
 
 local listen_options = { backlog = true, reuse_port = true }
@@ -100,24 +102,30 @@ local function check_backlog(options)
   return backlog or BACKLOG
 end
 
-local function check_listen(host, port, options)
+local function check_listen(host, port, options, token)
   check_place(host, port, 0)
+  options, token = token_last(options, token)
   options = core.check_options(3, options, listen_options)
-  return check_backlog(options), options.reuse_port
+  local backlog = check_backlog(options)
+  check_token(4, token)
+  return backlog, options.reuse_port, token
 end
 
-local function listen(host, port, backlog, reuse_port)
-  return listen_address(address_of(host), port, backlog, reuse_port)
+local function listen(host, port, backlog, reuse_port, token)
+  core.throw_if_canceled(token)
+  return listen_address(address_of(host, nil, token), port, backlog, reuse_port)
 end
 
 ---Listens for TCP connections at the first address of the host; port 0: one that is free (`listener.port`). With a
 ---numeric address it never suspends.
+---Cancellation: ends the search for the address of a host; canceled before, it binds nothing.
 ---@param host string
 ---@param port integer
 ---@param options? { backlog?: integer, reuse_port?: boolean } backlog: connections that the system keeps (1024)
+---@param token? coflow.CancellationToken
 ---@return coflow.Listener
-function net.listen(host, port, options)
-  return listen(host, port, check_listen(host, port, options))
+function net.listen(host, port, options, token)
+  return listen(host, port, check_listen(host, port, options, token))
 end
 
 local listen_async = core.async(listen)
@@ -125,9 +133,10 @@ local listen_async = core.async(listen)
 ---@param host string
 ---@param port integer
 ---@param options? table
+---@param token? coflow.CancellationToken
 ---@return coflow.Task
-function net.listen_async(host, port, options)
-  return listen_async(host, port, check_listen(host, port, options))
+function net.listen_async(host, port, options, token)
+  return listen_async(host, port, check_listen(host, port, options, token))
 end
 
 ---Listens at a path of the file system, which is removed when the listener is closed.
@@ -157,6 +166,7 @@ net.is_address, net.name_after, net.report_failure = nil, nil, nil
 ---@return fun(): string?
 function Stream:lines(max, token)
   core.check_class(1, self, "coflow.Stream")
+  max, token = token_last(max, token)
   if max ~= nil and max ~= math.huge and not is_integer(max, 1, math.maxinteger) then
     core.argument_error(2, "max must be a number of bytes")
   end
@@ -273,7 +283,7 @@ local function accept_all(listener, state, group, fn, max)
   end
 end
 
-local function serve(listener, fn, max, grace, on_error)
+local function serve_all(listener, fn, max, grace, on_error)
   if serving[listener] then
     error(core.errors.InvalidOperation("serve: this listener is served already"), 0)
   end
@@ -291,23 +301,20 @@ local function serve(listener, fn, max, grace, on_error)
   end, { policy = "supervise", grace = grace })
 end
 
+local function serve(listener, fn, max, grace, on_error, token)
+  core.check_here()
+  if not core.current_task() then return core.run(serve, listener, fn, max, grace, on_error, token) end
+  core.throw_if_canceled(token)
+  if not token then return serve_all(listener, fn, max, grace, on_error) end
+  under_token(token, function() serve_all(listener, fn, max, grace, on_error) end)
+end
+
 local serve_options = { max_connections = true, grace = true, on_error = true }
 
----Calls `fn(stream, stopping)` in a task of its own for each connection, and closes the stream when it returns.
----`stopping` is a token that `listener:stop()` cancels: `stream:read_line(nil, stopping)` waits for a next request no
----longer than that. Returns when `stop` or `close` has been called and the last connection has ended. An error in a
----connection ends that one only: it is told to `on_error(err, stream)`, by default to the handler of
----`on_unobserved_exception`. So is a want of descriptors (`IO` with code EMFILE, without a stream); then connections
----wait until some are free. One that ends canceled (by a token of yours that it reads with) has not failed, and is
----told to nobody.
----Cancellation: cancels the connections, and raises when they have ended. The listener stays open.
----@param fn fun(stream: coflow.Stream, stopping: coflow.CancellationToken)
----@param options? { max_connections?: integer, grace?: number, on_error?: fun(err: any, stream?: coflow.Stream) }
----max_connections: at the same time; the others wait. grace: seconds for the connections to end after `stop`, before
----they are canceled; none: at once.
-function Listener:serve(fn, options)
+local function check_serve(self, fn, options, token)
   core.check_class(1, self, "coflow.Listener")
   core.check_function(2, fn)
+  options, token = token_last(options, token)
   options = core.check_options(3, options, serve_options)
   local max, grace, on_error = options.max_connections, options.grace, options.on_error
   if max ~= nil and max ~= math.huge and not is_integer(max, 1, math.maxinteger) then
@@ -317,12 +324,37 @@ function Listener:serve(fn, options)
   elseif on_error ~= nil and not core.is_callable(on_error) then
     core.argument_error(3, "on_error must be a function")
   end
-  max, on_error = max or math.huge, on_error or report_failure
-  if core.current_task() then return serve(self, fn, max, grace, on_error) end
-  return core.await(core.spawn(serve, self, fn, max, grace, on_error))
+  check_token(4, token)
+  return max or math.huge, grace, on_error or report_failure, token
 end
 
-Listener.serve_async = core.async(Listener.serve)
+---Calls `fn(stream, stopping)` in a task of its own for each connection, and closes the stream when it returns.
+---`stopping` is a token that `listener:stop()` cancels: `stream:read_line(nil, stopping)` waits for a next request no
+---longer than that. Returns when `stop` or `close` has been called and the last connection has ended. An error in a
+---connection ends that one only: it is told to `on_error(err, stream)`, by default to the handler of
+---`on_unobserved_exception`. So is a want of descriptors (`IO` with code EMFILE, without a stream); then connections
+---wait until some are free. One that ends canceled (by a token of yours that it reads with) has not failed, and is
+---told to nobody.
+---Cancellation: cancels the connections, and raises when they have ended. The listener stays open. Canceled before
+---the call: accepts nothing.
+---@param fn fun(stream: coflow.Stream, stopping: coflow.CancellationToken)
+---@param options? { max_connections?: integer, grace?: number, on_error?: fun(err: any, stream?: coflow.Stream) }
+---max_connections: at the same time; the others wait. grace: seconds for the connections to end after `stop`, before
+---they are canceled; none: at once.
+---@param token? coflow.CancellationToken
+function Listener:serve(fn, options, token)
+  serve(self, fn, check_serve(self, fn, options, token))
+end
+
+local serve_async = core.async(serve)
+
+---@param fn fun(stream: coflow.Stream, stopping: coflow.CancellationToken)
+---@param options? table
+---@param token? coflow.CancellationToken
+---@return coflow.Task
+function Listener:serve_async(fn, options, token)
+  return serve_async(self, fn, check_serve(self, fn, options, token))
+end
 
 ---Closes the listener and cancels the token that its connections got; those that `serve` has begun may end within its
 ---`grace`. Returns at once: `serve` returns when they have ended.
@@ -345,7 +377,7 @@ end
 -- UDP: udp.lua, when it is first used ---------------------------------------------------------------
 
 local shared = {
-  is_integer = is_integer, check_token = check_token, families = families, address_of = address_of,
+  is_integer = is_integer, is_host = is_host, families = families, address_of = address_of,
   is_closed_error = is_closed_error,
 }
 

@@ -8,10 +8,12 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
-local pack = require("coflow.stream.iteration").pack
-local as_stream = require("coflow.stream.source").as_stream
+local arguments = require "coflow.arguments"
+local iteration = require "coflow.stream.iteration"
+local sources = require "coflow.stream.source"
 local task_group = require("coflow.group").task_group
 
+local new_run, pack = iteration.new_run, iteration.pack
 local NONE = core.take("none", {}).none
 local DEGREE = 16
 
@@ -68,7 +70,7 @@ local function take_list(loop, list)
 end
 
 local function take_stream(loop, source)
-  local next, close = source._open(loop.token)
+  local next, close = source._open(new_run(loop.token))
   local _ <close> = close and setmetatable({ close }, deferred) or nil
   while true do
     wait_for_slot(loop)
@@ -88,10 +90,10 @@ local function run(loop, items, source, token)
   return loop
 end
 
--- Outside every task the loop is a task of its own.
+-- Outside every task the loop is a task of its own, where there can be one.
 local function drive(loop, ...)
   if core.current_task() then return run(loop, ...) end
-  return core.await(core.spawn(run, loop, ...))
+  return core.run(run, loop, ...)
 end
 
 local known_options = { max_degree_of_parallelism = true, token = true, on_progress = true }
@@ -126,10 +128,9 @@ end
 
 -- What both functions take: a stream of the items, or nil where they are a list, and its length.
 local function source_of(items)
-  local made, wrong = as_stream(items)
-  if not made then return nil, nil, wrong end
-  if type(items) ~= "table" or made == items or core.is_callable(items) or items.iterate then return made end
-  return nil, math.tointeger(rawget(items, "n")) or #items
+  if sources.is_list(items) then return nil, math.tointeger(rawget(items, "n")) or #items end
+  local made, wrong = sources.as_stream(items)
+  return made, nil, wrong
 end
 
 ---@class coflow.ParallelOptions
@@ -148,6 +149,19 @@ local function sort_arguments(options, fn)
   return options, fn, 3
 end
 
+-- The function, the source and the length as above, and the options; raises what is wrong with the arguments.
+local function check_arguments(items, options, fn)
+  local place
+  options, fn, place = sort_arguments(options, fn)
+  local source, total, wrong = source_of(items)
+  if wrong then core.argument_error(1, wrong) end
+  options = core.check_options(2, options, known_options)
+  wrong = wrong_options(options)
+  if wrong then core.argument_error(2, wrong) end
+  core.check_function(place, fn)
+  return fn, source, total, options
+end
+
 local parallel = {}
 
 ---Calls `fn(item, token)` once for each item, several at the same time, each as a task with a context of its own.
@@ -163,14 +177,8 @@ local parallel = {}
 ---@param options? coflow.ParallelOptions may be left out
 ---@param fn fun(item: any, token: coflow.CancellationToken)
 function parallel.for_each(items, options, fn)
-  local place
-  options, fn, place = sort_arguments(options, fn)
-  local source, total, wrong = source_of(items)
-  if wrong then core.argument_error(1, wrong) end
-  options = core.check_options(2, options, known_options)
-  wrong = wrong_options(options)
-  if wrong then core.argument_error(2, wrong) end
-  core.check_function(place, fn)
+  local source, total
+  fn, source, total, options = check_arguments(items, options, fn)
   drive(new_loop(fn, options, total), items, source, options.token)
 end
 
@@ -180,14 +188,8 @@ end
 ---@param fn fun(item: any, token: coflow.CancellationToken): any
 ---@return { n: integer, [integer]: any } results nil for an item whose call ended canceled
 function parallel.map(items, options, fn)
-  local place
-  options, fn, place = sort_arguments(options, fn)
-  local source, total, wrong = source_of(items)
-  if wrong then core.argument_error(1, wrong) end
-  options = core.check_options(2, options, known_options)
-  wrong = wrong_options(options)
-  if wrong then core.argument_error(2, wrong) end
-  core.check_function(place, fn)
+  local source, total
+  fn, source, total, options = check_arguments(items, options, fn)
   local loop = new_loop(fn, options, total)
   loop.results = {}
   drive(loop, items, source, options.token)
@@ -195,7 +197,7 @@ function parallel.map(items, options, fn)
   return loop.results
 end
 
-parallel.for_each_async = core.async(parallel.for_each)
-parallel.map_async = core.async(parallel.map)
+parallel.for_each_async = arguments.twin(parallel.for_each, check_arguments)
+parallel.map_async = arguments.twin(parallel.map, check_arguments)
 
 return parallel

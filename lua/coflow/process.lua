@@ -7,6 +7,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 require "coflow.net" -- pipes are streams
 local task_group = require("coflow.group").task_group
 
@@ -136,13 +137,15 @@ local giving_up = {
 }
 
 local function wait(self, token)
+  core.throw_if_canceled(token)
   local _ <close> = setmetatable({ process = self }, giving_up)
   return native.ended(self, token)
 end
 
 ---Waits for its end. Any number of tasks may wait, also when it has ended.
 ---Cancellation: ends it as `close` does, but for the pipes, and raises when it has ended; unless others wait for it as
----well, or it is detached: then it goes on. To wait for some time only, `process:wait_async():wait_async(seconds)`.
+---well, or it is detached: then it goes on. Canceled before the call: raises, and leaves it alone.
+---To wait for some time only, `process:wait_async():wait_async(seconds)`.
 ---Source: .NET's WaitForExitAsync, which leaves the process alone.
 ---@param token? coflow.CancellationToken
 ---@return integer code 128 + the signal if it was ended by one, as in a shell; -1: another part of this program has
@@ -150,9 +153,7 @@ end
 ---@return string? signal its name: "SIGTERM"
 function Process:wait(token)
   core.check_class(1, self, "coflow.Process")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "token must be a CancellationToken")
-  end
+  arguments.check_token(2, token)
   return wait(self, token)
 end
 
@@ -162,9 +163,7 @@ local wait_async = core.async(wait)
 ---@return coflow.Task
 function Process:wait_async(token)
   core.check_class(1, self, "coflow.Process")
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "token must be a CancellationToken")
-  end
+  arguments.check_token(2, token)
   return wait_async(self, token)
 end
 
@@ -234,7 +233,7 @@ local blaming = {
 }
 
 local function run(args, input, options, token)
-  if not core.is_awaitable_here() then core.yield() end -- raises why not, before anything is started
+  core.check_here()
   local _ <close> = setmetatable({ token = token }, blaming)
   local _ <close> = under(token)
   core.throw_if_canceled()
@@ -271,6 +270,15 @@ local function wrong_run(args, input, options, token)
   if wrong then return 3, wrong end
 end
 
+local function check_run(args, input, options, token)
+  options, token = arguments.token_last(options, token)
+  if options == nil then input, token = arguments.token_last(input, token) end
+  options = core.check_options(3, options, run_options)
+  local n, wrong = wrong_run(args, input, options, token)
+  if wrong then core.argument_error(n, wrong) end
+  return args, input, options, token
+end
+
 ---Runs a program from beginning to end: writes `input` to it, and reads all that it writes meanwhile. Returns once it
 ---has ended and nobody has its output open any more.
 ---Cancellation: ends it (SIGTERM, after the grace SIGKILL) and raises when it has ended, whoever has its output open.
@@ -286,11 +294,8 @@ end
 ---@return string? errors its error output, if that is a pipe
 ---@return string? signal
 function process.run(args, input, options, token)
-  options = core.check_options(3, options, run_options)
-  local n, wrong = wrong_run(args, input, options, token)
-  if wrong then core.argument_error(n, wrong) end
-  if core.current_task() then return run(args, input, options, token) end
-  return core.await(run_async(args, input, options, token))
+  if core.current_task() then return run(check_run(args, input, options, token)) end
+  return core.run(run, check_run(args, input, options, token))
 end
 
 ---@param args string[]
@@ -299,10 +304,7 @@ end
 ---@param token? coflow.CancellationToken
 ---@return coflow.Task
 function process.run_async(args, input, options, token)
-  options = core.check_options(3, options, run_options)
-  local n, wrong = wrong_run(args, input, options, token)
-  if wrong then core.argument_error(n, wrong) end
-  return run_async(args, input, options, token)
+  return run_async(check_run(args, input, options, token))
 end
 
 return process

@@ -7,6 +7,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local signal = {}
 
@@ -14,7 +15,7 @@ local names = {} -- number -> name
 for name, number in pairs(core.signals) do names[number] = name end
 
 -- The numbers of a name or a list of names; or nil and what is wrong with it.
-local function numbers_of(which)
+local function find(which)
   if type(which) == "string" then which = { which } end
   if type(which) ~= "table" then
     return nil, "name of a signal, or a list of names, expected, got " .. (which == nil and "no value" or type(which))
@@ -28,6 +29,18 @@ local function numbers_of(which)
     end
     numbers[i] = core.signals[name]
   end
+  return numbers
+end
+
+local function numbers_of(which)
+  local numbers, wrong = find(which)
+  if wrong then core.argument_error(1, wrong) end
+  return numbers
+end
+
+local function check_wait(which, token)
+  local numbers = numbers_of(which)
+  arguments.check_token(2, token)
   return numbers
 end
 
@@ -48,25 +61,20 @@ end
 ---@param token? coflow.CancellationToken
 ---@return string name
 function signal.wait(which, token)
-  local numbers, wrong = numbers_of(which)
-  if not numbers then core.argument_error(1, wrong) end
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(2, "CancellationToken expected, got " .. type(token))
-  end
+  local numbers = check_wait(which, token)
   core.throw_if_canceled(token)
   local catcher <close> = core.catch(table.unpack(numbers))
   return next_of(catcher, token)
 end
 
-signal.wait_async = core.async(signal.wait)
+signal.wait_async = arguments.twin(signal.wait, check_wait)
 
 ---A stream of the names of the signals that come, from the moment at which it is iterated on. Those that come
 ---while the last one is dealt with are not lost; of the same signal they count once, as signals do.
 ---@param which string|string[]
 ---@return coflow.Stream
 function signal.stream(which)
-  local numbers, wrong = numbers_of(which)
-  if not numbers then core.argument_error(1, wrong) end
+  local numbers = numbers_of(which)
   return require("coflow.stream").new(function(emit)
     local catcher <close> = core.catch(table.unpack(numbers))
     while true do emit(next_of(catcher)) end

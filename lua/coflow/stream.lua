@@ -1,13 +1,17 @@
 -- coflow.stream: async streams, lazy and pull-based: nothing runs until somebody asks for an item.
 --
--- A stream is a recipe: a function open(token) that gives, for one iteration, two functions:
+-- A stream is a recipe: a function open(run) that gives, for one iteration, two functions:
 --
 --   next()   the next item: a value that is not nil, or two; nil at the end. May suspend and may raise.
 --   close()  ends what next has begun, upstream first come last; nil where there is nothing to end.
 --            May suspend where the caller may, and may raise, after all is closed.
 --
--- What they may rely on: nobody calls next after it has given nil or raised, nor after close, nor while a call of
--- it is under way; close is called once, also after the end. The Iteration on the outside (stream/iteration.lua) sees
+-- `run` is what all of its streams know of that iteration: `token`, which it was given, or nil, and `closed`, which
+-- becomes true before the first close is called. That may happen during a call of next, from another task. So what
+-- begins something, a source or a pump, looks at it first: once it is true, next gives nil.
+--
+-- What they may rely on: nobody calls next after it has given nil or raised, nor while a call of it is under way;
+-- close is called once, also after the end. The Iteration on the outside (stream/iteration.lua) sees
 -- to that. Items come from stream/source.lua, go through stream/operators.lua, some of them with a task for each
 -- source (stream/pump.lua), and end here.
 --
@@ -17,25 +21,38 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 local iteration = require "coflow.stream.iteration"
 local source = require "coflow.stream.source"
 require "coflow.stream.operators"
 
-local Stream, check, check_token = iteration.Stream, iteration.check, iteration.check_token
+local Stream, check, check_token = iteration.Stream, iteration.check, arguments.check_token
 local iterate, pack = iteration.iterate, iteration.pack
+
+local function check_to_table(self, token)
+  check(self)
+  check_token(2, token)
+end
 
 ---All items, as a list. One of two values is a list of these.
 ---@param token? coflow.CancellationToken
 ---@return any[]
 function Stream:to_table(token)
-  check(self, "to_table")
-  check_token(2, token)
+  check_to_table(self, token)
   local list, n = {}, 0
   for value, second in iterate(self, token) do
     n = n + 1
     list[n] = pack(value, second)
   end
   return list
+end
+
+Stream.to_table_async = arguments.twin(Stream.to_table, check_to_table)
+
+local function check_reduce(self, fn, _, token)
+  check(self)
+  core.check_function(2, fn)
+  check_token(4, token)
 end
 
 ---`fn(…fn(fn(initial, item1), item2)…)`. Without `initial` (nil) the first item takes its place.
@@ -45,9 +62,7 @@ end
 ---@param token? coflow.CancellationToken
 ---@return any
 function Stream:reduce(fn, initial, token)
-  check(self, "reduce")
-  core.check_function(2, fn)
-  check_token(4, token)
+  check_reduce(self, fn, initial, token)
   local result, empty = initial, initial == nil
   for value, second in iterate(self, token) do
     if empty then
@@ -60,18 +75,22 @@ function Stream:reduce(fn, initial, token)
   return result
 end
 
+Stream.reduce_async = arguments.twin(Stream.reduce, check_reduce)
+
+local function check_for_each(self, fn, token)
+  check(self)
+  core.check_function(2, fn)
+  check_token(3, token)
+end
+
 ---Calls `fn(item)` for each item, one after the other.
 ---@param fn fun(item: any, second: any)
 ---@param token? coflow.CancellationToken for the items; `fn` is not under it
 function Stream:for_each(fn, token)
-  check(self, "for_each")
-  core.check_function(2, fn)
-  check_token(3, token)
+  check_for_each(self, fn, token)
   for value, second in iterate(self, token) do fn(value, second) end
 end
 
-for _, name in ipairs { "to_table", "reduce", "for_each" } do
-  Stream[name .. "_async"] = core.async(Stream[name])
-end
+Stream.for_each_async = arguments.twin(Stream.for_each, check_for_each)
 
 return { new = source.new, from = source.from }

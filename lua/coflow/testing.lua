@@ -273,7 +273,9 @@ function testing.explore(fn, options)
   elseif not math.type(first) or not math.tointeger(first) then
     core.argument_error(2, "seed must be an integer")
   end
-  for seed = first, first + runs - 1 do
+  first = math.tointeger(first)
+  for run = 0, runs - 1 do
+    local seed = first + run -- after the last integer comes the first
     testing.run(fn, { seed = seed, start_time = options.start_time, autojump_threshold = options.autojump_threshold })
   end
 end

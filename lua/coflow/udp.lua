@@ -3,6 +3,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local functions = core.open_udp()
 
@@ -11,7 +12,8 @@ local udp_connect, udp_receive, try_send, wait_writable =
   functions.connect, functions.receive, functions.try_send, functions.wait_writable
 local UdpSocket = core.methods "coflow.UdpSocket"
 
-local is_integer, check_token, families, address_of, is_closed_error -- of net.lua
+local check_token, token_last = arguments.check_token, arguments.token_last
+local is_integer, is_host, families, address_of, is_closed_error -- of net.lua
 
 local net = {}
 
@@ -19,16 +21,18 @@ local udp_options = {
   host = true, port = true, family = true, reuse_address = true, reuse_port = true, ipv6_only = true, broadcast = true,
 }
 
-local function check_udp(options)
+local function check_udp(options, token)
+  options, token = token_last(options, token)
   options = core.check_options(1, options, udp_options)
   local host, port, family = options.host, options.port, options.family
-  if host ~= nil and (type(host) ~= "string" or host == "") then
+  if host ~= nil and not is_host(host) then
     core.argument_error(1, "host must be a name or an address")
   elseif port ~= nil and not is_integer(port, 0, 65535) then
     core.argument_error(1, "port must be the number of a port")
   elseif family ~= nil and not families[family] then
     core.argument_error(1, "family must be \"ipv4\", \"ipv6\" or \"any\"")
   end
+  check_token(2, token)
   return {
     host = host or (family == "ipv6" and "::" or "0.0.0.0"),
     port = port or 0,
@@ -37,10 +41,11 @@ local function check_udp(options)
     reuse_port = options.reuse_port,
     ipv6_only = options.ipv6_only,
     broadcast = options.broadcast,
-  }
+  }, token
 end
 
 local function udp(o, token)
+  core.throw_if_canceled(token)
   local address = address_of(o.host, o.family, token)
   local socket = open(address, o.port, o.reuse_address, o.reuse_port, o.ipv6_only)
   if o.broadcast then socket:broadcast() end
@@ -55,9 +60,7 @@ end
 ---@param token? coflow.CancellationToken
 ---@return coflow.UdpSocket
 function net.udp(options, token)
-  options = check_udp(options)
-  check_token(2, token)
-  return udp(options, token)
+  return udp(check_udp(options, token))
 end
 
 local udp_async = core.async(udp)
@@ -66,9 +69,7 @@ local udp_async = core.async(udp)
 ---@param token? coflow.CancellationToken
 ---@return coflow.Task
 function net.udp_async(options, token)
-  options = check_udp(options)
-  check_token(2, token)
-  return udp_async(options, token)
+  return udp_async(check_udp(options, token))
 end
 
 local function send(socket, data, host, port, token)
@@ -84,15 +85,12 @@ end
 local function check_send(self, data, host, port, token)
   core.check_class(1, self, "coflow.UdpSocket")
   if type(data) ~= "string" and type(data) ~= "number" then core.argument_error(2, "string expected") end
-  if core.is_token(host) and port == nil then
-    host, token = nil, host
-  elseif core.is_token(port) and token == nil then
-    port, token = nil, port
-  end
+  port, token = token_last(port, token)
+  if port == nil then host, token = token_last(host, token) end
   if host == nil then
     if port ~= nil then core.argument_error(3, "a host expected") end
   else
-    if type(host) ~= "string" or host == "" then core.argument_error(3, "name or address of a host expected") end
+    if not is_host(host) then core.argument_error(3, "name or address of a host expected") end
     if port == nil then
       local name, number = host:match("^%[(.+)%]:(%d+)$")
       if not name then name, number = host:match("^([^:]+):(%d+)$") end
@@ -178,12 +176,13 @@ function UdpSocket:iterate(token)
 end
 
 local function connect_udp(socket, host, port, token)
+  core.throw_if_canceled(token)
   udp_connect(socket, address_of(host, family_of(socket), token), port)
 end
 
 local function check_peer(self, host, port, token)
   core.check_class(1, self, "coflow.UdpSocket")
-  if type(host) ~= "string" or host == "" then core.argument_error(2, "name or address of a host expected") end
+  if not is_host(host) then core.argument_error(2, "name or address of a host expected") end
   if not is_integer(port, 1, 65535) then core.argument_error(3, "number of a port expected") end
   check_token(4, token)
 end
@@ -217,7 +216,7 @@ end
 
 ---Called by net.lua, with what it shares; returns the functions for coflow.net.
 return function(shared)
-  is_integer, check_token, families = shared.is_integer, shared.check_token, shared.families
+  is_integer, is_host, families = shared.is_integer, shared.is_host, shared.families
   address_of, is_closed_error = shared.address_of, shared.is_closed_error
   return net
 end

@@ -145,13 +145,13 @@ local class, CircuitBreaker = strategy.class("circuit_breaker", run, { state = s
 
 ---Holds the circuit open until `reset`: all calls are refused. Calls under way go on, and count no more.
 function CircuitBreaker:isolate()
-  class.check(self, "isolate")
+  class.check(self)
   begin(self, "isolated")
 end
 
 ---Closes the circuit and forgets what was counted.
 function CircuitBreaker:reset()
-  class.check(self, "reset")
+  class.check(self)
   begin(self, "closed")
 end
 

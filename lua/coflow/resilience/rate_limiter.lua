@@ -106,6 +106,6 @@ return strategy.constructor(class, {
   { "queue_limit", kind.count(0), default = 0 },
   { "kind", kind.choice(limits, '"token_bucket" or "sliding_window"'), default = "token_bucket" },
 }, function(self)
-  self._limit = limits[self._kind].new(self._permits, self._per)
+  self._limit = limits[self._kind].new(self._permits, self._per + 0.0) -- products of integers would overflow
   self._front = new_places(1, self._queue_limit - 1)
 end)

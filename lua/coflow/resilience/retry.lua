@@ -13,7 +13,10 @@ local errors, call, kind = core.errors, strategy.call, strategy.kind
 
 local backoffs = {
   constant = function(base) return base end,
-  linear = function(base, attempt) return base * (attempt + 1) end,
+  linear = function(base, attempt)
+    local delay = base * (attempt + 1.0) -- integers would overflow
+    return math.type(base) == "integer" and math.tointeger(delay) or delay
+  end,
   exponential = function(base, attempt) return base * 2.0 ^ attempt end,
 }
 

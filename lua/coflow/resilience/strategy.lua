@@ -10,6 +10,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local errors = core.errors
 
@@ -125,22 +126,26 @@ function strategy.class(name, run, getters)
     end
   end
 
-  ---Refuses a `self` of another class, in the name of the method that asks.
-  function class.check(self, method)
+  ---Refuses a `self` of another class.
+  function class.check(self)
     if getmetatable(self) ~= class then
-      error(("calling '%s' on bad self (%s expected, got %s)"):format(method, class.__name, type(self)), 3)
+      core.argument_error(1, ("%s expected, got %s"):format(class.__name, type(self)))
     end
   end
 
-  function methods.execute(self, fn, ...)
-    class.check(self, "execute")
+  local function check_execute(self, fn)
+    class.check(self)
     core.check_function(2, fn)
+  end
+
+  function methods.execute(self, fn, ...)
+    check_execute(self, fn)
     if not core.current_task() then return core.run(run, self, fn, ...) end
     core.throw_if_canceled()
     return run(self, fn, ...)
   end
 
-  methods.execute_async = core.async(methods.execute)
+  methods.execute_async = arguments.twin(methods.execute, check_execute)
   return class, methods
 end
 

@@ -4,18 +4,18 @@
 -- an error, a cancellation too, the iteration ends, and closes everything upstream, before the error goes on.
 -- One that is forgotten unfinished is closed by a task of its own.
 --
--- Invariants: it._close is called once, by whoever clears it._open.
+-- Invariants: it._close is called once, by whoever sets run.closed.
 --             it._busy is nil before the first pull, true during one, else false.
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
+local under_token = require "coflow.under_token"
 
-local await, current_task, errors = core.await, core.current_task, core.errors
-local is_error = errors.is
-local NONE = core.take("none", {}).none
+local current_task, errors = core.current_task, core.errors
 
 ---@class coflow.Stream
----@field _open fun(token?: coflow.CancellationToken): function, function?
+---@field _open fun(run: coflow.StreamRun): function, function?
 local Stream = {}
 local class = { __index = Stream, __name = "coflow.Stream" }
 
@@ -23,17 +23,9 @@ local function new(open) return setmetatable({ _open = open }, class) end
 
 local function is_stream(value) return getmetatable(value) == class end
 
--- For the methods: of whoever calls `name`.
-local function check(self, name)
-  if not is_stream(self) then
-    error(("calling '%s' on bad self (coflow.Stream expected, got %s)"):format(name, type(self)), 3)
-  end
-end
-
-local function check_token(n, token)
-  if token ~= nil and not core.is_token(token) then
-    core.argument_error(n, "CancellationToken expected, got " .. type(token))
-  end
+-- For the methods.
+local function check(self)
+  if not is_stream(self) then core.argument_error(1, "coflow.Stream expected, got " .. type(self)) end
 end
 
 -- Closing -----------------------------------------------------------------------------------------
@@ -59,35 +51,11 @@ local function in_turn(first, second)
   end
 end
 
--- Scopes around a pull ----------------------------------------------------------------------------
-
--- An error of the token that was given goes out with that token, not with that of our scope.
-local renaming = {}
-function renaming.__close(given, err)
-  local token = given[1]
-  if err == nil or token == NONE or not token.is_cancellation_requested then return end
-  if not is_error(err, "OperationCanceled") or err.token == token then return end
-  local _, own = pcall(token.throw_if_cancellation_requested, token)
-  if err.token == core.cancellation_token() or err.cause == own.cause then error(own, 0) end
-end
-
--- Calls fn with the ambient token linked to `token`; `none` hides it. Under a token that is canceled already it is
--- called too: it is interrupted where it waits, as always.
-local function under_token(token, fn)
-  local canceled = token.is_cancellation_requested and core.call_source()
-  local _ <close> = token == NONE and core.open_shield()
-    or core.open_linked(canceled and canceled.token or token, fn)
-  local _ <close> = setmetatable({ token }, renaming)
-  if canceled then canceled:cancel(token.reason) end
-  local value, second = fn()
-  return value, second
-end
-
--- `next` within such a scope; there are none outside of tasks, so there each pull is a task.
+-- `next` within a scope; there are none outside of tasks, so there each pull is a task, where there can be one.
 local function within(scope, argument, next)
   return function()
     if current_task() then return scope(argument, next) end
-    return await(core.spawn(scope, argument, next))
+    return core.run(scope, argument, next)
   end
 end
 
@@ -100,7 +68,7 @@ local Iteration = {}
 local iteration = { __index = Iteration, __name = "coflow.StreamIteration" }
 
 local function finish(it)
-  it._open = false
+  it._run.closed = true
   local close = it._close
   it._close = nil
   if close then close() end
@@ -112,28 +80,28 @@ function pulling.__close(guard)
   local it = guard[1]
   if not it._busy then return end
   it._busy = false -- it was left by an error
-  if it._open then finish(it) end
+  if not it._run.closed then finish(it) end
 end
 
 function iteration.__call(it)
-  local busy = it._busy
-  if not it._open then
+  local busy, run = it._busy, it._run
+  if run.closed then
     return nil
   elseif busy then
     error(errors.InvalidOperation("the iteration is in use: its next item has been asked for already"), 2)
   elseif busy == nil then
-    core.throw_if_canceled(it._token)
+    core.throw_if_canceled(run.token)
   end
   it._busy = true
   local _ <close> = it._guard
   local value, second = it._next()
   it._busy = false
-  if value == nil and it._open then finish(it) end
+  if value == nil and not run.closed then finish(it) end
   return value, second
 end
 
 function iteration.__close(it)
-  if it._open then finish(it) end
+  if not it._run.closed then finish(it) end
 end
 
 local function close_later(close)
@@ -143,8 +111,8 @@ end
 
 -- Forgotten unfinished: closed on a later turn, by a task that has nobody's context or token.
 function iteration.__gc(it)
-  if not it._open or it._busy == nil or not it._close then return end
-  it._open = false
+  if it._run.closed or it._busy == nil or not it._close then return end
+  it._run.closed = true
   local _ <close> = core.suppress_flow()
   core.spawn(close_later, it._close)
 end
@@ -153,19 +121,26 @@ end
 ---Raises: what a `<close>` variable raises. InvalidOperation while another task waits for the next item.
 function Iteration:dispose()
   if getmetatable(self) ~= iteration then
-    error("calling 'dispose' on bad self (coflow.StreamIteration expected, got " .. type(self) .. ")", 2)
+    core.argument_error(1, "coflow.StreamIteration expected, got " .. type(self))
   end
-  if not self._open then return end
+  if self._run.closed then return end
   if self._busy then
     error(errors.InvalidOperation("the iteration is in use: somebody waits for its next item"), 2)
   end
   finish(self)
 end
 
+-- What the streams of one iteration share.
+---@class coflow.StreamRun
+---@field token? coflow.CancellationToken
+---@field closed boolean no source, and no pump, is to begin any more
+local function new_run(token) return { token = token, closed = false } end
+
 local function iterate(self, token)
-  local next, close = self._open(token)
+  local run = new_run(token)
+  local next, close = self._open(run)
   if token ~= nil then next = within(under_token, token, next) end
-  local it = setmetatable({ _next = next, _close = close, _open = true, _token = token, _guard = false }, iteration)
+  local it = setmetatable({ _next = next, _close = close, _run = run, _guard = false }, iteration)
   it._guard = setmetatable({ it }, pulling)
   return it, it, nil, it
 end
@@ -181,8 +156,8 @@ end
 ---@param token? coflow.CancellationToken
 ---@return coflow.StreamIteration
 function Stream:iterate(token)
-  check(self, "iterate")
-  check_token(2, token)
+  check(self)
+  arguments.check_token(2, token)
   return iterate(self, token)
 end
 
@@ -193,6 +168,6 @@ local function pack(value, second)
 end
 
 return {
-  Stream = Stream, new = new, is_stream = is_stream, check = check, check_token = check_token, iterate = iterate,
-  pack = pack, deferred = deferred, in_turn = in_turn, within = within, under_token = under_token,
+  Stream = Stream, new = new, new_run = new_run, is_stream = is_stream, check = check, iterate = iterate,
+  pack = pack, deferred = deferred, in_turn = in_turn, within = within,
 }

@@ -17,20 +17,20 @@ local Stream, new_stream, check, pack = iteration.Stream, iteration.new, iterati
 local in_turn, within = iteration.in_turn, iteration.within
 local as_stream, check_stream = source.as_stream, source.check_stream
 
--- Makes the method `name`, of one argument. `check_argument` gives it, or raises; nil: the stream stays as it is.
+-- Makes a method of one argument. `check_argument` gives it, or raises; nil: the stream stays as it is.
 --
--- `step(next, argument, token)` gives, for one iteration of the source, what takes the place of its `next`; and, if it
+-- `step(next, argument, run)` gives, for one iteration of the source, what takes the place of its `next`; and, if it
 -- has something of its own to close, a function that does, called before the source's `close`.
 ---@return fun(self: coflow.Stream, argument: any): coflow.Stream
-local function operator(name, check_argument, step)
+local function operator(check_argument, step)
   return function(self, argument)
-    check(self, name)
+    check(self)
     argument = check_argument(argument)
     if argument == nil then return self end
     local open = self._open
-    return new_stream(function(token)
-      local next, close = open(token)
-      local pull, close_own = step(next, argument, token)
+    return new_stream(function(run)
+      local next, close = open(run)
+      local pull, close_own = step(next, argument, run)
       return pull, in_turn(close_own, close)
     end)
   end
@@ -86,7 +86,7 @@ end
 ---Each item replaced by what `fn` returns for it: its first value, which must not be nil.
 ---@param fn fun(item: any, second: any): any
 ---@return coflow.Stream
-Stream.map = operator("map", callable, function(next, fn)
+Stream.map = operator(callable, function(next, fn)
   return function()
     local value, second = next()
     if value == nil then return nil end
@@ -102,7 +102,7 @@ end)
 ---The items for which `fn` returns a true value.
 ---@param fn fun(item: any, second: any): any
 ---@return coflow.Stream
-Stream.filter = operator("filter", callable, function(next, fn)
+Stream.filter = operator(callable, function(next, fn)
   return function()
     while true do
       local value, second = next()
@@ -114,7 +114,7 @@ end)
 ---The first `n` items. No more is asked of the source.
 ---@param n integer
 ---@return coflow.Stream
-Stream.take = operator("take", natural, function(next, n)
+Stream.take = operator(natural, function(next, n)
   local taken = 0
   return function()
     if taken >= n then return nil end
@@ -126,7 +126,7 @@ end)
 ---All but the first `n` items.
 ---@param n integer
 ---@return coflow.Stream
-Stream.skip = operator("skip", natural, function(next, n)
+Stream.skip = operator(natural, function(next, n)
   local skipped = 0
   return function()
     while skipped < n do
@@ -140,7 +140,7 @@ end)
 ---Lists of `n` items each; the last one may be shorter.
 ---@param n integer
 ---@return coflow.Stream
-Stream.chunk = operator("chunk", positive, function(next, n)
+Stream.chunk = operator(positive, function(next, n)
   local ended = false
   return function()
     if ended then return nil end
@@ -163,7 +163,7 @@ end)
 ---The items of what `fn` returns for each item (whatever `stream.from` takes), one after the other.
 ---@param fn fun(item: any, second: any): table|function|coflow.Stream
 ---@return coflow.Stream
-Stream.flat_map = operator("flat_map", callable, function(next, fn, token)
+Stream.flat_map = operator(callable, function(next, fn, run)
   local inner, close_inner
   local function leave()
     local leaving = close_inner
@@ -180,8 +180,9 @@ Stream.flat_map = operator("flat_map", callable, function(next, fn, token)
       local value, second = next()
       if value == nil then return nil end
       local made, wrong = as_stream(fn(value, second))
+      if run.closed then return nil end
       if wrong then error("bad argument #1 to 'flat_map' (its function: " .. wrong .. ")", 0) end
-      inner, close_inner = made._open(token)
+      inner, close_inner = made._open(run)
     end
   end, leave
 end)
@@ -190,8 +191,8 @@ end)
 ---either side becomes a list.
 ---@param other table|function|coflow.Stream|coflow.Channel whatever `stream.from` takes
 ---@return coflow.Stream
-Stream.zip = operator("zip", other_stream, function(next, other, token)
-  local next_other, close_other = other._open(token)
+Stream.zip = operator(other_stream, function(next, other, run)
+  local next_other, close_other = other._open(run)
   return function()
     local a, a2 = next()
     if a == nil then return nil end
@@ -214,7 +215,7 @@ end
 ---Raises: Timeout, while iterating. 0 asks for no item at all.
 ---@param seconds number? nil or math.huge: no limit
 ---@return coflow.Stream
-Stream.timeout = operator("timeout", limit, function(next, duration)
+Stream.timeout = operator(limit, function(next, duration)
   return within(under_timeout, duration, next)
 end)
 
@@ -222,7 +223,7 @@ end)
 ---back when the iteration is canceled goes with it.
 ---@param seconds number
 ---@return coflow.Stream
-Stream.throttle = operator("throttle", finite_seconds, function(next, interval)
+Stream.throttle = operator(finite_seconds, function(next, interval)
   local due = -math.huge
   return function()
     local value, second = next()
@@ -241,9 +242,9 @@ end)
 ---@param n integer
 ---@return coflow.Stream
 function Stream:buffer(n)
-  check(self, "buffer")
+  check(self)
   n = positive(n)
-  return new_stream(function(token) return gather({ self }, n, "stream buffer", token) end)
+  return new_stream(function(run) return gather({ self }, n, "stream buffer", run) end)
 end
 
 ---The items of this stream and the others, in the order in which they arrive: each source has a task of the
@@ -251,11 +252,11 @@ end
 ---@param other table|function|coflow.Stream|coflow.Channel whatever `stream.from` takes
 ---@return coflow.Stream
 function Stream:merge(other, ...)
-  check(self, "merge")
+  check(self)
   local others = table.pack(other, ...)
   local streams = { self }
   for i = 1, math.max(others.n, 1) do
     streams[i + 1] = check_stream(i + 1, others[i])
   end
-  return new_stream(function(token) return gather(streams, 1, "stream merge", token) end)
+  return new_stream(function(run) return gather(streams, 1, "stream merge", run) end)
 end

@@ -13,9 +13,10 @@
 
 local core = require "coflow.core"
 local iteration = require "coflow.stream.iteration"
+local under_token = require "coflow.under_token"
 
 local await, current_task, is_error = core.await, core.current_task, core.errors.is
-local deferred, in_turn, under_token = iteration.deferred, iteration.in_turn, iteration.under_token
+local deferred, in_turn = iteration.deferred, iteration.in_turn
 
 local FAILED = {}
 
@@ -29,7 +30,7 @@ end
 local idle = {}
 
 -- The items of all `streams`, in order of arrival, read ahead by at most `limit` items of each.
-local function gather(streams, limit, name, token)
+local function gather(streams, limit, name, run)
   local values, seconds, owners, first, last = {}, {}, {}, 1, 0
   local pumps, active, started, stopped = {}, #streams, false, false
   local stop = core.call_source() -- ends the pumps' waits; but what closes their sources may wait
@@ -72,14 +73,15 @@ local function gather(streams, limit, name, token)
 
   for i, source in ipairs(streams) do
     local pump = { held = 0, ended = false, room = core.channel_new() }
-    pump.next, pump.close = source._open(token)
-    local function run() pump_all(pump) end
-    pump.task = core.new(function() if token then under_token(token, run) else run() end end)
+    pump.next, pump.close = source._open(run)
+    local function body() pump_all(pump) end
+    pump.task = core.new(function() if run.token then under_token(run.token, body) else body() end end)
     pump.task.name = name
     pumps[i] = pump
   end
 
   local function next()
+    if run.closed then return nil end
     if not started then
       started = true
       for _, pump in ipairs(pumps) do pump.task:start() end
@@ -132,7 +134,7 @@ local function gather(streams, limit, name, token)
     else
       local told, problem = cancel()
       local ended, err = true, nil
-      if core.is_awaitable_here() or not current_task() then ended, err = pcall(shielded, join) end
+      if pcall(core.check_here) then ended, err = pcall(shielded, join) end -- else they end by themselves
       if not told and not ended then core.report(problem) end
       if not told or not ended then error(ended and problem or err, 0) end
     end

@@ -26,7 +26,7 @@ local function new_source(token)
   return core.linked_source(token, ambient)
 end
 
-local function open_producer(fn, token)
+local function open_producer(fn, run)
   local source, own, thread -- nil before the first pull; own: the source's token
   local closing, refusals = false, 0
 
@@ -57,8 +57,9 @@ local function open_producer(fn, token)
   end
 
   local function next()
+    if run.closed then return nil end
     if not source then
-      source = new_source(token)
+      source = new_source(run.token)
       own = source.token
     end
     return resume()
@@ -99,14 +100,15 @@ end
 ---@return coflow.Stream
 local function new(fn)
   core.check_function(1, fn)
-  return new_stream(function(token) return open_producer(fn, token) end)
+  return new_stream(function(run) return open_producer(fn, run) end)
 end
 
 -- What is there already ---------------------------------------------------------------------------
 
-local function open_list(list)
+local function open_list(list, run)
   local i, n = 0, math.tointeger(rawget(list, "n"))
   return function()
+    if run.closed then return nil end
     i = i + 1
     local value = list[i]
     if value == nil and n and i <= n then
@@ -120,8 +122,9 @@ local function close_value(value)
   local _ <close> = value
 end
 
-local function open_iterator(fn, state, control, closing)
+local function open_iterator(run, fn, state, control, closing)
   return function()
+    if run.closed then return nil end
     local value, second = fn(state, control)
     control = value
     return value, second
@@ -129,10 +132,14 @@ local function open_iterator(fn, state, control, closing)
 end
 
 -- What has a method `iterate`.
-local function open_iterable(source, token)
+local function open_iterable(source, run)
   local next, close
   return function()
-    if not next then next, close = open_iterator(source:iterate(token)) end
+    if run.closed then return nil end
+    if not next then
+      next, close = open_iterator(run, source:iterate(run.token))
+      if run.closed and close then close() end -- meanwhile
+    end
     return next()
   end, function() if close then close() end end
 end
@@ -143,18 +150,23 @@ local function has_iterate(source)
   return ok and method ~= nil and is_callable(method)
 end
 
+-- Whether `from` takes it for a list: a table that is nothing else.
+local function is_list(source)
+  return type(source) == "table" and not (is_stream(source) or has_iterate(source) or is_callable(source))
+end
+
 -- The stream of what `from` takes, or nil and what is wrong.
 local function as_stream(source, state, control, closing)
   if is_stream(source) then
     return source
   elseif has_iterate(source) then
-    return new_stream(function(token) return open_iterable(source, token) end)
+    return new_stream(function(run) return open_iterable(source, run) end)
   elseif source ~= nil and is_callable(source) then
     local meta = getmetatable(source)
     if closing == nil and type(meta) == "table" and meta.__close then closing = source end
-    return new_stream(function() return open_iterator(source, state, control, closing) end)
-  elseif type(source) == "table" then
-    return new_stream(function() return open_list(source) end)
+    return new_stream(function(run) return open_iterator(run, source, state, control, closing) end)
+  elseif is_list(source) then
+    return new_stream(function(run) return open_list(source, run) end)
   end
   return nil, "list, iterator, stream or channel expected, got " .. (source == nil and "no value" or type(source))
 end
@@ -176,4 +188,4 @@ local function from(source, state, control, closing)
   return (check_stream(1, source, state, control, closing)) -- no tail call: this is the function to be blamed
 end
 
-return { new = new, from = from, as_stream = as_stream, check_stream = check_stream }
+return { new = new, from = from, is_list = is_list, as_stream = as_stream, check_stream = check_stream }
