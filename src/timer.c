@@ -425,7 +425,7 @@ int timer_await_with(lua_State *L) {
   struct runtime *rt = runtime(L);
   task_refuse_state(L, 1, task_check(L, 1));
   bool given = token_opt(L, 2) != NULL, deaf = token_none(L, 2);
-  if (given) {
+  if (given && !task_done((struct task *)lua_touserdata(L, 1))) {
     lua_settop(L, 2);
     lua_pushnil(L);
     lua_insert(L, 2);
