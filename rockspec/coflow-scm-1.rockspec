@@ -84,6 +84,7 @@ build = {
     ["coflow.background"] = "lua/coflow/background.lua",
     ["coflow.cache"] = "lua/coflow/cache.lua",
     ["coflow.channel"] = "lua/coflow/channel.lua",
+    ["coflow.closing"] = "lua/coflow/closing.lua",
     ["coflow.context"] = "lua/coflow/context.lua",
     ["coflow.coroutine"] = "lua/coflow/coroutine.lua",
     ["coflow.dns"] = "lua/coflow/dns.lua",

@@ -382,12 +382,15 @@ static void take(lua_State *L, int list) {
   lua_setiuservalue(L, 1, list);
 }
 
-/* called_by_user(): whether the function that calls us was called by one of the user's */
-static int l_called_by_user(lua_State *L) {
+/* closed_by_user(group): whether it is not task_group whose variable is closed, with the function that calls us. Where
+** an error closes it, that cannot be told of one in the same coroutine. */
+static int l_closed_by_user(lua_State *L) {
+  const struct group *g = check_group(L);
+  const struct runtime *rt = runtime(L);
   lua_Debug ar;
-  bool is = lua_getstack(L, 2, &ar) && lua_getinfo(L, "S", &ar) && *ar.what != 'C' &&
-            !module_is_ours(runtime(L), ar.source);
-  lua_pushboolean(L, is);
+  bool here = g->scope.co == L && g->scope.owner != NULL && &g->scope.owner->task == rt->me;
+  lua_pushboolean(L, !here || (lua_getstack(L, 2, &ar) && lua_getinfo(L, "S", &ar) &&
+                               *ar.what != 'C' && !module_is_ours(rt, ar.source)));
   return 1;
 }
 
@@ -441,7 +444,7 @@ static const luaL_Reg functions[] = {{"open_group", l_open},
                                      {"group_ended", l_ended},
                                      {"take_group_state", l_state},
                                      {"on_group_close", l_on_close},
-                                     {"called_by_user", l_called_by_user},
+                                     {"closed_by_user", l_closed_by_user},
                                      {NULL, NULL}};
 
 static const luaL_Reg methods[] = {{"spawn", l_spawn},

@@ -301,7 +301,6 @@ static const luaL_Reg functions[] = {{"enter", l_enter},
                                      {"restore_flow", l_restore_flow},
                                      {"is_flow_suppressed", l_is_suppressed},
                                      {"dies_open", l_dies_open},
-                                     {"leave", l_guard_close},
                                      {NULL, NULL}};
 static const luaL_Reg local_methods[] = {{"with", l_with}, {NULL, NULL}};
 static const luaL_Reg context_methods[] = {{"enter", l_context_enter}, {NULL, NULL}};

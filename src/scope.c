@@ -421,7 +421,7 @@ static bool holds(lua_State *L, lua_Debug *ar, const struct scope *s) {
 ** on the way could have caught it. */
 static void note_handler(lua_State *L, const struct runtime *rt, const struct scope *s) {
   struct scope *block = s->origin;
-  if (!block->expired || block->kind != SCOPE_BLOCK || block->co != L) return;
+  if (block == NULL || !block->expired || block->kind != SCOPE_BLOCK || block->co != L) return;
   lua_Debug ar;
   bool inside = true;
   for (int level = 1; lua_getstack(L, level, &ar); level++) {

@@ -3,15 +3,22 @@
 --
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 
-local dies_open, leave, error, pcall = core.dies_open, core.leave, error, pcall
+local function run_in(context, fn, ...)
+  local _ <close> = core.enter(context)
+  return fn(...)
+end
 
--- In a coroutine of Lua's own an error closes nothing: it is held up here until the old context is back.
-local function finish(scope, ok, ...)
-  if ok then return ... end
-  leave(scope)
-  error((...), 0)
+local function run_with(loc, value, fn, ...)
+  local _ <close> = loc:with(value)
+  return fn(...)
+end
+
+local function run_isolated(fn, ...)
+  local _ <close> = core.isolate()
+  return fn(...)
 end
 
 local ExecutionContext = {}
@@ -25,9 +32,7 @@ local ExecutionContext = {}
 function ExecutionContext.run(context, fn, ...)
   if context ~= nil then core.check_class(1, context, "coflow.ExecutionContext") end
   core.check_function(2, fn)
-  local scope <close> = core.enter(context)
-  if dies_open() then return finish(scope, pcall(fn, ...)) end
-  return fn(...)
+  return closing(run_in, context, fn, ...)
 end
 
 -- wrapper -> true: wrapping twice keeps the first context
@@ -40,11 +45,7 @@ function ExecutionContext.wrap(fn)
   core.check_function(1, fn)
   if wrapped[fn] then return fn end
   local context = core.capture() or core.empty_context
-  local function wrapper(...)
-    local scope <close> = core.enter(context)
-    if dies_open() then return finish(scope, pcall(fn, ...)) end
-    return fn(...)
-  end
+  local function wrapper(...) return closing(run_in, context, fn, ...) end
   wrapped[wrapper] = true
   return wrapper
 end
@@ -60,9 +61,7 @@ local AsyncLocal = core.methods("coflow.AsyncLocal")
 function AsyncLocal:run(value, fn, ...)
   core.check_class(1, self, "coflow.AsyncLocal")
   core.check_function(3, fn)
-  local scope <close> = self:with(value)
-  if dies_open() then return finish(scope, pcall(fn, ...)) end
-  return fn(...)
+  return closing(run_with, self, value, fn, ...)
 end
 
 ---@class coflow
@@ -74,9 +73,7 @@ local flow = {}
 ---@return any ... what `fn` returns
 function flow.call(fn, ...)
   core.check_function(1, fn)
-  local scope <close> = core.isolate()
-  if dies_open() then return finish(scope, pcall(fn, ...)) end
-  return fn(...)
+  return closing(run_isolated, fn, ...)
 end
 
 return { call = flow.call, run = ExecutionContext.run, wrap = ExecutionContext.wrap }

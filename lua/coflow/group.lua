@@ -9,6 +9,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local under = require "coflow.under_token"
 
 local errors = core.errors
 
@@ -77,7 +78,7 @@ end
 -- Where the body is called plainly, an error comes here.
 core.on_group_close(function(group, err)
   if core.group_ended(group) then return end
-  if err == nil and core.called_by_user() then
+  if core.closed_by_user(group) then
     error(errors.InvalidOperation(
       "a task group is not for others to close: task_group does, when its function returns"), 0)
   end
@@ -157,7 +158,8 @@ local function race(fns, options)
   if token ~= nil and not core.is_token(token) then
     core.argument_error(2, "token must be a CancellationToken")
   end
-  local _ <close> = token and core.open_linked(token, race) or nil
+  local _ <close> = under.blame(token)
+  local _ <close> = under.open(token)
   return task_group(function(group)
     for i = 1, n do group:spawn(fns[i]) end
   end, { policy = "first_success", limit = limit })

@@ -20,6 +20,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local under = require "coflow.under_token"
 
 local errors = core.errors
 
@@ -270,7 +271,8 @@ local function start_service(self, entry)
 end
 
 local function start_services(self, token)
-  local _ <close> = token == core.none and core.open_shield() or token and core.open_linked(token, start_services)
+  local _ <close> = under.blame(token)
+  local _ <close> = under.open(token)
   local _ <close> = core.open_linked(self._starting.token, start_services)
   for _, entry in ipairs(self._services) do
     core.throw_if_canceled()

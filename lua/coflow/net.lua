@@ -5,7 +5,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
-local under_token = require "coflow.under_token"
+local under = require "coflow.under_token"
 
 local net = core.open_net()
 
@@ -306,7 +306,7 @@ local function serve(listener, fn, max, grace, on_error, token)
   if not core.current_task() then return core.run(serve, listener, fn, max, grace, on_error, token) end
   core.throw_if_canceled(token)
   if not token then return serve_all(listener, fn, max, grace, on_error) end
-  under_token(token, function() serve_all(listener, fn, max, grace, on_error) end)
+  under.call(token, function() serve_all(listener, fn, max, grace, on_error) end)
 end
 
 local serve_options = { max_connections = true, grace = true, on_error = true }

@@ -70,8 +70,12 @@ local function take_list(loop, list)
 end
 
 local function take_stream(loop, source)
-  local next, close = source._open(new_run(loop.token))
-  local _ <close> = close and setmetatable({ close }, deferred) or nil
+  local source_run = new_run(loop.token)
+  local next, close = source._open(source_run)
+  local _ <close> = setmetatable({ function()
+    source_run.closed = true
+    if close then close() end
+  end }, deferred)
   while true do
     wait_for_slot(loop)
     local value, second = next()

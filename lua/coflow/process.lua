@@ -8,6 +8,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local under = require "coflow.under_token"
 require "coflow.net" -- pipes are streams
 local task_group = require("coflow.group").task_group
 
@@ -220,22 +221,10 @@ local function feed(stream, input)
   if not ok and not (is_error(err, "IO") and err.code == "EPIPE") then error(err, 0) end
 end
 
-local function under(token)
-  if token == NONE then return core.open_shield() end
-  return token and core.open_linked(token, process.run) or nil
-end
-
--- Whoever gave a token is told that it was that.
-local blaming = {
-  __close = function(guard, err)
-    if is_error(err, "OperationCanceled") and guard.token ~= NONE then core.throw_if_canceled(guard.token) end
-  end,
-}
-
 local function run(args, input, options, token)
   core.check_here()
-  local _ <close> = setmetatable({ token = token }, blaming)
-  local _ <close> = under(token)
+  local _ <close> = under.blame(token)
+  local _ <close> = under.open(token)
   core.throw_if_canceled()
   local child <close> = start(args, options, input and "pipe" or "null", "pipe", options.stderr or "pipe")
   local output, errors, code, signal

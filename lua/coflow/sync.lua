@@ -6,6 +6,7 @@
 -- Source: .NET's System.Threading; the locks are AsyncEx's.
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 
 local enter_lock = core.enter_lock
@@ -14,13 +15,17 @@ local sync = core.sync()
 local Lock = core.methods("coflow.Lock")
 local Condition = core.methods("coflow.Condition")
 
+local function run_locked(key, fn, ...)
+  local _ <close> = key
+  return fn(...)
+end
+
 ---Calls `fn` while the lock is held, and opens it on return and on error. May suspend.
 ---Raises: as `lock`; what `fn` raises.
 ---@param fn function
 ---@return any ... what `fn` returns
 function Lock:run(fn, ...)
-  local _ <close> = enter_lock(self, fn)
-  return fn(...)
+  return closing(run_locked, enter_lock(self, fn), fn, ...)
 end
 
 local run_in_task = core.async(Lock.run)

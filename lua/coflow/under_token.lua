@@ -1,4 +1,4 @@
--- coflow.under_token: calling a function under a token that somebody gave to an operation which is made of others.
+-- coflow.under_token: a token that somebody gave to an operation which is made of others.
 --
 -- SPDX-License-Identifier: MIT
 
@@ -14,21 +14,41 @@ function renaming.__close(given, err)
   if err == nil or token == NONE or not token.is_cancellation_requested then return end
   if not is_error(err, "OperationCanceled") or err.token == token then return end
   local _, own = pcall(token.throw_if_cancellation_requested, token)
-  if err.token == core.cancellation_token() or err.cause == own.cause then error(own, 0) end
+  local cause = err.cause
+  local ours = err.token == core.cancellation_token() or cause == own.cause or (cause ~= nil and cause == given[2])
+  if ours then error(own, 0) end
 end
+
+local under = {}
 
 -- Calls fn with the ambient token linked to `token`; `none` hides it. Under a token that is canceled already it is
 -- called too: it is interrupted where it waits, as always.
 ---@param token coflow.CancellationToken
 ---@param fn fun(): any, any
-local function under_token(token, fn)
+function under.call(token, fn)
   local canceled = token.is_cancellation_requested and core.call_source()
   local _ <close> = token == NONE and core.open_shield()
     or core.open_linked(canceled and canceled.token or token, fn)
-  local _ <close> = setmetatable({ token }, renaming)
+  local _ <close> = setmetatable({ token, canceled and canceled.token }, renaming)
   if canceled then canceled:cancel(token.reason) end
   local value, second = fn()
   return value, second
 end
 
-return under_token
+---Opens a scope linked to the token, if there is one; `none` hides what is ambient.
+---@param token coflow.CancellationToken?
+function under.open(token)
+  if token == NONE then return core.open_shield() end
+  return token and core.open_linked(token, core.open_linked) or nil
+end
+
+local blaming = {}
+function blaming.__close(given, err)
+  local token = given[1]
+  if token and token ~= NONE and is_error(err, "OperationCanceled") then core.throw_if_canceled(token) end
+end
+
+---To be closed around that scope: whoever gave the token is told that it was that.
+function under.blame(token) return setmetatable({ token }, blaming) end
+
+return under

@@ -9,6 +9,7 @@
 --
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
 
@@ -142,7 +143,7 @@ function strategy.class(name, run, getters)
     check_execute(self, fn)
     if not core.current_task() then return core.run(run, self, fn, ...) end
     core.throw_if_canceled()
-    return run(self, fn, ...)
+    return closing(run, self, fn, ...)
   end
 
   methods.execute_async = arguments.twin(methods.execute, check_execute)

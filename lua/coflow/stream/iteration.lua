@@ -10,7 +10,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
-local under_token = require "coflow.under_token"
+local under = require "coflow.under_token"
 
 local current_task, errors = core.current_task, core.errors
 
@@ -139,7 +139,7 @@ local function new_run(token) return { token = token, closed = false } end
 local function iterate(self, token)
   local run = new_run(token)
   local next, close = self._open(run)
-  if token ~= nil then next = within(under_token, token, next) end
+  if token ~= nil then next = within(under.call, token, next) end
   local it = setmetatable({ _next = next, _close = close, _run = run, _guard = false }, iteration)
   it._guard = setmetatable({ it }, pulling)
   return it, it, nil, it

@@ -180,9 +180,12 @@ Stream.flat_map = operator(callable, function(next, fn, run)
       local value, second = next()
       if value == nil then return nil end
       local made, wrong = as_stream(fn(value, second))
-      if run.closed then return nil end
       if wrong then error("bad argument #1 to 'flat_map' (its function: " .. wrong .. ")", 0) end
       inner, close_inner = made._open(run)
+      if run.closed then -- meanwhile: it may have something to close
+        leave()
+        return nil
+      end
     end
   end, leave
 end)

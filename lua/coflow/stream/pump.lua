@@ -13,7 +13,7 @@
 
 local core = require "coflow.core"
 local iteration = require "coflow.stream.iteration"
-local under_token = require "coflow.under_token"
+local under = require "coflow.under_token"
 
 local await, current_task, is_error = core.await, core.current_task, core.errors.is
 local deferred, in_turn = iteration.deferred, iteration.in_turn
@@ -75,7 +75,7 @@ local function gather(streams, limit, name, run)
     local pump = { held = 0, ended = false, room = core.channel_new() }
     pump.next, pump.close = source._open(run)
     local function body() pump_all(pump) end
-    pump.task = core.new(function() if run.token then under_token(run.token, body) else body() end end)
+    pump.task = core.new(function() if run.token then under.call(run.token, body) else body() end end)
     pump.task.name = name
     pumps[i] = pump
   end

@@ -134,14 +134,18 @@ end
 -- What has a method `iterate`.
 local function open_iterable(source, run)
   local next, close
+  local left = false
   return function()
     if run.closed then return nil end
     if not next then
       next, close = open_iterator(run, source:iterate(run.token))
-      if run.closed and close then close() end -- meanwhile
+      if left and close then close() end -- meanwhile
     end
     return next()
-  end, function() if close then close() end end
+  end, function()
+    left = true
+    if close then close() end
+  end
 end
 
 local function has_iterate(source)
