@@ -266,6 +266,13 @@ void token_follow(lua_State *L, int k, int up) {
   module_push_table(
       L, up, TOKEN_LIST); /* last: a finalizer that runs meanwhile may reset the token above */
   lua_insert(L, -2);      /* list registration */
+  bool cleared = lua_getiuservalue(L, -1, REGISTRATION_TARGET) == LUA_TNIL;
+  lua_pop(L, 1);
+  if (cleared || token->canceled ||
+      token->disposed) { /* a finalizer has canceled it, or disposed */
+    lua_pop(L, 2);
+    return;
+  }
   if (!above->canceled && !above->disposed) {
     r->child = token;
     attach(L, above, r);
@@ -298,6 +305,7 @@ void token_mark(lua_State *L, int k, int reason, int cause, int run) {
   bool busy = rt->land_busy;
   rt->land_busy = true; /* what completes lands when all is marked */
   token->canceled = true;
+  if (token->links.next != &token->links) rt->linked = true;
   lua_pushvalue(L, reason);
   lua_setiuservalue(L, k, TOKEN_REASON);
   if (!lua_rawequal(L, k, cause)) {

@@ -319,7 +319,6 @@ struct scope {
   bool canceled, expired; /* expired: its own deadline came first */
   bool armed;             /* a deadline here or above may wake what is below: hold it */
   bool closed;            /* by its block, which does not know it any more */
-  bool handled;           /* expired: its error goes to the block by way of a message handler */
 };
 enum { SCOPE_TOKEN = 1, SCOPE_RUN }; /* canceled: its token; the tokens with callbacks to run */
 enum {
@@ -461,9 +460,12 @@ struct runtime {
   int free_slot;       /* of the anchors */
   struct token *rearm; /* tokens that have just been armed or disarmed (cancel.c) */
   bool rearm_busy;
+  bool linked; /* to a token that has been marked as canceled others are linked */
+  struct task
+      *hurried; /* what has expired and lands when all that is due is known, last one first */
   const struct task *refused; /* who was refused a suspension last, its scope being canceled, … */
   unsigned refusals;          /* … and how often in succession */
-  int resetting;              /* coroutines of tasks that we ourselves are closing */
+  const lua_State *resetting; /* the coroutine of a task that we ourselves are closing */
   size_t busy, busy_peak;     /* coroutines in use, and their highest number since the last trim */
 
   struct task *spares[2]; /* of await_all and await_any (direct.c), few inputs and many */
@@ -1029,6 +1031,9 @@ ONCE void deadline_close(lua_State *L, struct runtime *rt);
 
 /* ---- timer.c: delay, sleep, wait_async; interruption ---- */
 
+/* What has expired lands, to run callbacks, in its place of the ready list. Where tokens are linked to it, which are
+** canceled only then, that is too late: others would see one canceled and the other not yet. */
+void timer_hurry(struct runtime *rt, struct task *t);
 /* [-0, +0, m] wakes the owners of what is due */
 void timer_fire_due(lua_State *L, struct runtime *rt);
 /* moves all deadlines: the clock changes */

@@ -378,9 +378,10 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   rt->me = &f->task;
   f->task.state = TASK_RUNNING;
   coroutine_close_inner(L, rt, f->co);
-  rt->resetting++;
+  const lua_State *resetting = rt->resetting;
+  rt->resetting = f->co;
   coroutine_reset(f->co, L);
-  rt->resetting--;
+  rt->resetting = resetting;
   if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, false);
   scope_end_task(L, rt, f);
   rt->me = me;
@@ -538,7 +539,8 @@ void fiber_start(lua_State *L, struct runtime *rt, struct fiber *f) {
 
 void fiber_wake(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct task *t = &f->task;
-  if (t->flags & (TASK_LINKED | TASK_ABANDONED)) {
+  if (t->flags & (TASK_LINKED | TASK_ABANDONED) ||
+      t->slot == 0) { /* or somebody has closed its coroutine */
     lua_pop(L, 1);
     return;
   }
@@ -590,7 +592,13 @@ static int async_call(lua_State *L) {
   lua_pushvalue(L, lua_upvalueindex(3));
   lua_insert(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
-  if (rt->me->traits & TRAIT_PLAN) schedule_inherit(L, rt, 1);
+  if (rt->me->traits & TRAIT_PLAN) {
+    schedule_inherit(L, rt, 1);
+    if (f->task.state != TASK_CREATED) { /* a finalizer was here */
+      lua_settop(L, 1);
+      return 1;
+    }
+  }
   return fiber_run_hot(L, 1, f, hot_k);
 }
 

@@ -73,14 +73,14 @@ void fiber_end_abandoned(lua_State *L, struct runtime *rt, struct fiber *f) {
     lua_settop(L, i - 1);
     return;
   }
-  if (f->u.wait.on) {
-    fiber_push_awaited(L, f);
-    wait_remove(L, -1, &f->u.wait);
-    lua_pop(L, 1);
-  }
   if (is_closed(f->co))
     push_closed(L, i);
   else {
+    if (f->u.wait.on) {
+      fiber_push_awaited(L, f);
+      wait_remove(L, -1, &f->u.wait);
+      lua_pop(L, 1);
+    }
     f->task.flags |= TASK_OBSERVED;
     push_abandoned(L, i);
   }
@@ -121,13 +121,15 @@ void fiber_settle_lost(lua_State *L, int i) {
 ** may be that nobody holds any more. Should somebody do, it fails when it is awaited (fiber_await). */
 static int l_watch_close(lua_State *L) {
   struct runtime *rt = runtime(L);
-  if (rt->closed || rt->resetting > 0 || !is_watch(L)) return 0;
+  if (rt->closed || rt->resetting == L || !is_watch(L)) return 0;
   struct fiber *f = scope_find(rt, L);
   rt->meddled = true;
   if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
   if (f->task.state == TASK_WAITING) {
     f->task.state = TASK_QUEUED;
-    pending_withdraw(L, rt, f, true);
+    /* What it awaited was on the stack that is being unwound: it may have been collected since. Its node stays in that
+    ** list, and holds f: see fiber_wake. */
+    if (fiber_naps(f)) pending_withdraw(L, rt, f, true);
   }
   bool known = lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA;
   if (!known && f->task.traits & TRAIT_HANDED) {
@@ -176,9 +178,10 @@ static void dispose(lua_State *L, int i, struct fiber *f) {
   f->co = NULL;
   rt->depth++;
   coroutine_close_inner(L, rt, co);
-  rt->resetting++;
+  const lua_State *resetting = rt->resetting;
+  rt->resetting = co;
   coroutine_reset(co, L);
-  rt->resetting--;
+  rt->resetting = resetting;
   rt->depth--;
   scope_end_task(L, rt, f);
   rt->me = me;

@@ -91,7 +91,8 @@ static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
   struct task *t = on;
   if (me != on) {
     if (me->waiters == NULL) return;
-    while (t != me && task_is(t, KIND_FIBER) && !task_done(t) && ((struct fiber *)t)->u.wait.on)
+    while (t != me && task_is(t, KIND_FIBER) && !task_done(t) && t->slot != 0 &&
+           !(t->flags & TASK_ABANDONED) && ((struct fiber *)t)->u.wait.on)
       t = ((struct fiber *)t)->u.wait.on;
     if (t != me) return;
   }
@@ -222,6 +223,10 @@ static int l_continuation(lua_State *L) {
   }
   fiber_make_cold(L, 7, f); /* should anything raise */
   if (!lua_isnil(L, 5)) schedule_give(L, 7, 5);
+  if (fiber_is_lost(&f->task)) { /* a finalizer has closed its coroutine */
+    fiber_settle_lost(L, 7);
+    return 1;
+  }
   if (wait_add(L, 6, &f->u.wait, 7, WAIT_FIBER)) {
     f->task.state = TASK_WAITING;
     if (f->member.scope->armed) task_hold(L, 7, &f->task);

@@ -322,18 +322,24 @@ static int join(lua_State *L, struct group *g) {
     me->task.flags |= TASK_DEAF;
     return fiber_await(L, rt, me, (struct task *)lua_touserdata(L, 1), join_k);
   }
+  lua_settop(L, 1);
+  bool awaited = !g->stopping && lua_getiuservalue(L, 1, GROUP_STOPPING) != LUA_TNIL;
+  int promise = lua_gettop(L);
+  if (awaited) { /* by tasks that are not in it */
+    push_never_stopped(L);
+    if (g->running > 0 && fiber_can_suspend(L, rt))
+      return join(L, g);    /* a finalizer has started one */
+    awaited = !g->stopping; /* … or has stopped it */
+  }
+  g->ended = true; /* nothing is created from the last look on */
+  if (awaited) {
+    ((struct task *)lua_touserdata(L, promise))->flags |= TASK_OBSERVED;
+    task_settle_faulted(L, rt, promise, 0);
+  }
   if (!g->body_failed) g->canceled = g->scope.canceled;
   bool told = lua_getiuservalue(L, 1, GROUP_FAILED) != LUA_TNIL;
   told = lua_getiuservalue(L, 1, GROUP_WINNER) != LUA_TNIL || told;
   told = told || g->body_failed || g->canceled || g->policy == FIRST_SUCCESS;
-  bool awaited = !g->stopping && lua_getiuservalue(L, 1, GROUP_STOPPING) != LUA_TNIL;
-  int promise = lua_gettop(L);
-  if (awaited) push_never_stopped(L);
-  g->ended = true;
-  if (awaited) { /* by tasks that are not in it */
-    ((struct task *)lua_touserdata(L, promise))->flags |= TASK_OBSERVED;
-    task_settle_faulted(L, rt, promise, 0);
-  }
   if (g->scope.canceled) { /* the scope lets go of it */
     scope_push_token(L, &g->scope);
     lua_setiuservalue(L, 1, GROUP_TOKEN);
@@ -357,6 +363,10 @@ static int join_k(lua_State *L, int status, lua_KContext ctx) {
 static int l_join(lua_State *L) {
   struct group *g = check_group(L);
   lua_settop(L, 3);
+  if (g->scope.co != L && !g->ended)
+    return error_throw(
+        L, ERROR_OPERATION,
+        "a task group is not for others to close: task_group does, when its function returns");
   if (!lua_toboolean(L, 2) && !g->ended) {
     g->body_failed = true;
     g->canceled = g->scope.canceled;

@@ -330,7 +330,8 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   rt->pumping = false;
   if (status != LUA_OK) { /* out of memory, wherever it was: what ran then does so no more */
     rt->me = rt->outside;
-    rt->depth = rt->hot = rt->resetting = 0;
+    rt->depth = rt->hot = 0;
+    rt->resetting = NULL;
     rt->level = NULL;
     rt->entering = NULL;
     rt->handoff = NULL;
@@ -375,8 +376,11 @@ static int run(lua_State *L, bool operation) {
   loop_check_outside(L, "run");
   struct fiber *root = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   if (operation) scope_own(L, rt, root); /* so that what it begins can be canceled */
-  loop_queue(rt, root);
-  enum drive_end end = enter(L, 1, LOOP_DEFAULT);
+  enum drive_end end = DRIVE_DONE;
+  if (!fiber_is_lost(&root->task)) { /* else a finalizer has closed its coroutine */
+    loop_queue(rt, root);
+    end = enter(L, 1, LOOP_DEFAULT);
+  }
   if (fiber_is_lost(&root->task)) { /* somebody has closed its coroutine */
     fiber_settle_lost(L, 1);
     end = DRIVE_DONE;

@@ -421,7 +421,8 @@ void schedule_inherit(lua_State *L, struct runtime *rt, int i) {
     fiber_hold(L, i, f);
     task_release(L, &f->task); /* should anything raise, it is a cold one that nobody has */
     need_plan(L, i);
-    if (f->task.state != TASK_CREATED) { /* a finalizer has started it */
+    if (fiber_is_lost(&f->task)) fiber_settle_lost(L, i); /* a finalizer has closed its coroutine */
+    if (f->task.state != TASK_CREATED) {                  /* … or has started it */
       lua_settop(L, from - 1);
       return;
     }
@@ -571,6 +572,10 @@ static int l_detached(lua_State *L) {
   lua_pushvalue(L, 1);
   plan_set(L, -2, PLAN_HOME);
   lua_settop(L, 3);
+  if (fiber_is_lost(&f->task)) { /* a finalizer has closed its coroutine */
+    fiber_settle_lost(L, 3);
+    return task_push_outcome(L, 3, &f->task); /* raises */
+  }
   if (lua_isfunction(L, 2)) {
     lua_pushvalue(L, 2);
     fiber_name(L, f);

@@ -409,6 +409,12 @@ static int throw_k(lua_State *L, int status, lua_KContext ctx) {
   return scope_throw(L, ((struct fiber *)rt->me)->member.scope);
 }
 
+/* [-0, +1, m] */
+static void push_timeout(lua_State *L, double seconds) {
+  error_push(L, ERROR_TIMEOUT, "the operation did not complete within %f s",
+             (LUAI_UACNUMBER)seconds);
+}
+
 static bool holds(lua_State *L, lua_Debug *ar, const struct scope *s) {
   bool found = false;
   for (int n = 1; !found && lua_getlocal(L, ar, n) != NULL; n++, lua_pop(L, 1))
@@ -416,12 +422,12 @@ static bool holds(lua_State *L, lua_Debug *ar, const struct scope *s) {
   return found;
 }
 
-/* [-0, +0, -] The error of the scope s is about to be raised. Where xpcall calls the block whose deadline that is, its
-** message handler sees the error first, and the block gets what that makes of it; which is still that error if nothing
-** on the way could have caught it. */
-static void note_handler(lua_State *L, const struct runtime *rt, const struct scope *s) {
-  struct scope *block = s->origin;
-  if (block == NULL || !block->expired || block->kind != SCOPE_BLOCK || block->co != L) return;
+/* The error of the scope s is about to be raised. Whether its block is called by xpcall, and nothing on the way could catch
+** the error: then a message handler sees it first, and the block gets what that makes of it. */
+static bool is_handled(lua_State *L, const struct runtime *rt, const struct scope *s) {
+  const struct scope *block = s->origin;
+  if (block == NULL || !block->expired || block->kind != SCOPE_BLOCK || block->co != L)
+    return false;
   lua_Debug ar;
   bool inside = true;
   for (int level = 1; lua_getstack(L, level, &ar); level++) {
@@ -431,14 +437,12 @@ static void note_handler(lua_State *L, const struct runtime *rt, const struct sc
     if (f == NULL) {
       if (inside) inside = !holds(L, &ar, block);
     } else if (inside || f == rt->pcall)
-      return;
-    else if (f == rt->xpcall) {
-      lua_Debug caller;
-      block->handled = !lua_getstack(L, level + 1, &caller) || !lua_getinfo(L, "S", &caller) ||
-                       !module_is_ours(rt, caller.source);
-      return;
-    }
+      return false;
+    else if (f == rt->xpcall)
+      return !lua_getstack(L, level + 1, &ar) || !lua_getinfo(L, "S", &ar) ||
+             !module_is_ours(rt, ar.source);
   }
+  return false;
 }
 
 /* A task that goes on after each refusal, and never waits, shall hold up itself only: now and then it is
@@ -453,8 +457,10 @@ int scope_throw(lua_State *L, struct scope *s) {
     loop_queue(rt, me);
     return fiber_suspend(L, rt, me, 0, throw_k);
   }
-  note_handler(L, rt, s);
-  scope_push_error(L, s == me->member.scope ? scope_ambient(L, rt) : s);
+  if (is_handled(L, rt, s)) /* it shall see what comes out in the end */
+    push_timeout(L, s->origin->seconds);
+  else
+    scope_push_error(L, s == me->member.scope ? scope_ambient(L, rt) : s);
   return lua_error(L);
 }
 
@@ -524,8 +530,10 @@ void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
   lua_pushstring(L, s->kind == SCOPE_GROUP    ? "the grace of the task group is over"
                     : s->kind == SCOPE_SHIELD ? "the grace of the shield is over"
                                               : "timeout");
-  loop_ready(rt, &s->task);            /* its callbacks come before what it wakes */
+  loop_ready(rt, &s->task); /* its callbacks come before what it wakes */
+  rt->linked = false;
   mark_all(L, s, lua_gettop(L), true); /* reason list */
+  if (rt->linked) timer_hurry(rt, &s->task);
   if (!lua_isnil(L, -1)) {
     scope_push(L, s);
     lua_insert(L, -2);
@@ -541,8 +549,9 @@ void scope_land(lua_State *L, int i) {
   lua_getiuservalue(L, i, SCOPE_RUN);
   lua_pushnil(L);
   lua_setiuservalue(L, i, SCOPE_RUN);
+  s->refs++; /* a callback may end it */
   token_run_reported(L);
-  if (s->owner == NULL) scope_left(L, runtime(L), s);
+  scope_let_go(L, runtime(L), s);
 }
 
 /* ---- Lua face: functions of the library, not of scripts ---- */
@@ -588,12 +597,6 @@ static double opt_seconds(lua_State *L, int i) {
   if (!(s >= 0))
     module_blame(L, 1, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
   return s;
-}
-
-/* [-0, +1, m] */
-static void push_timeout(lua_State *L, double seconds) {
-  error_push(L, ERROR_TIMEOUT, "the operation did not complete within %f s",
-             (LUAI_UACNUMBER)seconds);
 }
 
 /* [-0, +0, v] the callable at i, argument n of a public function in Lua */
@@ -663,18 +666,15 @@ void scope_finish(lua_State *L, struct runtime *rt, struct scope *s) {
 /* [-0, +0, m] the block ends with the error at `error`, or nil. True if that was a cancellation and has become
 ** a Timeout, because the deadline of the block itself has passed. */
 static bool close_block(lua_State *L, struct runtime *rt, struct scope *s, int error) {
-  bool handled = s->handled && !lua_isnil(L, error);
   bool late = s->kind == SCOPE_BLOCK && s->seconds != HUGE_VAL && lua_istable(L, error) &&
               (s->expired || (!s->canceled && s->due <= loop_now(rt)));
   double seconds = s->seconds;
   scope_finish(L, rt, s);
-  bool canceled = late && error_is(L, error, ERROR_CANCELED);
-  if (!canceled && !handled) return false;
+  if (!late || !error_is(L, error, ERROR_CANCELED)) return false;
   push_timeout(L, seconds);
-  if (canceled &&
-      lua_getfield(L, error, "written") != LUA_TNIL) /* of a write that it has cut short */
+  if (lua_getfield(L, error, "written") != LUA_TNIL) /* of a write that it has cut short */
     lua_setfield(L, -2, "written");
-  else if (canceled)
+  else
     lua_pop(L, 1);
   lua_replace(L, error);
   return true;

@@ -64,7 +64,9 @@ void expiry_fire(lua_State *L, struct runtime *rt, int i) {
   lua_pushnil(L); /* reason */
   lua_pushnil(L); /* token reason list */
   int list = lua_gettop(L);
+  rt->linked = false;
   token_mark_all(L, list - 2, list - 1, list - 2, list);
+  if (rt->linked) timer_hurry(rt, t);
   lua_setiuservalue(L, i, OP_TOKEN);
   lua_pop(L, 2);
 }

@@ -59,10 +59,38 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
   loop_ready(rt, t);
 }
 
+void timer_hurry(struct runtime *rt, struct task *t) {
+  loop_remove(rt, t);
+  t->flags |= TASK_LINKED;
+  t->next = rt->hurried;
+  rt->hurried = t;
+}
+
+static void land_hurried(lua_State *L, struct runtime *rt) {
+  struct task *t, *first = NULL;
+  while ((t = rt->hurried) != NULL) {
+    rt->hurried = t->next;
+    t->next = first;
+    first = t;
+  }
+  while ((t = first) != NULL) {
+    first = t->next;
+    t->next = NULL;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    lua_rawgeti(L, UP_ANCHORS, t->slot);
+    if (task_is(t, KIND_SCOPE))
+      scope_land(L, lua_gettop(L));
+    else
+      expiry_land(L, lua_gettop(L));
+    lua_pop(L, 1);
+  }
+}
+
 void timer_fire_due(lua_State *L, struct runtime *rt) {
   if (!deadline_any(rt)) return;
   double now = loop_now(rt);
   for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
+  if (rt->hurried != NULL) land_hurried(L, rt);
 }
 
 /* ---- interruption ---- */
