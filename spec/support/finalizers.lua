@@ -50,10 +50,11 @@ function finalizers.always(action, fn, ...)
 end
 
 ---Calls fn(at, n) for n = 1, 2, …, where at(action, f, ...) is as above, until f ends before its n-th collection: so that
----action comes at each of the allocations. There is one at least, and no more than `most` are tried.
+---action comes at each of the allocations. There is one at least, and no more than `most` are tried. Before, fn is called
+---once without action: what is made once is there then.
 function finalizers.sweep(fn, most)
-  for n = 1, most or 100 do
-    local came = false
+  for n = 0, most or 100 do
+    local came = n == 0
     fn(function(action, f, ...)
       return finalizers.at(n, function()
         came = true
