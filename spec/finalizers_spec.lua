@@ -2,10 +2,11 @@
 -- whole API. (In spec/awkward_spec.lua are some that come with what they are collected with.)
 
 local flow = require "coflow"
+local testing = require "coflow.testing"
 local helper = require "spec.helper"
 local finalizers = require "spec.support.finalizers"
 
-local in_order, collect, closing = helper.in_order, helper.collect, helper.closing
+local in_order, collect = helper.in_order, helper.collect
 local sweep = finalizers.sweep
 
 local function never() return flow.TaskCompletionSource().task end
@@ -58,7 +59,7 @@ describe("an operation that lands", function()
         first = first or operations[1]
         if by_itself then assert.is_nil(select(2, first:try_await()).token) end
         for i = 2, 5 do assert.equal("canceled", operations[i].status) end
-        first, operations = nil, nil
+        first, operations = nil, nil -- luacheck: ignore
         collect()
       end)
     end))
@@ -183,7 +184,7 @@ describe("canceling", function()
       end, group.cancel, group)
       local ok, err = owner:try_await()
       if closed then told(ok, err) else assert.is_true(ok) end
-      owner, close, group = nil, nil, nil
+      owner, close, group = nil, nil, nil -- luacheck: ignore
       collect()
       look_at_scopes()
     end)
@@ -209,7 +210,7 @@ describe("a group", function()
         turn "nowait"
         ended = owner.is_completed
       end, pcall, ask, group, group.spawn)
-      if ended and not ok then helper.is_error("InvalidOperation", result, "the task group has ended") end
+      if ended and not ok then helper.is_error("InvalidOperation", result, "group has ended") end
       source:try_set_result()
       flow.run(owner.await, owner)
       if ok and result.await then result:await() end
@@ -229,7 +230,7 @@ describe("a group", function()
 end)
 
 describe("a task that is run by a finalizer", function()
-  -- start(at, scheduler, new) makes a task by new(), which runs: then the scheduler has its place still, and the task is
+  -- start(at, scheduler, new) makes a task by new(), which runs: then the scheduler has its place, and the task is
   -- collected.
   local function places(start)
     return in_order(function()
@@ -326,4 +327,417 @@ describe("a finalizer that changes the context", function()
       shown:set(nil)
     end))
   end
+end)
+
+describe("a wait_async", function()
+  it("whose task ends and whose token is canceled while it begins is one of both", in_order(function()
+    sweep(function(at)
+      local source, cancellation = flow.TaskCompletionSource(), flow.CancellationTokenSource()
+      local on, token = source.task, cancellation.token
+      local other = flow.async(function() return on:await() end)() -- the second waiter takes a table
+      local acted = false
+      local wait = at(function()
+        acted = true
+        cancellation:cancel()
+        source:set_result("done")
+      end, on.wait_async, on, 5, token)
+      if not acted then source:set_result("done") end
+      local ok, result = wait:try_await()
+      if ok then assert.equal("done", result) else helper.is_error("OperationCanceled", result) end
+      assert.equal("done", other:await())
+    end)
+  end))
+end)
+
+describe("a prioritized channel", function()
+  it("puts an item in its place among those that a finalizer leaves", in_order(function()
+    local armed = false
+    -- Where a stack grows the collector runs, if it has reason to: for each depth the stack grows at another place.
+    for depth = 0, 70 do
+      local garbage = {}
+      local channel = flow.Channel.prioritized { comparer = function(a, b)
+        if armed then for _ = 1, 200 do garbage[#garbage + 1] = true end end
+        return a < b
+      end }
+      channel:write(5)
+      local read, items = channel.try_read, {}
+      local arguments = {}
+      for i = 1, depth do arguments[i] = i end
+      local co = coroutine.create(function(...) return channel:try_write(7), ... end)
+      armed = true
+      local ok, written = finalizers.at(1, function() items[#items + 1] = read(channel) end,
+        coroutine.resume, co, table.unpack(arguments))
+      armed = false
+      assert.is_true(ok and written, written)
+      for _ = 1, channel.count do items[#items + 1] = channel:read() end
+      table.sort(items)
+      assert.same({ 5, 7 }, items)
+    end
+  end))
+end)
+
+describe("the report of what a test has left", function()
+  it("tells of timers that end while it is made", function()
+    for n = 1, 12 do
+      local delays, over, k = {}, false, 0
+      local ok, err = finalizers.when(function()
+        if over then k = k + 1 end
+        return k == n
+      end, function()
+        for i = 1, 3 do delays[i]:cancel() end
+      end, pcall, testing.run, function()
+        for i = 1, 3 do delays[i] = flow.delay(5) end
+        flow.spawn(function() over = true end)
+      end, { seed = false })
+      if not ok then helper.is_error("InvalidOperation", err, "has left something behind") end
+    end
+    assert.is_false(flow.loop.is_alive())
+  end)
+end)
+
+describe("a condition", function()
+  -- What opens its lock settles an operation, whose when_all makes a table: there the finalizer acts.
+  local function while_it_begins(act)
+    local lock = flow.Lock()
+    local condition, source = flow.Condition(lock), flow.CancellationTokenSource()
+    local acted = false
+    local waiter = flow.spawn(function()
+      local _ <close> = lock:lock()
+      local next_owner = lock:lock_async()
+      next_owner:continue_with(function(operation) operation.result:dispose() end)
+      local keyed = flow.when_all { a = next_owner }
+      local ok, err = finalizers.when(function() return next_owner.is_completed end, function()
+        acted = true
+        act(condition, source)
+      end, pcall, condition.wait, condition, source.token)
+      keyed:await()
+      return ok, err
+    end)
+    local ok, err = waiter:await()
+    assert.is_true(acted)
+    return ok, err
+  end
+
+  it("is notified before its wait has begun", in_order(function()
+    assert.is_true((while_it_begins(function(condition) condition:notify_all() end)))
+  end))
+
+  it("is disposed before its wait has begun", in_order(function()
+    local ok, err = while_it_begins(function(condition) condition:dispose() end)
+    assert.is_false(ok)
+    helper.is_error("ObjectDisposed", err)
+  end))
+
+  it("is canceled before its wait has begun", in_order(function()
+    local ok, err = while_it_begins(function(_, source) source:cancel() end)
+    assert.is_false(ok)
+    helper.is_error("OperationCanceled", err)
+  end))
+end)
+
+describe("a channel", function()
+  local N = 2000
+
+  -- At the next item its table shrinks.
+  local function has_been_full(channel)
+    for i = 1, N do channel:write(i) end
+    for _ = 1, N do channel:read() end
+    channel:write(1)
+    channel:read()
+  end
+
+  -- ask(channel) in a scope that a finalizer cancels at each allocation in turn, after prepare(channel).
+  local function sweep_canceled(new, ask, prepare)
+    sweep(function(at)
+      local channel = new()
+      local source = flow.CancellationTokenSource()
+      local acted = false
+      local task = flow.spawn(flow.with_cancellation, source.token, function()
+        return at(function()
+          acted = true
+          if prepare then prepare(channel) end
+          source:cancel()
+        end, pcall, ask, channel)
+      end)
+      helper.settle()
+      local ended = task.is_completed
+      if acted then
+        assert.is_true(ended)
+      elseif not ended then
+        source:cancel()
+      end
+      task:try_await()
+    end)
+  end
+
+  it("of no capacity does not wait for a writer in a scope that is canceled as it tells of itself", in_order(function()
+    sweep_canceled(function()
+      local channel = flow.Channel.bounded(0)
+      local announced = channel:wait_to_write_async()
+      flow.async(function() flow.when_all({ a = announced }):await() end)()
+      return channel
+    end, function(channel) channel:read() end)
+  end))
+
+  it("that a finalizer fills does not wait for a place in a scope that it cancels", in_order(function()
+    sweep_canceled(function()
+      local channel = flow.Channel.bounded(N)
+      has_been_full(channel)
+      return channel
+    end, function(channel) channel:write("x") end, function(channel)
+      while channel:try_write("y") do end -- luacheck: ignore
+    end)
+  end))
+
+  it("that a finalizer fills is not waited for by a select of which another part is ready", in_order(function()
+    sweep(function(at)
+      local channel, source = flow.Channel.bounded(N), flow.TaskCompletionSource()
+      has_been_full(channel)
+      local acted = false
+      local clauses = { source.task, { channel, "write", "x" } }
+      local clause, result = at(function()
+        acted = true
+        while channel:try_write("y") do end -- luacheck: ignore
+        source:set_result(7)
+      end, flow.channel.select, clauses)
+      if clause == 1 then
+        assert.is_true(acted)
+        assert.equal(7, result)
+      else
+        assert.equal(2, clause)
+      end
+    end)
+  end))
+
+  it("that a finalizer fills is not waited for by a select that it cancels", in_order(function()
+    sweep(function(at)
+      local channel, source = flow.Channel.bounded(N), flow.CancellationTokenSource()
+      has_been_full(channel)
+      local acted = false
+      local select = at(function()
+        acted = true
+        while channel:try_write("y") do end -- luacheck: ignore
+        source:cancel()
+      end, flow.channel.select_async, { { channel, "write", "x" }, token = source.token })
+      assert.is_true(select.is_completed)
+      local ok, err = select:try_await()
+      if not ok then helper.is_error("OperationCanceled", err) end
+      assert.is_true(acted or ok)
+    end)
+  end))
+
+  it("that finalizers empty and fill meanwhile is not waited for by a select that they cancel", in_order(function()
+    for n = 1, 10 do -- to be full when it is asked first, and to shrink when it is asked again
+      local channel, source = flow.Channel.bounded(N), flow.CancellationTokenSource()
+      local completion = flow.TaskCompletionSource()
+      for i = 1, N do channel:write(i) end
+      local other = flow.async(function() completion.task:await() end)() -- the second waiter takes a table
+      local read, write = channel.try_read, channel.try_write
+      local cancel, complete = source.cancel, completion.set_result
+      local k, canceled = 0, false
+      local steps = {
+        function()
+          for _ = 1, N do read(channel) end
+          write(channel, 1)
+          read(channel)
+        end,
+        function()
+          canceled = true
+          cancel(source)
+          while write(channel, "y") do end -- luacheck: ignore
+        end,
+        function() complete(completion, "done") end,
+      }
+      local select = finalizers.always(function()
+        k = k + 1
+        if k >= n and steps[k - n + 1] then steps[k - n + 1]() end
+      end, flow.channel.select_async, { completion.task, { channel, "write", "x" }, token = source.token })
+      if canceled then assert.equal("canceled", select.status) end
+      completion:try_set_result()
+      other:await()
+      select:try_await()
+    end
+  end))
+end)
+
+describe("those whose turn has come together", function()
+  -- first is settled, which lands a when_all: there act() is called, in the midst of the others.
+  local function in_the_midst(wait, act, wake, object)
+    local source = flow.CancellationTokenSource()
+    local token, late, acted = source.token, nil, false
+    local first = wait(object)
+    local all = flow.when_all { a = first }
+    local second, third = wait(object, token), wait(object, token)
+    local result = finalizers.when(function() return first.is_completed end, function()
+      acted = true
+      source:cancel()
+      if act then act(object) end
+      late = wait(object)
+    end, wake, object)
+    assert.is_true(acted)
+    all:await()
+    return late, second, third, result
+  end
+
+  local function arrive(barrier, token) return barrier:signal_and_wait_async(token) end
+  local function wait(event, token) return event:wait_async(nil, token) end
+
+  it("at a barrier leave its next phase to who comes meanwhile", in_order(function()
+    local barrier, remaining = flow.Barrier(4), nil
+    local late, second, third, last = in_the_midst(arrive, function(b) remaining = b.participants_remaining end,
+      arrive, barrier)
+    assert.equal(0, last:await())
+    assert.equal("canceled", second.status)
+    assert.equal("canceled", third.status)
+    assert.equal(1, barrier.current_phase_number)
+    assert.equal(4, remaining)
+    assert.equal(3, barrier.participants_remaining)
+    for _ = 1, 3 do arrive(barrier) end
+    assert.equal(1, late:await())
+  end))
+
+  it("at a ManualResetEvent are not joined by who comes after a reset", in_order(function()
+    local event = flow.ManualResetEvent()
+    local late = in_the_midst(wait, event.reset, event.set, event)
+    assert.is_false(event.is_set)
+    assert.is_false(late.is_completed)
+    event:set()
+    late:await()
+  end))
+end)
+
+describe("a read", function()
+  local net = require "coflow.net"
+  local rest = ("ello"):rep(20) -- a long string is made, not found
+  local ways = {
+    ["a scope"] = function(stream, token, at)
+      return flow.with_cancellation(token, function() return at(stream.read, stream) end)
+    end,
+    ["its token"] = function(stream, token, at) return at(stream.read, stream, nil, token) end,
+    ["the token of an operation"] = function(stream, token, at)
+      return at(stream.read_async, stream, nil, token):await()
+    end,
+  }
+  for name, read in pairs(ways) do
+    it("that a finalizer forestalls, and cancels by " .. name .. ", waits for nothing", function()
+      flow.run(function()
+        local listener <close> = net.listen("127.0.0.1", 0)
+        sweep(function(at)
+          local client <close> = net.connect("127.0.0.1", listener.port)
+          local server <close> = listener:accept()
+          client:write("h" .. rest)
+          server:read_exactly(1) -- the rest is there
+          local source = flow.CancellationTokenSource()
+          local taken
+          local task = flow.spawn(read, server, source.token, function(f, ...)
+            return at(function()
+              taken = server:read_async()
+              source:cancel()
+            end, f, ...)
+          end)
+          helper.settle()
+          client:write("!")
+          local ok, result = task:try_await()
+          if ok then -- it had it before
+            assert.equal(rest, result)
+          else
+            helper.is_error("OperationCanceled", result)
+            assert.equal(rest, taken:await())
+          end
+        end)
+      end)
+    end)
+  end
+end)
+
+describe("a finalizer at the end of the state", function()
+  -- A program that ends with tasks which wait, with `<close>` variables; the first object that it has made is finalized
+  -- after them, by what runs in `last`.
+  local function program(wait, last)
+    return helper.output(([[
+      local flow = require "coflow"
+      local source, tasks = flow.TaskCompletionSource(), {}
+      kept = setmetatable({}, { __gc = function()
+        %s
+        io.write(tostring(flow.run(function() return "ran" end)))
+      end })
+      flow.run(function()
+        for i = 1, 40 do -- more than the coroutines that are ready for use
+          local closer = setmetatable({}, { __close = function() end })
+          tasks[i] = flow.spawn(function()
+            local _ <close> = closer
+            %s
+          end)
+        end
+        flow.yield()
+      end)
+      local from = os.clock()
+      repeat until os.clock() - from > 0.01
+      os.exit(0, true)
+    ]]):format(last, wait))
+  end
+
+  it("may complete what the tasks have waited for", function()
+    assert.equal("ran", program("source.task:await()", "source:set_result()"))
+    assert.equal("ran", program("flow.when_any(source.task):await()", "source:set_result()"))
+  end)
+
+  it("may cancel them", function()
+    assert.equal("ran", program("source.task:await()", "tasks[1]:cancel()"))
+    assert.equal("ran", program("flow.sleep(0.005)", "tasks[1]:cancel()"))
+  end)
+
+  it("may run the loop when their time is over, or their turn", function()
+    assert.equal("ran", program("flow.sleep(0.005)", ""))
+    assert.equal("ran", program("while true do flow.yield() end", ""))
+  end)
+
+  -- The same for one task that does body().
+  local function with_task(body)
+    return helper.output(([[
+      local flow = require "coflow"
+      local function finally(fn) return setmetatable({}, { __gc = fn }) end
+      kept = finally(function() flow.run(function() io.write "ran" end) end)
+      flow.run(function()
+        task = flow.spawn(function() %s end)
+        flow.sleep(0.01)
+      end)
+      os.exit(0, true)
+    ]]):format(body))
+  end
+
+  it("comes after the <close> variables of tasks", function()
+    assert.equal("closed ran", with_task [[
+      local _ <close> = setmetatable({}, { __close = function() io.write "closed " end })
+      while true do flow.sleep(0.001) end
+    ]])
+  end)
+
+  it("may run the loop where tasks had coroutines and streams of their own", function()
+    assert.equal("ran", with_task [[
+      local generate = flow.coroutine.wrap(function()
+        while true do
+          flow.sleep(0.001)
+          flow.coroutine.yield(1)
+        end
+      end)
+      while true do generate() end
+    ]])
+    assert.equal("ran", with_task [[
+      local items = flow.stream.new(function(emit)
+        while true do
+          flow.sleep(0.001)
+          emit(1)
+        end
+      end):iterate()
+      while true do items() end
+    ]])
+  end)
+
+  it("may start tasks, that others run", function()
+    assert.equal("spawned ran", with_task [[
+      local _ = finally(function() flow.spawn(function() io.write "spawned " end) end)
+      while true do flow.sleep(0.001) end
+    ]])
+  end)
 end)

@@ -16,8 +16,8 @@ describe("a <close> variable of a task whose coroutine is being closed", functio
   before_each(function() flow.on_unobserved_exception(false) end)
   after_each(function() flow.on_unobserved_exception(nil) end)
 
-  -- Closes, outside every task, the coroutine of one that waits for source.task; returns what drive(task, source), which
-  -- its <close> variable calls, has returned or raised. The task is told.
+  -- Closes, outside every task, the coroutine of one that waits for source.task, and is told. Its <close> variable
+  -- calls drive(task, source): returns what that has returned or raised.
   local function while_closing(drive, start)
     local source, outcome, co, task = flow.TaskCompletionSource(), nil, nil, nil
     task = (start or function(body) return flow.async(body)() end)(function()

@@ -10,8 +10,8 @@ local finalizers = {}
 local function hurry() collectgarbage("incremental", 1, 1000, 63) end
 local function slow_down() collectgarbage("incremental", 200, 100, 13) end
 
----Runs fn(...). Meanwhile each allocation collects, in each collection a finalizer asks `due()`, and the first time that
----this holds it calls `action()`, once. Raises and returns what fn does. Nothing is collected right before fn runs.
+---Runs fn(...). Meanwhile each allocation collects; in each collection a finalizer asks `due()`, and the first time
+---that this holds it calls `action()`. Raises and returns what fn does. Nothing is collected right before fn runs.
 function finalizers.when(due, action, fn, ...)
   local on = true
   local class
@@ -49,9 +49,9 @@ function finalizers.always(action, fn, ...)
   return finalizers.when(function() action() end, nil, fn, ...)
 end
 
----Calls fn(at, n) for n = 1, 2, …, where at(action, f, ...) is as above, until f ends before its n-th collection: so that
----action comes at each of the allocations. There is one at least, and no more than `most` are tried. Before, fn is called
----once without action: what is made once is there then.
+---Calls fn(at, n) for n = 1, 2, …, where at(action, f, ...) is as above, until f ends before its n-th collection: so
+---action comes at each of the allocations. There is one at least, and no more than `most` are tried. Before that fn is
+---called without action: what is made once is there then.
 function finalizers.sweep(fn, most)
   for n = 0, most or 100 do
     local came = n == 0
