@@ -36,30 +36,38 @@ function finalizers.when(due, action, fn, ...)
   return fn(...)
 end
 
----The same, where `action()` is called in the n-th collection.
-function finalizers.at(n, action, fn, ...)
-  return finalizers.when(function()
-    n = n - 1
-    return n == 0
-  end, action, fn, ...)
-end
-
 ---The same, where `action()` is called in each collection.
 function finalizers.always(action, fn, ...)
   return finalizers.when(function() action() end, nil, fn, ...)
+end
+
+---The same, where `action()` is called in the n-th collection. It may be a list: of what is called then, in the next
+---one, and so on.
+function finalizers.at(n, action, fn, ...)
+  local steps = type(action) == "table" and action or { action }
+  local step = -n
+  return finalizers.always(function()
+    step = step + 1
+    if steps[step + 1] then steps[step + 1]() end
+  end, fn, ...)
 end
 
 ---Calls fn(at, n) for n = 1, 2, …, where at(action, f, ...) is as above, until f ends before its n-th collection: so
 ---action comes at each of the allocations. There is one at least, and no more than `most` are tried. Before that fn is
 ---called without action: what is made once is there then.
 function finalizers.sweep(fn, most)
-  for n = 0, most or 100 do
-    local came = n == 0
+  local function rehearse(_, f, ...) return finalizers.always(function() end, f, ...) end
+  fn(rehearse, 0)
+  for n = 1, most or 100 do
+    local came = false
     fn(function(action, f, ...)
-      return finalizers.at(n, function()
+      local steps = type(action) == "table" and { table.unpack(action) } or { action }
+      local first = steps[1]
+      steps[1] = function()
         came = true
-        action()
-      end, f, ...)
+        first()
+      end
+      return finalizers.at(n, steps, f, ...)
     end, n)
     if not came then
       if n == 1 and not os.getenv("COFLOW_GC_STRESS") then error("nothing was allocated", 2) end
