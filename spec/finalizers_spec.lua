@@ -294,6 +294,26 @@ describe("a finalizer that closes the coroutine of a task", function()
       flow.yield()
     end)
   end))
+
+  it("whose time is over tells it the one or the other", in_order(function()
+    sweep(function(at)
+      local task, close = victim(function() flow.with_timeout(1, function() never():await() end) end)
+      local closed = false
+      at(function()
+        closed = true
+        close()
+      end, flow.sleep, 2)
+      local ok, err = task:try_await()
+      assert.is_false(ok)
+      if not flow.errors.is(err, "Timeout") then
+        assert.is_true(closed)
+        told(ok, err)
+      end
+      task, close = nil, nil -- luacheck: ignore
+      collect()
+      look_at_scopes()
+    end)
+  end))
 end)
 
 describe("a finalizer that changes the context", function()

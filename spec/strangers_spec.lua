@@ -121,6 +121,28 @@ describe("closing a task's coroutine", function()
   end))
 end)
 
+describe("a finalizer that closes a coroutine of flow.coroutine", function()
+  it("which has failed leaves its error as it was", function()
+    helper.output [[ -- by itself: here little else is allocated
+      local flow = require "coflow"
+      local finalizers = require "spec.support.finalizers"
+      local close = coroutine.close
+      flow.run(function()
+        finalizers.sweep(function(at)
+          local failure, co, unwound = {}, nil, false
+          local call = flow.coroutine.wrap(function()
+            co = coroutine.running()
+            local _ <close> = setmetatable({}, { __close = function() unwound = true end })
+            error(failure)
+          end)
+          local ok, err = at(function() close(co) end, pcall, call)
+          assert(not ok and err == failure and unwound)
+        end)
+      end)
+    ]]
+  end)
+end)
+
 describe("an error in a value_changed handler", function()
   after_each(function() flow.on_unobserved_exception(nil) end)
 
