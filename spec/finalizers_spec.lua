@@ -82,6 +82,27 @@ describe("a combination that lands", function()
     end)
   end))
 
+  for name, combine in pairs {
+    when_any = function(task) return flow.when_any(task) end,
+    when_all = function(task) return flow.when_all(task) end,
+    ["when_all from a table"] = function(task) return flow.when_all { a = task } end,
+  } do
+    it("while it is canceled has been canceled or not, as is told: " .. name, in_order(function()
+      sweep(function(at)
+        local source = flow.TaskCompletionSource()
+        local complete, completed = source.set_result, false
+        local combination = combine(source.task)
+        local canceled = at(function()
+          completed = true
+          complete(source, 1)
+        end, combination.cancel, combination)
+        helper.settle()
+        assert.is_true(completed or canceled)
+        assert.equal(canceled and "canceled" or "ran_to_completion", combination.status)
+      end)
+    end))
+  end
+
   it("gives its outcome to a wait for it that a finalizer cancels", in_order(function()
     sweep(function(at)
       local source = flow.TaskCompletionSource()
