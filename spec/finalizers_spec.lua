@@ -66,8 +66,8 @@ describe("an operation that lands", function()
   end
 end)
 
-describe("a combination that lands", function()
-  it("from a table is not canceled any more", in_order(function()
+describe("a combination", function()
+  it("from a table that lands is not canceled any more", in_order(function()
     sweep(function(at)
       local source = flow.TaskCompletionSource()
       local all = flow.when_all { a = source.task }
@@ -161,33 +161,55 @@ describe("a token", function()
 end)
 
 describe("canceling", function()
-  it("a cold task that is run meanwhile is in time or not", in_order(function()
-    sweep(function(at)
-      local task = flow.Task.new(function() return 1 end)
-      local cancel, run, ran = task.cancel, task.run_synchronously, nil
-      at(function() ran = pcall(run, task) end, cancel, task)
-      if not ran then task:start() end
-      assert.equal(1, task:await()) -- it has not looked
-      task = nil -- luacheck: ignore
-      collect()
-      look_at_scopes()
-    end)
-  end))
+  -- In states of their own, where the scope that the task gets is the first: the finalizer runs as it is made. `make`
+  -- gives a task that returns 1, and a function that runs it.
+  local function as_it_runs(make)
+    for n = 1, 3 do
+      helper.output(([[
+        local flow = require "coflow"
+        local finalizers = require "spec.support.finalizers"
+        local function body() return 1 end
+        local function round()
+          local function make()
+            %s
+          end
+          local task, run = make()
+          local cancel, ran = task.cancel, false
+          finalizers.at(%d, function()
+            run()
+            ran = true
+          end, cancel, task)
+          assert(not ran or task:await() == 1)
+        end
+        round()
+        collectgarbage()
+        collectgarbage()
+        local co -- a task's coroutine is closed: all scopes are looked through for its own
+        flow.async(function()
+          co = coroutine.running()
+          flow.TaskCompletionSource().task:await()
+        end)()
+        flow.on_unobserved_exception(false)
+        assert(coroutine.close(co))
+      ]]):format(make, n))
+    end
+  end
 
-  it("a task that its scheduler runs meanwhile does not reach it", in_order(function()
-    local scheduler = flow.TaskScheduler.new { queue_task = function() end }
-    sweep(function(at)
-      local task = flow.spawn_on(scheduler, function() return 1 end)
-      flow.yield()
-      local cancel, run, ran = task.cancel, scheduler.try_execute_task, false
-      at(function() ran = run(scheduler, task) end, cancel, task)
-      scheduler:try_execute_task(task)
-      assert.is_true((task:try_await()) or not ran)
-      task = nil -- luacheck: ignore
-      collect()
-      look_at_scopes()
-    end)
-  end))
+  it("a cold task that is run meanwhile leaves nothing of it", function()
+    as_it_runs [[
+      local task = flow.Task.new(body)
+      local run = task.run_synchronously
+      return task, function() run(task) end
+    ]]
+  end)
+
+  it("a task that its scheduler runs meanwhile leaves nothing of it", function()
+    as_it_runs [[
+      local scheduler = flow.TaskScheduler.new { queue_task = function() end }
+      local task = flow.spawn_on(scheduler, body)
+      return task, function() scheduler:try_execute_task(task) end
+    ]]
+  end)
 
   it("a group whose owner is closed meanwhile cancels nobody else", in_order(function()
     sweep(function(at)
@@ -271,23 +293,21 @@ describe("a task that is run by a finalizer", function()
     end)
   end
 
-  for way, act in pairs { ["run at once"] = "run_synchronously", ["started"] = "start" } do
-    it("takes no place in the scheduler that it is given to, " .. way, places(function(at, scheduler, new)
-      local task = new()
-      local run, go = task.run_synchronously, task[act]
-      at(function() pcall(go, task) end, pcall, run, task, scheduler)
-      task:await()
-    end))
+  it("takes no place in the scheduler that it is given to", places(function(at, scheduler, new)
+    local task = new()
+    local run = task.run_synchronously
+    at(function() pcall(run, task) end, pcall, run, task, scheduler)
+    task:await()
+  end))
 
-    it("takes no place in the scheduler that it would inherit, " .. way, places(function(at, scheduler, new)
-      flow.spawn_on(scheduler, function()
-        local task = new()
-        local run, go = task.run_synchronously, task[act]
-        at(function() pcall(go, task) end, pcall, run, task)
-        return task
-      end):await():await()
-    end))
-  end
+  it("takes no place in the scheduler that it would inherit", places(function(at, scheduler, new)
+    flow.spawn_on(scheduler, function()
+      local task = new()
+      local run = task.run_synchronously
+      at(function() pcall(run, task) end, pcall, run, task)
+      return task
+    end):await():await()
+  end))
 end)
 
 describe("a finalizer that closes the coroutine of a task", function()
