@@ -161,12 +161,14 @@ static bool select_at_once(lua_State *L, struct queued *op, struct scope *s) {
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, SELECT_TOKEN);
   struct task *t = &op->timed.pending.task;
-  if (operation_canceled(token, s)) {
+  bool canceled = operation_canceled(token, s);
+  if (!canceled && select_poll(L, op)) return true;
+  if (canceled || operation_canceled(token, s)) { /* the latter by a finalizer */
+    lua_settop(L, SELECT_OP);
     operation_push_canceled(L, token, SELECT_TOKEN, s);
     task_settle_canceled(L, rt, SELECT_OP);
     return true;
   }
-  if (select_poll(L, op)) return true;
   if (op->timed.seconds > 0) return false;
   lua_settop(L, SELECT_OP);
   t->flags |= TASK_EXPIRED;

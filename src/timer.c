@@ -367,8 +367,9 @@ void wait_op_land(lua_State *L, int i) {
   int input = lua_gettop(L);
   struct task *on = (struct task *)lua_touserdata(L, input);
   bool quiet = t->flags & TASK_QUIET, done = task_done(on);
+  bool interrupted = t->flags & TASK_INTERRUPTED; /* now: a finalizer may cancel its token */
   if (!done) {
-    if (t->flags & TASK_INTERRUPTED)
+    if (interrupted)
       operation_push_interruption(L, i);
     else if (quiet)
       lua_pushboolean(L, 0);
@@ -389,9 +390,9 @@ void wait_op_land(lua_State *L, int i) {
   if (done && !quiet) {
     on->flags |= TASK_OBSERVED;
     task_settle_like(L, rt, i, input);
-  } else if (quiet && !(t->flags & TASK_INTERRUPTED && !done))
+  } else if (quiet && !(interrupted && !done))
     task_settle(L, rt, i, 1);
-  else if (t->flags & TASK_INTERRUPTED)
+  else if (interrupted)
     task_settle_canceled(L, rt, i);
   else
     task_settle_faulted(L, rt, i, 0);

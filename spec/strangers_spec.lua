@@ -1,0 +1,194 @@
+-- What strangers do to a task while its coroutine is being closed, and what errors do that are raised while others are
+-- reported. Nobody should do such things; but who does is told, and nothing breaks.
+
+local flow = require "coflow"
+local helper = require "spec.helper"
+
+local in_order, recorder = helper.in_order, helper.recorder
+local closed = "somebody has closed the coroutine"
+
+local function told(ok, err)
+  assert.is_false(ok)
+  assert.truthy(tostring(err):find(closed, 1, true), err)
+end
+
+describe("a <close> variable of a task whose coroutine is being closed", function()
+  before_each(function() flow.on_unobserved_exception(false) end)
+  after_each(function() flow.on_unobserved_exception(nil) end)
+
+  -- Closes, outside every task, the coroutine of one that waits for source.task, and is told. Its <close> variable
+  -- calls drive(task, source): returns what that has returned or raised.
+  local function while_closing(drive, start)
+    local source, outcome, co, task = flow.TaskCompletionSource(), nil, nil, nil
+    task = (start or function(body) return flow.async(body)() end)(function()
+      co = coroutine.running()
+      local _ <close> = helper.closing(function() outcome = table.pack(pcall(drive, task, source)) end)
+      source.task:await()
+      error("it has gone on")
+    end)
+    assert.is_true(coroutine.close(co))
+    flow.loop.run "nowait"
+    told(task:try_await())
+    return table.unpack(outcome, 1, outcome.n)
+  end
+
+  it("may run the loop, in which what the task waits for is completed", function()
+    assert.is_true(while_closing(function(_, source)
+      flow.run(function()
+        source:set_result()
+        flow.yield()
+      end)
+    end))
+  end)
+
+  it("may run one turn of the loop", function()
+    assert.is_true(while_closing(function(_, source)
+      source:set_result()
+      flow.loop.run "nowait"
+    end))
+  end)
+
+  it("cannot wait for the task: nothing would end it meanwhile", function()
+    local ok, err = while_closing(function(task, source)
+      source:set_result()
+      task:await()
+    end)
+    assert.is_false(ok)
+    helper.is_error("InvalidOperation", err, "deadlock")
+  end)
+
+  it("cannot run it by its scheduler", function()
+    local direct, queued = true, nil
+    local scheduler = flow.TaskScheduler.new { queue_task = function(self, task)
+      if direct then self:try_execute_task(task) else queued = task end
+    end }
+    local ok = while_closing(function(task, source)
+      direct = false
+      source:set_result()
+      flow.loop.run "nowait"
+      scheduler:try_execute_task(task)
+    end, function(body)
+      local task = flow.spawn_on(scheduler, body)
+      flow.loop.run "nowait"
+      return task
+    end)
+    assert.is_true(ok)
+    assert.is_not_nil(queued)
+  end)
+
+  it("learns that a loop hangs, of other tasks", function()
+    local ok, err = while_closing(function()
+      flow.run(function() flow.TaskCompletionSource().task:await() end)
+    end)
+    assert.is_false(ok)
+    helper.is_error("InvalidOperation", err, "deadlock")
+  end)
+end)
+
+describe("closing a task's coroutine", function()
+  it("while it is all that waits for who closes it, leaves the wait to others", in_order(function()
+    local log, note = recorder()
+    local on, co
+    on = flow.spawn(function()
+      coroutine.close(co) -- of the first waiter
+      flow.async(function() note("another got", on:await()) end)()
+      return "it"
+    end)
+    local first = flow.async(function()
+      co = coroutine.running()
+      on:await()
+    end)()
+    assert.equal("it", on:await()) -- which runs it in place
+    told(first:try_await())
+    helper.settle()
+    assert.same({ "another got it" }, log)
+  end))
+
+  it("cancels the children of its groups, whether anybody has asked for their token", in_order(function()
+    local co, child
+    local forever = flow.TaskCompletionSource().task
+    local owner = flow.async(function()
+      co = coroutine.running()
+      flow.task_group(function(group)
+        child = group:spawn(forever.await, forever)
+        forever:await()
+      end)
+    end)()
+    flow.yield()
+    assert.is_false((coroutine.close(co))) -- the group cannot wait for its children
+    told(owner:try_await())
+    helper.is_error("OperationCanceled", select(2, child:try_await()))
+  end))
+end)
+
+describe("a finalizer that closes a coroutine of flow.coroutine", function()
+  it("which has failed leaves its error as it was", function()
+    helper.output [[ -- by itself: here little else is allocated
+      local flow = require "coflow"
+      local finalizers = require "spec.support.finalizers"
+      local close = coroutine.close
+      flow.run(function()
+        finalizers.sweep(function(at)
+          local failure, co, unwound = {}, nil, false
+          local call = flow.coroutine.wrap(function()
+            co = coroutine.running()
+            local _ <close> = setmetatable({}, { __close = function() unwound = true end })
+            error(failure)
+          end)
+          local ok, err = at(function() close(co) end, pcall, call)
+          assert(not ok and err == failure and unwound)
+        end)
+      end)
+    ]]
+  end)
+end)
+
+describe("an error in a value_changed handler", function()
+  after_each(function() flow.on_unobserved_exception(nil) end)
+
+  it("as the context changes is reported once, not for the report of itself", function()
+    local switches, reports, ENOUGH = 0, 0, 1000
+    local armed = true
+    flow.on_unobserved_exception(function() reports = reports + 1 end)
+    local loc = flow.AsyncLocal { value_changed = function(change)
+      if not armed or not change.context_changed then return end
+      switches = switches + 1
+      if switches < ENOUGH then error("handler", 0) end -- else it would go on for ever
+    end }
+    loc.value = 1
+    flow.run(function()
+      flow.spawn(function()
+        loc.value = 3
+        flow.yield()
+      end)
+      loc.value = 2
+      flow.yield()
+      flow.yield()
+    end)
+    armed = false
+    loc.value = nil
+    assert.equal(switches, reports)
+    assert.is_true(switches > 1 and switches < 20, switches)
+  end)
+
+  it("that each report brings about is written, and no more than a few times", function()
+    local result = helper.child [[
+      local flow = require "coflow"
+      local n = 0
+      local loc = flow.AsyncLocal { value_changed = function(change)
+        if change.context_changed and n < 1000 then error("again", 0) end -- else it would go on for ever
+      end }
+      flow.on_unobserved_exception(function()
+        n = n + 1
+        loc.value = n -- and the context is put back
+      end)
+      flow.Task.from_exception("x")
+      collectgarbage()
+      flow.run(flow.yield)
+      print(n)
+    ]]
+    assert.equal(0, result.code, result.err)
+    assert.is_true(tonumber(result.out) < 20, result.out)
+    assert.equal("coflow: error while errors are reported: again\n", result.err)
+  end)
+end)
