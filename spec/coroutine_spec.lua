@@ -1876,3 +1876,58 @@ describe("a wrapped coroutine that is first resumed where no C call fits any mor
     end)
   end
 end)
+
+describe("Lua's own coroutine.yield in a coroutine of ours", function()
+  local stray = coroutine.yield
+  local seen = flow.AsyncLocal()
+  local scopes = {
+    with_timeout = function(fn) return flow.with_timeout(1, fn) end,
+    with_cancellation = function(fn) return flow.with_cancellation(flow.CancellationToken.none, fn) end,
+    shield = function(fn) return flow.shield(fn) end,
+    task_group = function(fn) return flow.task_group(fn) end,
+  }
+
+  it("works where no scope is open", in_task(function()
+    local gen = co.wrap(function()
+      flow.with_timeout(1, flow.yield)
+      stray(1)
+      stray(2)
+    end)
+    assert.same({ 1, 2 }, { gen(), gen() })
+  end))
+
+  for name, scope in pairs(scopes) do
+    it("out of " .. name .. " ends it: its scope reaches nobody else", in_task(function()
+      local closed = 0
+      local function body()
+        scope(function()
+          local _ <close> = helper.closing(function() closed = closed + 1 end)
+          stray(1)
+        end)
+      end
+      local function check(ok, err)
+        assert.is_false(ok)
+        helper.is_error("InvalidOperation", err, "coroutine_spec.lua:", "has left the scope opened at")
+        assert.is_nil(flow.deadline())
+        assert.equal(flow.CancellationToken.none, flow.shield(flow.cancellation_token))
+        flow.sleep(5)
+      end
+      local made = co.create(body)
+      check(co.resume(made))
+      assert.equal("dead", co.status(made))
+      check(pcall(co.wrap(body)))
+      assert.equal(2, closed)
+    end))
+  end
+
+  it("out of a value set for a block ends it, where the context is the resumer's", in_task(function()
+    local made = co.create(function() seen:run("inner", stray, 1) end, { context = "caller" })
+    local ok, err = co.resume(made)
+    assert.is_false(ok)
+    helper.is_error("InvalidOperation", err, "has left the scope opened at")
+    assert.is_nil(seen:get())
+    made = co.create(function() seen:run("inner", stray, 1) end) -- its own context: no scope of others
+    assert.same({ true, 1 }, { co.resume(made) })
+    assert.is_nil(seen:get())
+  end))
+end)

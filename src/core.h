@@ -828,7 +828,9 @@ ONCE void context_open(lua_State *L);
 /* ---- guard.c: scopes of the context ---- */
 
 void guard_drop_all(struct guard **home); /* [-0, +0, -] of an owner whose end has come */
-void guard_refuse_yield(lua_State *L);    /* [-0, +0, e] out of a guard opened in the coroutine L */
+/* [-0, +1, m] where one was opened in the coroutine co, which shares our context, that is open yet; false: [-0, +0] */
+bool guard_push_left_open(lua_State *L, struct runtime *rt, const lua_State *co);
+void guard_refuse_yield(lua_State *L); /* [-0, +0, e] out of a guard opened in the coroutine L */
 ONCE void guard_open(lua_State *L);
 
 /* ---- coroutine.c: the coroutine library, with awaits that pass through ---- */
@@ -930,6 +932,8 @@ static inline void scope_end_task(lua_State *L, struct runtime *rt, struct fiber
   f->member.scope = rt->root; /* for finalizers that run on it from now on */
   if (s->owner == f || s->owner == NULL) scope_end_owner(L, rt, f, s);
 }
+/* [-0, +1, m] where a scope was opened in the coroutine co that is open yet; false: [-0, +0] there is none */
+bool scope_push_left_open(lua_State *L, struct runtime *rt, lua_State *co);
 void scope_refuse_yield(lua_State *L); /* [-0, +0, e] out of a scope opened in the coroutine L */
 /* [-1, +1, m] the error on top has left the coroutine, and with it the scopes opened there */
 void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co);

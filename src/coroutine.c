@@ -291,6 +291,27 @@ static int prime(lua_State *L, lua_State *co) {
   return status;
 }
 
+/* [-1, +2, m] Lua's own coroutine.yield has left a scope open, whose place is on top: the coroutine ends there. Else the
+** scope would be open in whoever resumes it. */
+static int end_stray(lua_State *L, struct runtime *rt, lua_State *co, struct coroutine *c) {
+  lua_Debug ar = {.currentline = -1};
+  for (int level = 0; ar.currentline <= 0 && lua_getstack(co, level, &ar); level++)
+    lua_getinfo(co, "Sl", &ar);
+  lua_pushnil(L);
+  error_push(
+      L, ERROR_OPERATION,
+      "%s:%d: coroutine.yield here has left the scope opened at %s, which would be open in whoever "
+      "resumes the coroutine, so it was closed: yield with coflow.coroutine, which refuses that",
+      ar.short_src, ar.currentline, lua_tostring(L, -2));
+  lua_remove(L, -3); /* nil error */
+  run_closers(L, rt, L, co, c);
+  lua_settop(co, 0); /* of two errors the first one goes out */
+  exchange(L, rt, c, FRAME_RECORD);
+  drop(L, c, FRAME_RECORD);
+  c->state = IDLE;
+  return FAILED;
+}
+
 /* [-arguments, +n, m] resumes the coroutine of ours in the frame until it yields or ends; n, or how it
 ** failed. If the task is suspended in it, we are, until k. */
 static int step(lua_State *L, int arguments, lua_KFunction k, bool wrapped) {
@@ -318,6 +339,9 @@ static int step(lua_State *L, int arguments, lua_KFunction k, bool wrapped) {
     return lua_yieldk(L, 0, 0, k);
   }
   if (status != LUA_OK && status != LUA_YIELD) return take_error(L, rt, co, c, wrapped);
+  if (status == LUA_YIELD &&
+      (scope_push_left_open(L, rt, co) || (c->shares && guard_push_left_open(L, rt, co))))
+    return end_stray(L, rt, co, c);
   bool fits = lua_checkstack(L, results + 10);
   if (fits)
     lua_xmove(co, L, results);

@@ -21,18 +21,30 @@
 
 /* ---- where ---- */
 
+/* [-0, +1, m] that of a C function which C has called, say pcall; NULL: none is known */
+static const char *push_known_name(lua_State *L, lua_State *at, lua_Debug *ar) {
+  lua_getinfo(at, "f", ar);
+  lua_xmove(at, L, 1);
+  module_push_name(L);
+  const char *name = lua_tostring(L, -1);
+  return strcmp(name, "[C]") != 0 ? name : NULL;
+}
+
 /* [-0, +1, m] the name of the C function on the stack of L that a suspension cannot pass */
 static void push_barrier(lua_State *L, lua_State *at) {
   static const char *const passable[] = {"pcall",  "xpcall", "error", "assert",
                                          "dofile", "await",  NULL};
   lua_Debug ar;
-  for (int level = 1; lua_getstack(at, level, &ar); level++) {
+  int top = lua_gettop(L);
+  luaL_checkstack(L, 20, NULL);
+  for (int level = 1; lua_getstack(at, level, &ar); level++, lua_settop(L, top)) {
     lua_getinfo(at, "Sn", &ar);
-    if (ar.what[0] != 'C' || ar.name == NULL) continue;
+    if (ar.what[0] != 'C') continue;
+    const char *name = ar.name != NULL ? ar.name : push_known_name(L, at, &ar);
     const char *const *p = passable;
-    while (*p && strcmp(*p, ar.name) != 0) p++;
-    if (*p != NULL) continue;
-    lua_pushfstring(L, "inside a function called by '%s'", ar.name);
+    while (name != NULL && *p != NULL && strcmp(*p, name) != 0) p++;
+    if (name == NULL || *p != NULL) continue;
+    lua_pushfstring(L, "inside a function called by '%s'", name);
     return;
   }
   lua_pushliteral(L, "inside a message handler or another callback of C");

@@ -398,9 +398,8 @@ static int l_closed_by_user(lua_State *L) {
   const struct group *g = check_group(L);
   const struct runtime *rt = runtime(L);
   lua_Debug ar;
-  bool here = g->scope.co == L && g->scope.owner != NULL && &g->scope.owner->task == rt->me;
-  lua_pushboolean(L, !here || (lua_getstack(L, 2, &ar) && lua_getinfo(L, "S", &ar) &&
-                               *ar.what != 'C' && !module_is_ours(rt, ar.source)));
+  lua_pushboolean(L, g->scope.co != L || (lua_getstack(L, 2, &ar) && lua_getinfo(L, "S", &ar) &&
+                                          *ar.what != 'C' && !module_is_ours(rt, ar.source)));
   return 1;
 }
 

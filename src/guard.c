@@ -184,15 +184,22 @@ static int l_guard_gc(lua_State *L) {
   return 0;
 }
 
-void guard_refuse_yield(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  if (!coroutine_shares(L, rt)) return;
+bool guard_push_left_open(lua_State *L, struct runtime *rt, const lua_State *co) {
   const struct level *own = coroutine_own(rt);
   const struct guard *g =
       own ? *coroutine_guards(own->record) : scope_own(L, rt, (struct fiber *)rt->me)->guards;
-  for (; g != NULL; g = g->below) {
-    if (g->co == L) coroutine_refuse(L, g->place);
-  }
+  for (; g != NULL; g = g->below)
+    if (g->co == co) {
+      lua_pushstring(L, g->place);
+      return true;
+    }
+  return false;
+}
+
+void guard_refuse_yield(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  if (coroutine_shares(L, rt) && guard_push_left_open(L, rt, L))
+    coroutine_refuse(L, lua_tostring(L, -1));
 }
 
 /* ---- Lua face: what opens them ---- */

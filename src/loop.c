@@ -262,7 +262,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
       }
     }
     timer_fire_due(L, rt);
-    if (rt->ready != NULL) continue;
+    if (rt->ready != NULL || rt->stopping || rt->signaled) continue;
     double now = (double)uv_hrtime() / 1e9;
     if (now - rt->last_trim > TRIM_SECONDS) {
       fiber_trim(L);

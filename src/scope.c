@@ -709,23 +709,32 @@ void scope_unwind(lua_State *L, struct runtime *rt, lua_State *co) {
   }
 }
 
-/* [-0, +1, m] where s was opened: by the function on the stack that holds it */
-static void push_opening(lua_State *L, const struct scope *s) {
+/* [-0, +1, m] where in the coroutine co s was opened: by the function on its stack that holds it */
+static void push_opening(lua_State *L, lua_State *co, const struct scope *s) {
   lua_Debug ar;
-  for (int level = 1; lua_getstack(L, level, &ar); level++)
-    if (holds(L, &ar, s)) {
-      coroutine_push_place(L, level);
-      return;
-    }
+  for (int level = co == L; lua_getstack(co, level, &ar); level++) {
+    if (!holds(co, &ar, s)) continue;
+    do lua_getinfo(co, "Sl", &ar); /* … and by whom of the user's that was called */
+    while ((ar.currentline <= 0 || module_is_ours(runtime(L), ar.source)) &&
+           lua_getstack(co, ++level, &ar));
+    lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+    return;
+  }
   lua_pushliteral(L, "?");
 }
 
-void scope_refuse_yield(lua_State *L) {
-  for (struct scope *s = innermost((struct fiber *)runtime(L)->me); s != NULL; s = outside(s))
-    if (s->co == L) {
-      push_opening(L, s);
-      coroutine_refuse(L, lua_tostring(L, -1));
+bool scope_push_left_open(lua_State *L, struct runtime *rt, lua_State *co) {
+  for (struct scope *s = innermost((struct fiber *)rt->me); s != NULL; s = outside(s))
+    if (s->co == co) {
+      luaL_checkstack(co, LUA_MINSTACK, NULL);
+      push_opening(L, co, s);
+      return true;
     }
+  return false;
+}
+
+void scope_refuse_yield(lua_State *L) {
+  if (scope_push_left_open(L, runtime(L), L)) coroutine_refuse(L, lua_tostring(L, -1));
 }
 
 /* throw_if_canceled(token or nil): the error of the token, or of the ambient one; `none` opts out of both */
