@@ -1344,3 +1344,77 @@ describe("a stream whose reader's coroutine somebody has closed", function()
     server:close()
   end))
 end)
+
+describe("bytes that were taken, and lost", function()
+  -- A client with bytes in its queue, all of whose writes have returned, and whose connection has been reset since.
+  local function reset()
+    local client, server = pair()
+    fill(client)
+    server:abort()
+    until_true(function() return not pcall(client.read, client, 1) end)
+    return client
+  end
+
+  local function check_lost(ok, err)
+    assert.is_false(ok)
+    helper.is_error("IO", err)
+    assert.is_true(err.code == "ECONNRESET" or err.code == "EPIPE", err.code)
+  end
+
+  it("are told of by close, and by the end of a block", connected(function()
+    local client = reset()
+    check_lost(pcall(client.close, client))
+    assert.is_true(client:close()) -- and once
+    client = reset()
+    check_lost(flow.try_await(client:close_async()))
+    client = reset()
+    check_lost(pcall(function() local _ <close> = client end))
+  end))
+
+  it("are told of once: not by close when a flush or a write has raised it", connected(function()
+    local client = reset()
+    check_lost(pcall(client.flush, client))
+    assert.is_true(client:close())
+    client = reset()
+    check_lost(pcall(client.write, client, "more"))
+    assert.is_true(client:close())
+    client = reset()
+    client:dispose() -- which drops what has not been sent
+  end))
+end)
+
+describe("a stream", function()
+  it("takes a nil after the token of a write", connected(function()
+    local client, server = pair()
+    assert.is_true(client:write("a", "b", flow.CancellationToken.none, nil))
+    assert.equal("ab", server:read_exactly(2))
+  end))
+
+  it("is not shut down under a token that is canceled already", connected(function()
+    local client, server = pair()
+    helper.raises("OperationCanceled", client.shutdown, client, flow.CancellationToken.canceled)
+    assert.is_true(client:shutdown_async(flow.CancellationToken.canceled).is_canceled)
+    client:write("x")
+    client:shutdown()
+    assert.equal("x", server:read_all())
+  end))
+
+  it("gets an error, and the process no signal, after somebody has waited for SIGPIPE", function()
+    assert.equal("EPIPE\n", helper.output [[
+      local flow = require "coflow"
+      flow.run(function()
+        local listener <close> = flow.net.listen("127.0.0.1", 0)
+        local client = flow.net.connect("127.0.0.1", listener.port)
+        local server = listener:accept()
+        pcall(flow.with_timeout, 0.001, flow.signal.wait, "SIGPIPE")
+        client:close()
+        local ok, err
+        repeat
+          flow.sleep(0.001)
+          ok, err = pcall(server.write, server, "hello")
+        until not ok
+        print(err.code)
+      end)
+    ]])
+  end)
+end)

@@ -947,3 +947,14 @@ describe("closing the state", function()
     ]])
   end)
 end)
+
+describe("run", function()
+  it("does not wait for whoever else holds the input", function()
+    flow.run(function()
+      local program = { "sh", "-c", "exec 3<&0; sleep 60 >/dev/null 2>&1 & echo $!; exit 7" }
+      local holder, code = flow.with_timeout(20, flow.process.run, program, ("x"):rep(1 << 20))
+      flow.process.run { "kill", (holder:gsub("%s", "")) }
+      assert.equal(7, code)
+    end)
+  end)
+end)

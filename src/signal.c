@@ -102,6 +102,7 @@ static void unuse(struct caught *s) {
   if (--s->users > 0) return;
   uv_signal_stop(&s->uv);
   uv_unref((uv_handle_t *)&s->uv);
+  if (s->number == SIGPIPE) handle_ignore_broken_pipes(); /* libuv has made it deadly again */
 }
 
 static int use(struct caught *s) {

@@ -175,13 +175,23 @@ static void dispose(lua_State *L, struct stream *s) {
 
 /* it is closed, and there is nothing to wait for */
 static int closed_now(lua_State *L, struct stream *s, bool async) {
+  struct runtime *rt = s->handle.rt;
+  bool unsent = s->unsent;
   handle_changed(L, 1);
-  if (async) {
-    struct task *t = task_new(L, KIND_PROMISE, sizeof *t, 2, false);
+  s->unsent = false;
+  lua_settop(L, 1);
+  if (async) task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  if (!unsent)
     lua_pushboolean(L, 1);
-    task_settle(L, s->handle.rt, lua_gettop(L) - 1, 1);
-  } else
-    lua_pushboolean(L, 1);
+  else if (s->broken)
+    stream_push_broken(L, s, "close");
+  else
+    io_push_error(L, s->write_status, "close", NULL);
+  if (!async) return unsent ? lua_error(L) : 1;
+  if (unsent)
+    task_settle_error(L, rt, 2, 0);
+  else
+    task_settle(L, rt, 2, 1);
   return 1;
 }
 

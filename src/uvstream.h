@@ -52,6 +52,7 @@ struct stream {
   int write_status, free_slot;
   bool broken, shut, ended;
   bool was_cut; /* a write, by the last change of who waits */
+  bool unsent;  /* bytes of writes that have returned were lost, and nobody has been told */
   bool lingers; /* `close` is about to wait for the queue: the handle stays open */
   uint8_t kind;
   uint8_t standard; /* 1, 2, 3: it is standard input, output or error; 0: none of these */

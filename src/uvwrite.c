@@ -84,6 +84,13 @@ static void drop_all(struct stream *s) {
   while (s->first != NULL) drop_first(s);
 }
 
+/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever flushes or closes. */
+static void lose_all(struct stream *s) {
+  if (s->queued > 0 && (!waiter_any(&s->writes) || record_of(s->writes.next)->from > s->sent))
+    s->unsent = true;
+  drop_all(s);
+}
+
 void write_free(struct stream *s) {
   drop_all(s);
   while (waiter_any(&s->writes)) drop_record(record_of(s->writes.next));
@@ -170,7 +177,7 @@ static void send_more(struct stream *s) {
   s->flying = false;
   s->flight = 0;
   s->write_status = status;
-  drop_all(s);
+  lose_all(s);
 }
 
 void write_done(struct stream *s, int status) {
@@ -181,7 +188,7 @@ void write_done(struct stream *s, int status) {
     was_sent(s, size);
   else {
     if (s->write_status == 0) s->write_status = status;
-    drop_all(s);
+    lose_all(s);
   }
   send_more(s);
   end_writing(s);
@@ -229,6 +236,13 @@ static size_t sent_of(struct stream *s, const struct record *r, uint64_t *given)
   return sent - r->from < r->size ? (size_t)(sent - r->from) : r->size;
 }
 
+/* how much the system has taken */
+static uint64_t reached(const struct stream *s) {
+  size_t left =
+      s->flying && s->kind != STREAM_FD ? uv_stream_get_write_queue_size(&s->uv.stream) : 0;
+  return s->sent + s->flight - left;
+}
+
 /* a suspended write is canceled, or its stream is being closed */
 static void cut(struct stream *s, struct record *r) {
   uint64_t given = 0;
@@ -245,6 +259,7 @@ static void cut(struct stream *s, struct record *r) {
     }
     end_writing(s);
   } else {
+    if (reached(s) < r->from) s->unsent = true;
     s->broken = true;
     s->broken_by = s->written;
     s->broken_at = r->from + n;
@@ -330,7 +345,10 @@ static bool push_write_hindrance(lua_State *L, struct stream *s, const struct re
                                  const struct link *q) {
   if (stream_push_hindrance(L, s, r, s->standard != 0 ? NULL : q)) return true;
   int status = s->standard == 1 ? UV_EBADF : s->write_status;
-  if (status != 0) io_push_error(L, status, r->verb->name, NULL);
+  if (status != 0) {
+    io_push_error(L, status, r->verb->name, NULL);
+    s->unsent = false; /* it is told */
+  }
   return status != 0;
 }
 
@@ -414,6 +432,7 @@ static int write_any(lua_State *L, lua_CFunction f) {
   struct stream *s = stream_check(L);
   struct request r = {.verb = &write_verb};
   int n = lua_gettop(L);
+  if (n > 2 && lua_isnil(L, n) && object_test(L, n - 1, TAG_TOKEN) != NULL) lua_settop(L, --n);
   if (n > 1 && (object_test(L, n, TAG_TOKEN) != NULL || (n > 2 && lua_isnil(L, n))))
     n--;
   else {
@@ -463,6 +482,7 @@ enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request
     lua_pushboolean(L, 1);
     return LOOK_VALUE;
   }
+  s->unsent = false;
   return LOOK_ERROR;
 }
 
@@ -498,7 +518,11 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
     io_push_error(L, UV_EBADF, "shutdown", NULL);
     return lua_error(L);
   }
-  if (!s->handle.disposed && !s->broken && s->write_status == 0) {
+  const struct scope *scope = ((const struct fiber *)s->handle.rt->me)->member.scope;
+  const struct token *token = token_opt(L, 2);
+  bool canceled =
+      token != NULL ? operation_canceled(token, scope) : scope->canceled && !token_none(L, 2);
+  if (!s->handle.disposed && !s->broken && s->write_status == 0 && !canceled) {
     if (waiter_any(&s->writers))
       return error_throw(L, ERROR_OPERATION, "shutdown: another task is writing to this stream");
     if (f != NULL && s->queued > 0) fiber_here(L, s->handle.rt);

@@ -6,6 +6,8 @@
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
 local under = require "coflow.under_token"
+local resolve = require("coflow.dns").resolve -- now: later there may be no descriptor to read it with
+local task_group = require("coflow.group").task_group
 
 local net = core.open_net()
 
@@ -35,7 +37,7 @@ end
 -- The numeric addresses of a host.
 local function addresses_of(host, family, token)
   if is_address(host) and (family or "any") == "any" then return { host } end
-  return require("coflow.dns").resolve(host, { family = family }, token)
+  return resolve(host, { family = family }, token)
 end
 
 -- The first one.
@@ -295,7 +297,7 @@ local function serve_all(listener, fn, max, grace, on_error)
       state.stopping:dispose()
     end,
   })
-  require("coflow.group").task_group(function(group)
+  task_group(function(group)
     state.group = group
     accept_all(listener, state, group, fn, max)
   end, { policy = "supervise", grace = grace })

@@ -218,7 +218,8 @@ end
 -- A program need not read all that it is given.
 local function feed(stream, input)
   local ok, err = core.pcall(send, stream, input)
-  if not ok and not (is_error(err, "IO") and err.code == "EPIPE") then error(err, 0) end
+  if ok or is_error(err, "ObjectDisposed") then return end
+  if not (is_error(err, "IO") and (err.code == "EPIPE" or err.code == "ECANCELED")) then error(err, 0) end
 end
 
 local function run(args, input, options, token)
@@ -233,6 +234,7 @@ local function run(args, input, options, token)
     output = group:spawn(child.stdout.read_all, child.stdout, options.max)
     if child.stderr then errors = group:spawn(child.stderr.read_all, child.stderr, options.max) end
     code, signal = native.ended(child)
+    if input then child.stdin:dispose() end -- others may hold its other end, and need not read
   end)
   return output.result, code, errors and errors.result, signal
 end

@@ -1,8 +1,8 @@
 -- coflow.signal: signals of the system: SIGHUP to read a configuration again, SIGTERM to end.
 --
 -- While somebody waits here for a signal its default action is off, for the whole process; afterwards it is in
--- force again. Every wait and every stream for a signal gets it. flow.main, which has SIGINT and SIGTERM for
--- itself, gets them as well.
+-- force again (but SIGPIPE stays ignored where there are streams). Every wait and every stream for a signal gets it.
+-- flow.main, which has SIGINT and SIGTERM for itself, gets them as well.
 --
 -- SPDX-License-Identifier: MIT
 
