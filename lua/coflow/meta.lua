@@ -1520,7 +1520,7 @@ function Stream:flush_async(token) end
 
 ---Ends this direction once all that was written is sent: the peer reads up to the end, and may go on writing. Of
 ---standard output: print and its like have nobody to write to, either.
----Cancellation: ends the wait only.
+---Cancellation: ends the wait only; under a token that is canceled already nothing is begun.
 ---Raises: InvalidOperation while a write is suspended.
 ---@param token? coflow.CancellationToken
 ---@return true
@@ -1535,6 +1535,7 @@ function Stream:shutdown_async(token) end
 ---As a `<close>` variable it is closed so, or disposed while an error unwinds. A standard stream leaves its descriptor
 ---to print and its like.
 ---Cancellation: what has not been sent is dropped.
+---Raises: IO if bytes whose `write` had returned could not be sent, unless that was raised to somebody before.
 ---@param token? coflow.CancellationToken
 ---@return true
 function Stream:close(token) end
