@@ -457,15 +457,21 @@ static void follow_link(lua_State *L, int i, int up) {
   lua_settop(L, top);
 }
 
+/* [-0, +0, -] the callbacks of the list at `run` do not run */
+static void drop_rest(lua_State *L, int run) {
+  for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
+}
+
 /* [-1, +1, m] runs the callbacks of the list of marked tokens on top, and of all linked to them; leaves the
-** list of their errors, or nil. With `first` the first error is raised and the other callbacks dropped. */
+** list of their errors, or nil. With `first` the first error is raised and the other callbacks dropped: raw if it is
+** of the token itself, as that list if it is of one that is linked to it. */
 static void run_callbacks(lua_State *L, bool first) {
   luaL_checkstack(L, 20, NULL);
   lua_pushnil(L);
   lua_insert(L, -2); /* errors run */
   int run = lua_gettop(L), errors = run - 1;
   struct runtime *rt = runtime(L);
-  struct token *token = (struct token *)lua_touserdata(L, run);
+  struct token *token = (struct token *)lua_touserdata(L, run), *own = token;
   lua_getiuservalue(L, run, TOKEN_LIST); /* errors run list */
   while (token != NULL) {
     bool other = token->count == 0; /* token from here on */
@@ -478,8 +484,8 @@ static void run_callbacks(lua_State *L, bool first) {
       if (other)
         follow_link(L, run + 2, run);
       else if (r->pending && call(L, rt, run + 2, r) != LUA_OK) { /* … registration error */
-        if (first) {
-          for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
+        if (first && token == own) {
+          drop_rest(L, run);
           lua_error(L);
         }
         add_error(L, errors);
@@ -491,6 +497,10 @@ static void run_callbacks(lua_State *L, bool first) {
     }
     lua_settop(L, run);
     token = (struct token *)lua_touserdata(L, run);
+    if (first && (token == own || token == NULL) && !lua_isnil(L, errors)) {
+      drop_rest(L, run);
+      break;
+    }
     if (token == NULL || lua_getiuservalue(L, run, TOKEN_LIST) == LUA_TNIL) lua_settop(L, run + 1);
   }
   lua_settop(L, errors);
