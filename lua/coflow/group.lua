@@ -158,6 +158,10 @@ local function race(fns, options)
   if token ~= nil and not core.is_token(token) then
     core.argument_error(2, "token must be a CancellationToken")
   end
+  if not core.current_task() then
+    error(errors.InvalidOperation(
+      "race outside every task: run the program with flow.run(fn), and use it in there"), 0)
+  end
   local _ <close> = under.blame(token)
   local _ <close> = under.open(token)
   return task_group(function(group)
