@@ -729,3 +729,38 @@ describe("an operation at the top level that cannot end", function()
     end))
   end)
 end)
+
+describe("a finalizer that uses the library while the state closes", function()
+  it("may do so after os.exit in a task", function()
+    assert.equal("done\n", output [[
+      local flow = require "coflow"
+      local loc = flow.AsyncLocal()
+      local kept = setmetatable({}, { __gc = function()
+        pcall(flow.spawn, print)
+        pcall(loc.get, loc)
+        pcall(loc.set, loc, 3)
+        pcall(flow.ExecutionContext.capture)
+        print "done"
+      end })
+      flow.run(function()
+        loc.value = 1
+        flow.yield()
+        os.exit(kept and 0, true)
+      end)
+    ]])
+  end)
+
+  it("may do so when the library has been closed: it was there before", function()
+    assert.equal("done\n", output [[
+      local timer, source
+      local kept = setmetatable({}, { __gc = function()
+        timer:dispose()
+        source:cancel()
+        print "done"
+      end })
+      local flow = require "coflow"
+      timer, source = flow.Timer(print, 100), flow.CancellationTokenSource(100)
+      assert(kept)
+    ]])
+  end)
+end)

@@ -282,6 +282,7 @@ static void shrink(lua_State *L, struct deadlines *w) {
 
 bool deadline_has_room(lua_State *L, struct runtime *rt) {
   struct deadlines *w = rt->deadlines;
+  if (rt->closed) return false;
   if (w == NULL) {
     w = (struct deadlines *)resize(L, NULL, 0, sizeof *w);
     if (w == NULL) return false;
@@ -341,6 +342,7 @@ double deadline_add(struct runtime *rt, struct deadline *d, double seconds) {
 
 void deadline_move(struct runtime *rt, struct deadline *d, double due) {
   struct deadlines *w = rt->deadlines;
+  if (w == NULL) return; /* the state closes */
   displace(w, d->index);
   w->nodes[d->index].due = due;
   place(w, d->index);
@@ -349,7 +351,7 @@ void deadline_move(struct runtime *rt, struct deadline *d, double due) {
 void deadline_drop(struct runtime *rt, struct deadline *d) {
   struct deadlines *w = rt->deadlines;
   uint32_t n = d->index;
-  if (n == 0) return;
+  if (n == 0 || w == NULL) return; /* NULL: the state closes */
   displace(w, n);
   d->index = 0;
   w->nodes[n].next = w->free;
@@ -358,12 +360,13 @@ void deadline_drop(struct runtime *rt, struct deadline *d) {
 }
 
 void deadline_rest(struct runtime *rt, struct deadline *d) {
+  if (rt->deadlines == NULL) return;
   displace(rt->deadlines, d->index);
   rt->deadlines->nodes[d->index].next = RESTS;
 }
 
 bool deadline_rests(const struct runtime *rt, const struct deadline *d) {
-  return d->index != 0 && rt->deadlines->nodes[d->index].next == RESTS;
+  return d->index != 0 && rt->deadlines != NULL && rt->deadlines->nodes[d->index].next == RESTS;
 }
 
 bool deadline_any(const struct runtime *rt) {
@@ -372,7 +375,7 @@ bool deadline_any(const struct runtime *rt) {
 }
 
 double deadline_due(const struct runtime *rt, const struct deadline *d) {
-  return d->index ? rt->deadlines->nodes[d->index].due : HUGE_VAL;
+  return d->index && rt->deadlines != NULL ? rt->deadlines->nodes[d->index].due : HUGE_VAL;
 }
 
 struct deadline *deadline_first(struct runtime *rt, double now) {

@@ -126,7 +126,8 @@ static void push_bottom(lua_State *L, lua_State *co, int n) {
 void fiber_push(lua_State *L, lua_State *co) { push_bottom(L, co, BODY_TASK); }
 
 void fiber_push_unheld(lua_State *L, struct runtime *rt, struct fiber *f) {
-  if (rt->started == f && rt->me == &f->task) {
+  if (rt->started == f && rt->me == &f->task &&
+      lua_touserdata(rt->started_on, rt->started_at) == (void *)f) { /* else the state closes */
     lua_pushvalue(rt->started_on, rt->started_at);
     if (rt->started_on != L) lua_xmove(rt->started_on, L, 1);
   } else

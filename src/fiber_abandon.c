@@ -184,7 +184,7 @@ static void dispose(lua_State *L, int i, struct fiber *f) {
   rt->resetting = resetting;
   rt->depth--;
   scope_end_task(L, rt, f);
-  rt->me = me;
+  rt->me = me == &f->task ? rt->outside : me; /* it has called os.exit */
   if (ready)
     f->task.flags |= TASK_ABANDONED; /* should the loop ever come to it */
   else

@@ -87,5 +87,5 @@ void shutdown_run(lua_State *L, struct runtime *rt) {
   if (rt->ready || rt->idle_ticks) periodic_close(L, rt);
   deadline_close(L, rt);
   rt->idle = NULL;
-  rt->idle_count = 0;
+  rt->idle_count = rt->idle_size = 0;
 }
