@@ -1380,6 +1380,15 @@ describe("bytes that were taken, and lost", function()
     assert.is_true(client:close())
     client = reset()
     client:dispose() -- which drops what has not been sent
+    assert.is_true(client:close())
+    local server
+    client, server = pair()
+    fill(client)
+    client:dispose()
+    assert.is_string(server:read()) -- what was in flight has been given up by then
+    flow.sleep(0.001)
+    assert.is_true(client:close())
+    do local _ <close> = client end
   end))
 end)
 

@@ -226,7 +226,10 @@ static int close_any(lua_State *L, lua_CFunction f) {
     if (f != NULL && fiber_here(L, s->handle.rt) == NULL) return fiber_outside(L, f);
     module_push_function(L, wait_and_close); /* stream token function */
   }
-  if (s->handle.disposed) return closed_now(L, s, f == NULL);
+  if (s->handle.disposed) {
+    s->unsent = false; /* it was told, or dropped on purpose: a second time is harmless */
+    return closed_now(L, s, f == NULL);
+  }
   if (s->queued == 0) {
     dispose(L, s);
     return closed_now(L, s, f == NULL);
