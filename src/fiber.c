@@ -499,9 +499,8 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
         fiber_fail(L, rt, f);
         break;
       default:
-        if (is_active(
-                f->co)) { /* somebody is closing it, and runs the loop: its watch sees to it */
-          lua_pop(f->co, 1);
+        if (is_active(f->co)) {
+          lua_pop(f->co, 1); /* somebody is closing it, and runs the loop: its watch sees to it */
           f->task.state = TASK_QUEUED;
           f->task.flags |= TASK_PARKED;
           break;

@@ -117,8 +117,8 @@ void fiber_settle_lost(lua_State *L, int i) {
     lua_pop(L, 1);
 }
 
-/* The coroutine L is being closed, by somebody else unless rt->resetting. Creates nothing while it looks for the task, which it
-** may be that nobody holds any more. Should somebody do, it fails when it is awaited (fiber_await). */
+/* The coroutine L is being closed, by somebody else unless it is rt->resetting. Creates nothing while it looks for the
+** task, which it may be that nobody holds any more. Should somebody do, it fails when it is awaited (fiber_await). */
 static int l_watch_close(lua_State *L) {
   struct runtime *rt = runtime(L);
   if (rt->closed || rt->resetting == L || !is_watch(L)) return 0;

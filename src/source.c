@@ -58,7 +58,6 @@ static void arm(lua_State *L, int k, double seconds) {
 
 void expiry_fire(lua_State *L, struct runtime *rt, int i) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  luaL_checkstack(L, 20, NULL);
   loop_ready(rt, t); /* it keeps its slot until it lands */
   lua_getiuservalue(L, i, OP_TOKEN);
   lua_pushnil(L); /* reason */

@@ -32,6 +32,7 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
     scope_expire(L, rt, container_of(d, struct scope, deadline));
     return;
   }
+  luaL_checkstack(L, 30, NULL); /* what fails for want of memory is still due */
   deadline_drop(rt, d);
   switch (d->kind) {
     case DEADLINE_NAP: {
