@@ -502,6 +502,38 @@ describe("a registration", function()
     assert.equal(300, #registrations)
   end))
 
+  it("leaves the list of a token that lives long, while older ones stay", in_task(function()
+    local source <close> = Source()
+    local token, all, open = source.token, weak(), {}
+    token:register(nothing)
+    for i = 1, 1000 do -- ten at a time, the oldest goes first: never the last one of the list
+      open[#open + 1] = token:register(nothing)
+      all[i] = open[#open]
+      if #open > 10 then table.remove(open, 1):unregister() end
+    end
+    assert.is_true(alive(all) < 100)
+    assert.equal(10, #open)
+  end))
+
+  it("of a linked source leaves that list as well", in_task(function()
+    local source <close> = Source()
+    local all, open = weak(), {}
+    source.token:register(nothing)
+    for i = 1, 1000 do
+      open[#open + 1] = Source.linked(source.token)
+      open[#open].token:register(nothing)
+      all[i] = open[#open].token
+      if #open > 10 then table.remove(open, 1):dispose() end
+    end
+    local registered = collectgarbage("count")
+    for _ = 1, 10000 do
+      open[#open + 1] = Source.linked(source.token)
+      table.remove(open, 1):dispose()
+    end
+    assert.is_true(alive(all) < 100)
+    assert.is_true(collectgarbage("count") - registered < 100)
+  end))
+
   it("stays in force when nobody keeps it", in_task(function()
     local events, record = recorder()
     local source <close> = Source()

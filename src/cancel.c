@@ -25,16 +25,24 @@
 */
 #include "token.h"
 
+/* A token may have many: of most, nothing but this and their first user value is there. */
 struct registration {
   uint32_t tag;
   bool pending; /* its callback may still run */
-  bool link, captured, packed;
-  bool in_context;     /* the captured context is not the empty one */
-  struct link sibling; /* of a link: among those of the same token */
-  struct token *child; /* … the token to be canceled next */
+  bool captured, packed;
+  bool in_context; /* it has a captured context, which is not the empty one */
+  bool link;       /* it begins a struct token_link */
 };
 /* of a link, REGISTRATION_TARGET is the token to cancel; else a function or { function, arguments, n } */
 enum { REGISTRATION_TARGET = 1, REGISTRATION_CONTEXT };
+
+struct token_link {
+  struct registration registration;
+  struct link sibling; /* among those of the same token */
+  struct token *child; /* the token to be canceled next */
+};
+
+static struct token_link *link_of(struct registration *r) { return (struct token_link *)(void *)r; }
 
 /* ---- what a token interrupts ---- */
 
@@ -65,7 +73,7 @@ void token_rearmed(lua_State *L, struct token *k) {
     for (struct link *l = k->pendings.next; l != &k->pendings; l = l->next)
       pending_hold(L, container_of(l, struct pending, link), armed);
     for (struct link *l = k->links.next; l != &k->links; l = l->next)
-      token_count_arm(L, container_of(l, struct registration, sibling)->child, armed ? 1 : -1);
+      token_count_arm(L, container_of(l, struct token_link, sibling)->child, armed ? 1 : -1);
   }
   rt->rearm_busy = false;
 }
@@ -158,7 +166,7 @@ void token_push_canceled(lua_State *L, int reason) {
 static void clear(lua_State *L, int i, struct registration *r) {
   if (i < 0) i = lua_absindex(L, i);
   r->pending = false;
-  if (r->link) link_drop(&r->sibling);
+  if (r->link) link_drop(&link_of(r)->sibling);
   lua_pushnil(L);
   lua_setiuservalue(L, i, REGISTRATION_TARGET);
   if (!r->in_context) return;
@@ -186,14 +194,17 @@ void token_sweep(lua_State *L, struct token *token) {
     lua_rawseti(L, -2, i);
   }
   token->count = kept;
+  token->swept = runtime(L)->unregistered;
 }
 
 /* [-1, +0, m] appends the registration r on top to the list below it, of that token */
 static void attach(lua_State *L, struct token *token, struct registration *r) {
   if (token->count > token->limit) {
-    lua_insert(L, -2);
-    token_sweep(L, token);
-    lua_insert(L, -2);
+    if (token->swept != runtime(L)->unregistered) { /* else all are alive, as they were then */
+      lua_insert(L, -2);
+      token_sweep(L, token);
+      lua_insert(L, -2);
+    }
     token->limit = 2 * token->count + 16;
   }
   /* registered and unregistered again and again: the last one gives up its place */
@@ -205,8 +216,8 @@ static void attach(lua_State *L, struct token *token, struct registration *r) {
 }
 
 /* [-0, +0, -] the token above, whose link r is, will not cancel r->child any more */
-static void drop_link(lua_State *L, const struct token *up, const struct registration *r) {
-  if (r->pending && r->link && up->told) token_count_arm(L, r->child, -1);
+static void drop_link(lua_State *L, const struct token *up, struct registration *r) {
+  if (r->pending && r->link && up->told) token_count_arm(L, link_of(r)->child, -1);
 }
 
 /* [-0, +0, -] drops all registrations of the token at k */
@@ -228,8 +239,6 @@ void token_drop_registrations(lua_State *L, int k) {
 
 /* The links of a token: { registration, token above, registration, token above … }. */
 
-static struct registration *registration_new(lua_State *L);
-
 void token_unfollow(lua_State *L, int k) {
   k = lua_absindex(L, k);
   if (lua_getiuservalue(L, k, TOKEN_LINKS) == LUA_TTABLE) {
@@ -238,6 +247,7 @@ void token_unfollow(lua_State *L, int k) {
     for (int i = 1; lua_rawgeti(L, -1, i) == LUA_TUSERDATA; i += 2) {
       struct registration *r = (struct registration *)lua_touserdata(L, -1);
       lua_rawgeti(L, -2, i + 1);
+      runtime(L)->unregistered++;
       drop_link(L, (const struct token *)lua_touserdata(L, -1), r);
       clear(L, -2, r);
       lua_pop(L, 2);
@@ -252,8 +262,9 @@ void token_follow(lua_State *L, int k, int up) {
   struct token *above = (struct token *)lua_touserdata(L, up);
   if (above->never) return;
   luaL_checkstack(L, 10, NULL);
-  struct registration *r = registration_new(L);
-  r->link = true;
+  struct token_link *l =
+      (struct token_link *)object_new(L, TAG_REGISTRATION, sizeof *l, REGISTRATION_TARGET);
+  l->registration.link = true;
   lua_pushvalue(L, k);
   lua_setiuservalue(L, -2, REGISTRATION_TARGET);
   module_push_table(L, k, TOKEN_LINKS); /* registration links */
@@ -274,9 +285,9 @@ void token_follow(lua_State *L, int k, int up) {
     return;
   }
   if (!above->canceled && !above->disposed) {
-    r->child = token;
-    attach(L, above, r);
-    link_append(&above->links, &r->sibling);
+    l->child = token;
+    attach(L, above, &l->registration);
+    link_append(&above->links, &l->sibling);
     if (above->told) token_count_arm(L, token, 1);
     lua_pop(L, 1);
     return;
@@ -657,17 +668,17 @@ static int l_is_token(lua_State *L) {
   return 1;
 }
 
-/* [-0, +1, m] a registration, not yet in a chain; its user values are nil */
-static struct registration *registration_new(lua_State *L) {
+/* [-0, +1, m] the registration of a callback, not yet in a list; its user values are nil */
+static struct registration *registration_new(lua_State *L, int uservalues) {
   return (struct registration *)object_new(L, TAG_REGISTRATION, sizeof(struct registration),
-                                           REGISTRATION_CONTEXT);
+                                           uservalues);
 }
 
 /* [-0, +1, m] the one registration of the token at k whose callback will not run, or has run */
 static int push_inert(lua_State *L, int k) {
   if (lua_getiuservalue(L, k, TOKEN_INERT) == LUA_TNIL) {
     lua_pop(L, 1);
-    registration_new(L);
+    registration_new(L, 0);
     lua_pushvalue(L, -1);
     lua_setiuservalue(L, k, TOKEN_INERT);
   }
@@ -688,17 +699,22 @@ static int register_callback(lua_State *L, bool capture) {
     lua_settop(L, 2);
   }
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
-  struct registration *r = registration_new(L);
+  bool context = capture && rt->me->flags & TASK_HAS_CONTEXT;
+  struct registration *r =
+      registration_new(L, context ? REGISTRATION_CONTEXT : REGISTRATION_TARGET);
   r->captured = capture;
   r->packed = n > 1;
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 3, REGISTRATION_TARGET);
-  if (capture && rt->me->flags & TASK_HAS_CONTEXT) {
+  if (context) {
     context_push_flowing(L, rt->me);
     r->in_context = !lua_isnil(L, -1);
     lua_setiuservalue(L, 3, REGISTRATION_CONTEXT);
   }
-  module_push_table(L, 1, TOKEN_LIST);
+  if (token->count > 0)
+    lua_getiuservalue(L, 1, TOKEN_LIST);
+  else
+    module_push_table(L, 1, TOKEN_LIST);
   if (!token->canceled) {
     lua_pushvalue(L, 3);
     attach(L, token, r);
@@ -715,7 +731,10 @@ static int l_unsafe_register(lua_State *L) { return register_callback(L, false);
 static int l_unregister(lua_State *L) {
   struct registration *r = (struct registration *)object_check(L, 1, TAG_REGISTRATION);
   bool pending = r->pending;
-  if (pending) clear(L, 1, r);
+  if (pending) {
+    runtime(L)->unregistered++;
+    clear(L, 1, r);
+  }
   lua_pushboolean(L, pending);
   return 1;
 }

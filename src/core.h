@@ -460,8 +460,9 @@ struct runtime {
   int free_slot;       /* of the anchors */
   struct token *rearm; /* tokens that have just been armed or disarmed (cancel.c) */
   bool rearm_busy;
-  bool linked;          /* to a token that has been marked as canceled others are linked */
-  struct task *hurried; /* expired, to land when all that is due is known; the last one first */
+  unsigned unregistered; /* how many callbacks have been: dead ones lie in the lists of tokens */
+  bool linked;           /* to a token that has been marked as canceled others are linked */
+  struct task *hurried;  /* expired, to land when all that is due is known; the last one first */
   const struct task *refused; /* who was refused a suspension last, its scope being canceled, … */
   unsigned refusals;          /* … and how often in succession */
   const lua_State *resetting; /* the coroutine of a task that we ourselves are closing */

@@ -16,6 +16,7 @@ struct token {
       told; /* what those linked to it know of its being armed: once canceled, it stays as it was */
   int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
+  unsigned swept;   /* rt->unregistered when none of the list was dead */
   struct registration *last;
   struct link links;      /* those among them that are links; head of a circular list */
   struct link pendings;   /* head of a circular list */
