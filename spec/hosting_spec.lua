@@ -748,6 +748,19 @@ describe("a host that gets a signal", function()
     return result.out, result.code, result.err
   end
 
+  it("ends at a second one though a service computes for ever", function()
+    local _, code = run [[
+      local host = flow.Host()
+      host:add(flow.BackgroundService(function()
+        send()
+        send()
+        while true do end
+      end))
+      flow.run(host.run, host)
+    ]]
+    assert.equal(143, code)
+  end)
+
   it("stops, and returns", function()
     local out, code, err = run [[
       local host = flow.Host():add(slow "a"):add(slow "b")

@@ -323,6 +323,15 @@ describe("flow.main", function()
     assert.same({ 143, "" }, { result.code, result.out })
   end)
 
+  it("ends the process at a second signal though it computes for ever", function()
+    local result = main [[
+      io.popen("kill -INT $PPID"):close()
+      io.popen("kill -INT $PPID"):close()
+      while true do end
+    ]]
+    assert.equal(130, result.code)
+  end)
+
   it("runs nothing in a task: InvalidOperation, raised or as its failure", function()
     local result = child [[
       local flow = require "coflow"

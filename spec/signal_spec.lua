@@ -121,7 +121,7 @@ describe("signal.wait", function()
         local _ = flow.spawn(wait), flow.signal.wait_async { "SIGUSR1", "SIGHUP" }
         flow.sleep(0.001)
       end)
-      local catcher = require "coflow.core".catch(1)
+      local catcher = require "coflow.core".catch(false, 1)
       catcher:wait()
       print("done")
     ]])
@@ -130,7 +130,7 @@ describe("signal.wait", function()
   it("closes what was forgotten", live(function()
     local core = require "coflow.core"
     do
-      local catcher = core.catch(core.signals.SIGUSR1)
+      local catcher = core.catch(false, core.signals.SIGUSR1)
       assert.is_true(flow.loop.is_alive())
       assert.is_nil(catcher:take())
     end
@@ -189,16 +189,38 @@ describe("signal.stream", function()
 end)
 
 describe("a catcher of signals", function()
+  it("for the first one only shares the signal with others", live(function()
+    local core = require "coflow.core"
+    local USR1 = core.signals.SIGUSR1
+    local all <close> = core.catch(false, USR1)
+    local first <close> = core.catch(true, USR1)
+    do
+      local again <close> = core.catch(true, USR1)
+      send("USR1")
+      flow.await(again:wait())
+      assert.equal(USR1, again:take())
+      settle(function() return first:take() == USR1 and all:take() == USR1 end)
+    end
+    send("USR1")
+    flow.await(all:wait())
+    assert.equal(USR1, all:take())
+    assert.is_nil(first:take())
+    local later <close> = core.catch(true, USR1) -- the handle is started anew
+    send("USR1")
+    flow.await(later:wait())
+    assert.equal(USR1, later:take())
+  end))
+
   local core = require "coflow.core"
   local USR1, USR2 = core.signals.SIGUSR1, core.signals.SIGUSR2
 
   it("notes what comes between two waits: each once, in order of arrival", live(function()
-    local catcher <close> = core.catch(USR1, USR2)
+    local catcher <close> = core.catch(false, USR1, USR2)
     send("USR2")
     flow.await(catcher:wait())
     send("USR1")
     send("USR2")
-    local other <close> = core.catch(USR1)
+    local other <close> = core.catch(false, USR1)
     send("USR1")
     flow.await(other:wait())
     assert.equal(USR2, catcher:take())
@@ -209,7 +231,7 @@ describe("a catcher of signals", function()
   end))
 
   it("does not lose what comes when its waiter is canceled", live(function()
-    local catcher <close> = core.catch(USR1)
+    local catcher <close> = core.catch(false, USR1)
     local task = flow.spawn(function() flow.await(catcher:wait()) end)
     flow.yield()
     send("USR1")
@@ -222,7 +244,7 @@ describe("a catcher of signals", function()
   it("wakes its waiter when it is closed", live(function()
     local waiter
     do
-      local catcher <close> = core.catch(USR1)
+      local catcher <close> = core.catch(false, USR1)
       waiter = catcher:wait()
       assert.equal(waiter, catcher:wait())
       assert.is_false(waiter.is_completed)

@@ -146,7 +146,10 @@ bool poll_pass_time(struct runtime *rt) {
   return true;
 }
 
-/* ---- signals ---- */
+/* ---- signals ----
+**
+** Each of the two is watched for once. The system itself gives a signal back when it comes, so that a second one ends
+** the process although the program computes for ever and nobody hears of the first. */
 
 static void on_signal(uv_signal_t *handle, int number) {
   struct runtime *rt =
@@ -162,7 +165,7 @@ void poll_watch_signals(struct runtime *rt, bool on) {
       uv_unref((uv_handle_t *)&rt->signals[i]);
     }
     if (on)
-      uv_signal_start(&rt->signals[i], on_signal, numbers[i]);
+      uv_signal_start_oneshot(&rt->signals[i], on_signal, numbers[i]);
     else
       uv_signal_stop(&rt->signals[i]);
   }

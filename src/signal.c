@@ -9,6 +9,10 @@
 ** stopped when the last one closes, which gives the signal back to the system. It is freed with the loop. While it
 ** is started it keeps the loop alive: whoever waits for a signal does not wait in vain.
 **
+** A catcher may be for the first signal only (`once`). Those share a handle of their own, a one-shot one: the system
+** gives the signal back when it comes, so that a second one has its default action even if the program computes and
+** hears of none.
+**
 ** Who waits awaits a promise of the catcher's, complete once something is noted. It is the catcher that lands
 ** then: it begins with a struct task for the ready list's sake, as a scope does, and is nothing for scripts. While
 ** its promise is pending its anchor holds it, so that who waits for a signal is not garbage.
@@ -30,6 +34,7 @@ struct catcher {
   struct task task;
   struct link link; /* in rt->catchers */
   uint32_t mask, noted;
+  bool once;
   uint8_t order[NUMBERS];
   int count;
 };
@@ -37,6 +42,7 @@ struct catcher {
 struct caught {
   struct caught *next;
   int number, users;
+  bool once;
   uv_signal_t uv;
 };
 
@@ -82,19 +88,20 @@ int signal_number(const char *name) {
 
 static void on_signal(uv_signal_t *handle, int number) {
   struct runtime *rt = container_of(handle->loop, struct runtime, loop);
+  const struct caught *s = container_of(handle, struct caught, uv);
   uint32_t bit = (uint32_t)1 << number;
   for (struct link *l = rt->catchers.next; l != &rt->catchers; l = l->next) {
     struct catcher *c = container_of(l, struct catcher, link);
-    if (!(c->mask & bit) || c->noted & bit) continue;
+    if (!(c->mask & bit) || c->noted & bit || c->once != s->once) continue;
     c->noted |= bit;
     c->order[c->count++] = (uint8_t)number;
     if (c->task.slot != 0) loop_ready(rt, &c->task);
   }
 }
 
-static struct caught *find(struct runtime *rt, int number) {
+static struct caught *find(struct runtime *rt, int number, bool once) {
   struct caught *s = rt->caught;
-  while (s != NULL && s->number != number) s = s->next;
+  while (s != NULL && (s->number != number || s->once != once)) s = s->next;
   return s;
 }
 
@@ -106,29 +113,28 @@ static void unuse(struct caught *s) {
 }
 
 static int use(struct caught *s) {
-  if (s->users > 0) {
-    s->users++;
-    return 0;
-  }
-  int status = uv_signal_start(&s->uv, on_signal, s->number);
+  int status = 0;
+  if (!uv_is_active((uv_handle_t *)&s->uv)) /* nobody, or a one-shot one whose signal has come */
+    status = s->once ? uv_signal_start_oneshot(&s->uv, on_signal, s->number)
+                     : uv_signal_start(&s->uv, on_signal, s->number);
   if (status < 0) return status;
   uv_ref((uv_handle_t *)&s->uv);
   s->users++;
   return 0;
 }
 
-static void unuse_all(struct runtime *rt, uint32_t mask) {
+static void unuse_all(struct runtime *rt, uint32_t mask, bool once) {
   for (int number = 0; number < NUMBERS; number++)
-    if (mask >> number & 1) unuse(find(rt, number));
+    if (mask >> number & 1) unuse(find(rt, number, once));
 }
 
 /* what was opened; an error of libuv leaves everything as it was */
-static int use_all(struct runtime *rt, uint32_t mask) {
+static int use_all(struct runtime *rt, uint32_t mask, bool once) {
   for (int number = 0; number < NUMBERS; number++) {
     if (!(mask >> number & 1)) continue;
-    int status = use(find(rt, number));
+    int status = use(find(rt, number, once));
     if (status >= 0) continue;
-    unuse_all(rt, mask & (((uint32_t)1 << number) - 1));
+    unuse_all(rt, mask & (((uint32_t)1 << number) - 1), once);
     return status;
   }
   return 0;
@@ -137,7 +143,7 @@ static int use_all(struct runtime *rt, uint32_t mask) {
 static void catcher_close(struct runtime *rt, struct catcher *c) {
   if (c->link.next == NULL) return;
   link_drop(&c->link);
-  unuse_all(rt, c->mask);
+  unuse_all(rt, c->mask, c->once);
 }
 
 void signal_free(lua_State *L, struct runtime *rt) {
@@ -153,35 +159,37 @@ void signal_free(lua_State *L, struct runtime *rt) {
 /* ---- Lua face ---- */
 
 /* [-0, +0, m] there is a handle for that signal */
-static void need(lua_State *L, struct runtime *rt, int number) {
-  if (find(rt, number) != NULL) return;
+static void need(lua_State *L, struct runtime *rt, int number, bool once) {
+  if (find(rt, number, once) != NULL) return;
   uv_loop_t *loop = loop_check_uv(L);
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
   if (s == NULL) luaL_error(L, "not enough memory");
-  *s = (struct caught){.next = rt->caught, .number = number};
+  *s = (struct caught){.next = rt->caught, .number = number, .once = once};
   uv_signal_init(loop,
                  &s->uv); /* which cannot fail: uv_loop_init has made the pipe that it needs */
   uv_unref((uv_handle_t *)&s->uv);
   rt->caught = s;
 }
 
-/* catch(number …) -> a catcher */
+/* catch(once, number …) -> a catcher */
 static int l_catch(lua_State *L) {
   struct runtime *rt = runtime(L);
+  bool once = lua_toboolean(L, 1);
   uint32_t mask = 0;
-  for (int i = lua_gettop(L); i > 0; i--) {
+  for (int i = lua_gettop(L); i > 1; i--) {
     lua_Integer number = luaL_checkinteger(L, i);
     luaL_argcheck(L, number > 0 && number < NUMBERS, i, "no such signal");
     mask |= (uint32_t)1 << number;
-    need(L, rt, (int)number);
+    need(L, rt, (int)number, once);
   }
   struct catcher *c =
       (struct catcher *)object_new(L, TAG_CATCHER | KIND_CATCHER, sizeof *c, CATCHER_PROMISE);
   c->task.state = TASK_WAITING;
   c->mask = mask;
-  int status = use_all(rt, mask);
+  c->once = once;
+  int status = use_all(rt, mask, once);
   if (status < 0) {
     error_push(L, ERROR_IO, "cannot catch the signal: %s", uv_strerror(status));
     lua_pushstring(L, uv_err_name(status));

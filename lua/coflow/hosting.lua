@@ -474,7 +474,7 @@ function Host:run(token)
   end
   self._running = true
   local guard <close> = setmetatable({ host = self }, ending_run)
-  local catcher <close> = core.catch(core.signals.SIGINT, core.signals.SIGTERM)
+  local catcher <close> = core.catch(true, core.signals.SIGINT, core.signals.SIGTERM)
   guard.watcher = start_detached(nil, watch_signals, watch_signals, self, catcher)
   if self._state == "created" then
     local ok, err = xpcall(start, core.trace_handler, self, token)

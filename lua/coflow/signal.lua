@@ -63,7 +63,7 @@ end
 function signal.wait(which, token)
   local numbers = check_wait(which, token)
   core.throw_if_canceled(token)
-  local catcher <close> = core.catch(table.unpack(numbers))
+  local catcher <close> = core.catch(false, table.unpack(numbers))
   return next_of(catcher, token)
 end
 
@@ -76,7 +76,7 @@ signal.wait_async = arguments.twin(signal.wait, check_wait)
 function signal.stream(which)
   local numbers = numbers_of(which)
   return require("coflow.stream").new(function(emit)
-    local catcher <close> = core.catch(table.unpack(numbers))
+    local catcher <close> = core.catch(false, table.unpack(numbers))
     while true do emit(next_of(catcher)) end
   end)
 end
