@@ -716,3 +716,84 @@ describe("a raw coroutine.yield in a task's body", function()
     assert.same({ 1, 2 }, { a, b })
   end))
 end)
+
+-- What ends the wait then is the token as well.
+describe("await and try_await with a token", function()
+  local Source, Token = flow.CancellationTokenSource, flow.CancellationToken
+  local none, canceled = Token.none, Token.canceled
+
+  it("end the wait, not what is waited for", in_task(function()
+    for _, await in ipairs { flow.await, flow.try_await } do
+      local source = Source()
+      local task = flow.spawn(function()
+        flow.sleep(2)
+        return "value", 2
+      end)
+      flow.spawn(function()
+        flow.sleep(1)
+        source:cancel("enough")
+      end)
+      local err = raises("OperationCanceled", await, task, source.token)
+      assert.equal("enough", err.reason)
+      assert.equal(source.token, err.token)
+      assert.same({ "value", 2 }, { task:await() })
+    end
+  end))
+
+  it("raise at once if it is canceled, unless the task is complete", in_task(function()
+    local delay = flow.delay(1)
+    local awaitable = setmetatable({}, { __await = function() return delay end })
+    for _, x in ipairs { delay, delay:configure_await(false), awaitable } do
+      raises("OperationCanceled", flow.await, x, canceled)
+      raises("OperationCanceled", flow.try_await, x, canceled)
+    end
+    assert.equal(1, flow.await(Task.from_result(1), canceled))
+    assert.same({ true, 1 }, { flow.try_await(Task.from_result(1), canceled) })
+    delay:await()
+  end))
+
+  it("give the task's own outcome otherwise, and have observed it", in_task(function()
+    local token = Source().token
+    local function later(f, ...) return flow.spawn(function(...) flow.sleep(1) return f(...) end, ...) end
+    assert.same({ 1, 2 }, { later(table.unpack, { 1, 2 }):await(token) })
+    assert.same({ true, 1, 2 }, { later(table.unpack, { 1, 2 }):try_await(token) })
+    assert.same({ false, "x" }, { later(error, "x", 0):try_await(token) })
+    assert.same({ false, "x" }, { pcall(flow.await, later(error, "x", 0), token) })
+  end))
+
+  it("wait on under `none` though the ambient token is canceled", in_task(function()
+    local task = flow.spawn(flow.sleep, 2, none)
+    local ok, answer = pcall(flow.with_timeout, 1, function()
+      pcall(flow.sleep, 5)
+      local answer = flow.try_await(task, none)
+      flow.await(flow.delay(1, none), none)
+      raises("OperationCanceled", flow.try_await, flow.delay(1, none))
+      return answer
+    end)
+    assert.same({ true, true }, { ok, answer })
+    flow.sleep(1)
+  end))
+
+  it("wait on the scheduler that an await is configured for", in_task(function()
+    local token = Source().token
+    local ran = flow.TaskScheduler.limited(1)
+    local task = flow.spawn(flow.sleep, 1)
+    local awaiter = Task.new(function()
+      task:configure_await(false):await(token)
+      return true
+    end)
+    assert.is_true(awaiter:start(ran):await())
+  end))
+
+  it("take no notice of what else a call has returned", in_task(function()
+    local function two() return flow.delay(1), 5, "x" end
+    flow.await(two())
+    assert.same({ true }, { flow.try_await(two()) })
+  end))
+
+  it("drive the loop at the top level", function()
+    raises("OperationCanceled", flow.await, flow.delay(3600), canceled)
+    raises("OperationCanceled", flow.try_await, flow.delay(3600), canceled)
+    assert.is_true(flow.try_await(Task.from_result(), none))
+  end)
+end)

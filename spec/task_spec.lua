@@ -245,6 +245,56 @@ describe("task:traceback()", function()
     assert.truthy(inner_at and outer_at and inner_at < outer_at, text)
   end))
 
+  it("of a chain of many leaves out those in the middle", in_task(function()
+    local line
+    local function fail()
+      line = here(1)
+      error("boom")
+    end
+    local task = flow.spawn(fail)
+    for _ = 1, 100 do
+      local before = task
+      task = flow.spawn(function() return (before:await()) end)
+      task.name = "outer"
+    end
+    pcall(flow.await, task)
+    local text = task:traceback()
+    local at = text:find(line, 1, true)
+    assert.truthy(at and at < 200, text)
+    assert.truthy(text:find("(61 tasks left out)", 1, true), text)
+    assert.equal(40, select(2, text:gsub(" task '", "")))
+  end))
+
+  it("of one that failed with nil begins where it was raised, too", in_task(function()
+    local line
+    local task = flow.spawn(function()
+      local inner = flow.spawn(function()
+        line = here(1)
+        error()
+      end)
+      inner:await()
+    end)
+    pcall(flow.await, task)
+    assert.truthy(task:traceback():find(line, 1, true), task:traceback())
+  end))
+
+  it("of a Timeout tells where the wait stood, and what opened the scope", in_task(function()
+    local lines = {}
+    local function wait()
+      lines[1] = here(1)
+      flow.sleep(60)
+    end
+    local task = flow.spawn(function()
+      lines[2] = here(1)
+      flow.with_timeout(1, wait)
+    end)
+    pcall(flow.await, task)
+    helper.is_error("Timeout", task.exception)
+    local text = task:traceback()
+    local first, second = text:find(lines[1], 1, true), text:find(lines[2], 1, true)
+    assert.truthy(first and second and first < second, text)
+  end))
+
   it("is a string for a task in any state", in_task(function()
     local queued = flow.spawn(slowly)
     local gate = flow.TaskCompletionSource()

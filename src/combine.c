@@ -47,10 +47,9 @@ static lua_Integer collect(lua_State *L, bool *list) {
   }
   lua_Integer count = 0, size = 0;
   lua_pushliteral(L, "n");
-  bool counted = lua_rawget(L, 1) == LUA_TNUMBER && lua_isinteger(L, -1);
-  if (counted)
-    size = lua_tointeger(L, -1);
-  else {
+  int counted = 0;
+  if (lua_rawget(L, 1) == LUA_TNUMBER) size = lua_tointegerx(L, -1, &counted);
+  if (!counted) {
     for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) count++;
     size = (lua_Integer)lua_rawlen(L, 1);
     *list = count == size;
@@ -390,7 +389,8 @@ static int next_k(lua_State *L, int status, lua_KContext ctx) {
     return lua_yieldk(L, 0, ctx, next_k); /* not resumed by us */
   lua_settop(L, 1);
   fiber_resumed(L, rt);
-  if (task_done(&c->task)) return 0; /* closed meanwhile */
+  if (task_done(&c->task) || c->taken == c->count)
+    return 0; /* closed, or others had them, meanwhile */
   if (c->taken == c->done) {
     struct fiber *me = fiber_here(L, rt);
     return fiber_await(L, rt, me, &c->task, next_k);

@@ -587,6 +587,8 @@ int trace_leaving(lua_State *L); /* … in coroutines made by wrap */
 ** nil outside tasks */
 void trace_push_left(lua_State *L, lua_State *co, bool body);
 void trace_keep_left(lua_State *L, int i); /* [-0, +0, m] that one goes on as the error on top */
+/* [-0, +0, m] the error at i, which the running task has seen, goes on as that on top */
+void trace_go_on(lua_State *L, int i);
 /* [-0, +0, -] the running task is about to raise the error of the failed one at i */
 void trace_remember(lua_State *L, int i);
 /* [-0, +1, -] the record that t has of the error at i, or nil */
@@ -944,6 +946,8 @@ void scope_expire(lua_State *L, struct runtime *rt, struct scope *s);
 void scope_land(lua_State *L, int i);            /* [-0, +0, -] callbacks of the expired one at i */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
 int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
+/* a cancellation that leaves the running t now becomes a Timeout on its way: of a block of its own */
+bool scope_times_out(const struct task *t);
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
 /* [-0, +0, e] false: it was canceled before */
 bool scope_cancel(lua_State *L, struct scope *s, int reason);

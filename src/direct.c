@@ -226,7 +226,7 @@ static bool watch_table(lua_State *L, struct combine *c, lua_Integer size) {
       counted = true;
       lua_pop(L, 1);
     } else
-      return false;
+      return false; /* a float n among them */
   }
   c->list = c->count == size;
   if (c->count == 0 || (counted && (!c->list || count != size))) return false;

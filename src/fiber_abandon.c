@@ -185,6 +185,7 @@ static void dispose(lua_State *L, int i, struct fiber *f) {
   rt->depth--;
   scope_end_task(L, rt, f);
   rt->me = me == &f->task ? rt->outside : me; /* it has called os.exit */
+  f->task.flags |= TASK_OBSERVED; /* nobody is told of what ends with the state */
   if (ready)
     f->task.flags |= TASK_ABANDONED; /* should the loop ever come to it */
   else

@@ -265,7 +265,7 @@ static int converted_k(lua_State *L, int status, lua_KContext ctx) {
                        "the __await metamethod must return a Task, not a %s value",
                        luaL_typename(L, -1));
   lua_replace(L, 1);
-  lua_settop(L, 1);
+  lua_settop(L, 2); /* the token */
   return ctx ? l_try_await(L) : fiber_await_value(L);
 }
 
@@ -292,7 +292,10 @@ int fiber_await_value(lua_State *L) {
   task_refuse_state(L, 1, t);
   struct runtime *rt = runtime(L);
   struct fiber *me = fiber_here(L, rt);
-  if (lua_gettop(L) != 1) lua_settop(L, 1);
+  if (lua_gettop(L) != 1) {
+    if (object_test(L, 2, TAG_TOKEN) != NULL) return timer_await_with(L);
+    lua_settop(L, 1); /* whatever else a call has returned */
+  }
   if (me == NULL) return fiber_outside(L, fiber_await_value);
   return fiber_await(L, rt, me, t, await_k);
 }
@@ -321,6 +324,39 @@ static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
   return 2;
 }
 
+/* [1] what is waited for: the task, or that and the token, [2] the task */
+static int try_await_with_k(lua_State *L, int status, lua_KContext ctx) {
+  struct task *on = (struct task *)ctx, *t = (struct task *)lua_touserdata(L, 2);
+  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, try_await_with_k);
+  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
+  if (!task_done(t)) return task_push_outcome(L, 1, on); /* raises the cancellation */
+  on->flags |= TASK_OBSERVED;
+  on->flags |= TASK_OBSERVED;
+  lua_remove(L, 1);
+  return try_await_k(L, LUA_OK, (lua_KContext)t);
+}
+
+/* try_await(task, token) in the running task me */
+static int try_await_with(lua_State *L, struct fiber *me) {
+  lua_settop(L, 2);
+  bool deaf = token_none(L, 2);
+  lua_pushvalue(L, 1);
+  lua_insert(L, 1); /* task task token */
+  if (!deaf) {
+    module_push_function(L, timer_wait_async);
+    lua_pushvalue(L, 1);
+    lua_pushnil(L);
+    lua_pushvalue(L, 3);
+    lua_call(L, 3, 1);
+    lua_replace(L, 1);
+  }
+  lua_settop(L, 2);
+  struct task *on = (struct task *)lua_touserdata(L, 1);
+  if (task_done(on)) return try_await_with_k(L, LUA_OK, (lua_KContext)on);
+  if (deaf) me->task.flags |= TASK_DEAF;
+  return fiber_await(L, runtime(L), me, on, try_await_with_k);
+}
+
 static int l_try_await(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
@@ -328,7 +364,12 @@ static int l_try_await(lua_State *L) {
   if (task_done(t)) return try_await_k(L, LUA_OK, (lua_KContext)t);
   task_refuse_state(L, 1, t);
   struct fiber *me = fiber_here(L, rt);
-  lua_settop(L, 1);
+  if (lua_gettop(L) != 1) {
+    if (object_test(L, 2, TAG_TOKEN) == NULL)
+      lua_settop(L, 1);
+    else if (me != NULL)
+      return try_await_with(L, me);
+  }
   if (me == NULL) return fiber_outside(L, l_try_await);
   return fiber_await(L, rt, me, t, try_await_k);
 }

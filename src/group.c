@@ -28,7 +28,8 @@ struct group {
   bool stopping;
   bool ended;       /* joined: nothing can be started in it */
   bool canceled;    /* by its own code, before its body was left by an error */
-  bool body_failed; /* … which is told in GROUP_FAILED by false, unless it was a cancellation */
+  bool body_failed; /* by any error, … */
+  bool body_raised; /* … which was no cancellation, and is told in GROUP_FAILED by false */
   int depth;        /* groups that its task is in */
   uint32_t running;
   uint32_t first, last; /* of the queue: the index of the first one in it, and of the last */
@@ -147,7 +148,7 @@ struct group *group_leave(struct fiber *f) {
 void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool well) {
   struct group *g = group_of(f); /* until all that may raise is done: then it is told once more */
   luaL_checkstack(L, 10, NULL);
-  if (well && g->policy == FIRST_SUCCESS && !g->scope.expired) {
+  if (well && g->policy == FIRST_SUCCESS && !g->scope.expired && !g->body_raised) {
     push_group(L, g);
     bool first = lua_getiuservalue(L, -1, GROUP_WINNER) == LUA_TNIL;
     if (first) {
@@ -371,6 +372,7 @@ static int l_join(lua_State *L) {
     g->body_failed = true;
     g->canceled = g->scope.canceled;
     if (!error_is(L, 3, ERROR_CANCELED)) {
+      g->body_raised = true;
       lua_pushboolean(L, 0);
       append(L, g, GROUP_FAILED);
     }

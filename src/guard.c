@@ -73,7 +73,7 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
 }
 
 static void unlink_guard(struct guard *g) {
-  g->done = true;
+  g->done = true; /* who has the guard at hand makes it forget what it kept */
   if (g->home == NULL || g->kind == GUARD_FLOW) return;
   if (g->above)
     g->above->below = g->below;
@@ -100,11 +100,18 @@ static void guard_save_synchronization(lua_State *L, int i, struct task *me) {
   lua_setiuservalue(L, i, GUARD_SYNCHRONIZATION);
 }
 
+/* [-0, +1, -] what the guard at i keeps in that user value, and keeps no more */
+static void take(lua_State *L, int i, int uservalue) {
+  lua_getiuservalue(L, i, uservalue);
+  lua_pushnil(L);
+  lua_setiuservalue(L, i, uservalue);
+}
+
 /* [-0, +0, me] puts back what the guard at i, whose owner is running, remembers */
 static void guard_restore(lua_State *L, int i, struct guard *g) {
   struct task *me = runtime(L)->me;
   unlink_guard(g);
-  lua_getiuservalue(L, i, GUARD_SAVED);
+  take(L, i, GUARD_SAVED);
   if (g->kind == GUARD_VALUE) {
     lua_getiuservalue(L, i, GUARD_LOCAL);
     context_set_local(L, lua_gettop(L), lua_gettop(L) - 1);
@@ -113,7 +120,7 @@ static void guard_restore(lua_State *L, int i, struct guard *g) {
     me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | g->suppressed);
     context_swap(L);
     if (me->traits & TRAIT_PLAN) {
-      lua_getiuservalue(L, i, GUARD_SYNCHRONIZATION);
+      take(L, i, GUARD_SYNCHRONIZATION);
       schedule_set_context(L, me);
     }
   }

@@ -48,6 +48,7 @@ void loop_init(struct runtime *rt) {
 /* libuv's loop is made when something is first waited for: a program that never does starts sooner */
 uv_loop_t *loop_uv(struct runtime *rt) {
   if (!rt->loop_open) {
+    if (rt->closed) return NULL;
     rt->loop_error = uv_loop_init(&rt->loop);
     if (rt->loop_error < 0) return NULL;
     uv_timer_init(&rt->loop, &rt->timer);
@@ -59,6 +60,7 @@ uv_loop_t *loop_uv(struct runtime *rt) {
 uv_loop_t *loop_check_uv(lua_State *L) {
   struct runtime *rt = runtime(L);
   if (loop_uv(rt) != NULL) return &rt->loop;
+  if (rt->closed) error_throw(L, ERROR_OPERATION, "the event loop while the state is closing");
   io_push_error(L, rt->loop_error, "event loop", NULL);
   lua_error(L);
   return NULL;

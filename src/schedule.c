@@ -481,7 +481,7 @@ int schedule_await(lua_State *L, lua_CFunction f) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
   bool captures = ((const struct configured *)lua_touserdata(L, 1))->captures;
-  lua_settop(L, 1);
+  lua_settop(L, 2);
   lua_getiuservalue(L, 1, CONFIGURED_TASK);
   lua_replace(L, CONFIGURED_ON);
   const struct task *on = (const struct task *)lua_touserdata(L, CONFIGURED_ON);
@@ -489,17 +489,20 @@ int schedule_await(lua_State *L, lua_CFunction f) {
     return f(L);
   task_push(L, me);
   push_plan(L, -1);
-  lua_replace(L, CONFIGURED_PLAN);
+  lua_replace(L, -2);
+  lua_insert(L, CONFIGURED_PLAN);
   lua_rawgeti(L, CONFIGURED_PLAN, PLAN_SCHEDULER);
   lua_rawgeti(L, CONFIGURED_PLAN, PLAN_CONTEXT);
+  lua_rotate(L, CONFIGURED_SCHEDULER, -1); /* on plan scheduler context token */
   module_push_function(L, f);
-  lua_pushvalue(L, 1);
+  lua_pushvalue(L, CONFIGURED_ON);
+  lua_rotate(L, CONFIGURED_CONTEXT + 1, -1); /* … f on token */
   for (int field = PLAN_SCHEDULER; field <= PLAN_CONTEXT; field++) {
     lua_pushboolean(L, 0);
     lua_rawseti(L, CONFIGURED_PLAN, field);
   }
   me->traits &= (uint8_t) ~(TRAIT_ELSEWHERE | TRAIT_RESUMED);
-  return configured_k(L, lua_pcallk(L, 1, LUA_MULTRET, 0, 0, configured_k), 0);
+  return configured_k(L, lua_pcallk(L, 2, LUA_MULTRET, 0, 0, configured_k), 0);
 }
 
 /* configure_await(task, captures) */

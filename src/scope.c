@@ -415,6 +415,12 @@ static void push_timeout(lua_State *L, double seconds) {
              (LUAI_UACNUMBER)seconds);
 }
 
+bool scope_times_out(const struct task *t) {
+  const struct fiber *f = (const struct fiber *)t;
+  const struct scope *block = f->member.scope->origin;
+  return block != NULL && block->expired && block->kind == SCOPE_BLOCK && block->owner == f;
+}
+
 static bool holds(lua_State *L, lua_Debug *ar, const struct scope *s) {
   bool found = false;
   for (int n = 1; !found && lua_getlocal(L, ar, n) != NULL; n++, lua_pop(L, 1))
@@ -676,6 +682,7 @@ static bool close_block(lua_State *L, struct runtime *rt, struct scope *s, int e
     lua_setfield(L, -2, "written");
   else
     lua_pop(L, 1);
+  trace_go_on(L, error);
   lua_replace(L, error);
   return true;
 }

@@ -81,6 +81,7 @@ void shutdown_run(lua_State *L, struct runtime *rt) {
       signal_free(L, rt);
       read_free(rt);
     }
+    rt->loop_open = false; /* for finalizers that are still to come */
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   if (rt->births) testing_forget(L, rt);

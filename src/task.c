@@ -516,8 +516,8 @@ static int l_newindex(lua_State *L) {
   if (strcmp(key, "name") != 0)
     return luaL_error(L, "field '%s' of a Task cannot be assigned", key);
   if (lua_type(L, 3) != LUA_TSTRING)
-    return luaL_error(L, "the name of a Task must be a string, not a %s value",
-                      luaL_typename(L, 3));
+    return luaL_error(L, "bad argument #1 to 'name' (string expected, got %s)",
+                      luaL_typename(L, 3)); /* which is what the user calls it */
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
   lua_pushvalue(L, 1);
   lua_pushvalue(L, 3);
@@ -662,7 +662,8 @@ static int set_canceled(lua_State *L, bool must) {
   struct runtime *rt = runtime(L);
   object_check(L, 1, TAG_COMPLETION);
   lua_settop(L, 2);
-  if (completable(L, must)) token_opt(L, 2);
+  token_opt(L, 2);
+  completable(L, must);
   token_push_error(L, 2);
   bool first = completable(L, must);
   if (first) {

@@ -23,6 +23,7 @@
 */
 #include "core.h"
 
+#include <limits.h>
 #include <string.h>
 
 enum record_field {
@@ -92,7 +93,7 @@ static void push_stacks(lua_State *L, lua_State *from, bool body) {
   if (inner != NULL) lua_concat(L, 2);
 }
 
-/* [-0, +1, m] one line, for cancellations: they are many, and no accident */
+/* [-0, +1, m] one line, for cancellations: they are many, and no accident, unless they end as a Timeout */
 static void push_place(lua_State *L, lua_State *from, int level) {
   lua_Debug ar;
   for (; lua_getstack(from, level, &ar); level++) {
@@ -164,7 +165,7 @@ static void record_new(lua_State *L, lua_State *from, int level, bool body) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
   if (me->flags & TASK_TRACED && lua_rawgeti(L, 2, me->slot) == LUA_TTABLE) {
     lua_rawgeti(L, 3, RECORD_ERROR);
-    same = lua_rawequal(L, 4, 1) && !lua_isnil(L, 1);
+    same = lua_rawequal(L, 4, 1);
   }
   lua_settop(L, 3); /* error traces before */
   if (same) {
@@ -182,7 +183,7 @@ static void record_new(lua_State *L, lua_State *from, int level, bool body) {
   }
   lua_createtable(L, RECORD_TASK, 0);
   lua_insert(L, 2); /* error record traces before */
-  if (error_is(L, 1, ERROR_CANCELED))
+  if (error_is(L, 1, ERROR_CANCELED) && !scope_times_out(runtime(L)->me))
     push_place(L, from, level);
   else
     push_frames(L, from, level, body); /* … text */
@@ -222,7 +223,7 @@ int trace_handler(lua_State *L) {
     if (lua_rawgeti(L, 2, me->slot) == LUA_TTABLE) {
       lua_rawgeti(L, 3, RECORD_ERROR);
       lua_rawgeti(L, 3, RECORD_TASK);
-      if (lua_rawequal(L, 4, 1) && lua_touserdata(L, 5) == me && !lua_isnil(L, 1)) {
+      if (lua_rawequal(L, 4, 1) && lua_touserdata(L, 5) == me) {
         lua_settop(L, 1);
         return 1;
       }
@@ -282,6 +283,14 @@ void trace_push_left(lua_State *L, lua_State *co, bool body) {
   lua_pushnil(L);
 }
 
+void trace_go_on(lua_State *L, int i) {
+  int top = lua_gettop(L);
+  trace_push_seen(L, runtime(L)->me, i);
+  lua_pushvalue(L, top);
+  trace_keep_left(L, top + 1);
+  lua_settop(L, top);
+}
+
 void trace_keep_left(lua_State *L, int i) {
   struct task *me = runtime(L)->me;
   if (!lua_istable(L, i)) return;
@@ -293,24 +302,34 @@ void trace_keep_left(lua_State *L, int i) {
 
 /* ---- rendering ---- */
 
-/* [-1, +1, m] the record on top, rendered: what failed first, then who awaited it */
+/* [-0, +0, -] the record on top gives way to the n-th further in, if there is one; how far it was */
+static int go_inwards(lua_State *L, int n) {
+  int far = 0;
+  for (; far < n && lua_rawgeti(L, -1, RECORD_INNER) == LUA_TTABLE; far++) lua_replace(L, -2);
+  if (far < n) lua_pop(L, 1);
+  return far;
+}
+
+/* [-1, +1, m] the record on top, rendered: what failed first, then who awaited it. Of too many those in the
+** middle are left out. */
 static void render_record(lua_State *L) {
-  int record = lua_gettop(L), segments = 0;
+  enum { OUTER = SEGMENTS / 2 };
+  int record = lua_gettop(L);
   luaL_checkstack(L, SEGMENTS + 10, NULL);
   lua_pushvalue(L, record);
-  while (segments < SEGMENTS && lua_type(L, -1) == LUA_TTABLE) { /* … records, outermost first */
-    lua_rawgeti(L, -1, RECORD_INNER);
-    segments++;
+  int all = 1 + go_inwards(L, INT_MAX), left_out = all > SEGMENTS ? all - SEGMENTS : 0;
+  lua_settop(L, record);
+  for (int k = 0; k < all - left_out; k++) { /* record r1 … rn, outermost first */
+    lua_pushvalue(L, k == 0 ? record : -1);
+    if (k > 0) go_inwards(L, k == OUTER ? 1 + left_out : 1);
   }
-  bool more = lua_type(L, -1) == LUA_TTABLE;
-  lua_pop(L, 1);
-  lua_newtable(L); /* record r1 … rn parts */
+  lua_newtable(L);
   int parts = lua_gettop(L), n = 0;
-  if (more) {
-    lua_pushliteral(L, "… (deeper tasks left out)");
-    lua_rawseti(L, parts, ++n);
-  }
   for (int i = parts - 1; i > record; i--) {
+    if (left_out > 0 && i == record + OUTER) {
+      lua_pushfstring(L, "… (%d tasks left out)", left_out);
+      lua_rawseti(L, parts, ++n);
+    }
     lua_rawgeti(L, i, RECORD_NAME);
     lua_rawgeti(L, i, RECORD_TEXT);
     lua_pushfstring(L, "%s task '%s':%s", n == 0 ? "in" : "awaited by", lua_tostring(L, -2),

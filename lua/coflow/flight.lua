@@ -28,6 +28,7 @@ end
 function Flight:join(token)
   local task = self.task
   if task.is_completed then return task:results() end
+  core.check_here() -- where it cannot wait it is no caller: what dies there closes nothing
   self.callers = self.callers + 1
   local _ <close> = setmetatable({ flight = self }, leaving)
   return core.await_with(task, token)

@@ -115,7 +115,8 @@ local function task_group(fn, options)
   end
   core.check_function(1, fn)
   options = core.check_options(2, options, known_options)
-  local limit, policy, grace = options.limit, options.policy or "fail_fast", options.grace
+  local limit, policy, grace = options.limit, options.policy, options.grace
+  if policy == nil then policy = "fail_fast" end
   if not is_limit(limit) then
     core.argument_error(2, "limit must be a positive integer")
   elseif not policies[policy] then
@@ -164,6 +165,7 @@ local function race(fns, options)
   end
   local _ <close> = under.blame(token)
   local _ <close> = under.open(token)
+  core.throw_if_canceled()
   return task_group(function(group)
     for i = 1, n do group:spawn(fns[i]) end
   end, { policy = "first_success", limit = limit })

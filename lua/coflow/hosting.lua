@@ -170,7 +170,7 @@ local function over(self, service, task)
   local stopping = service._stopping or self._state == "stopped"
   if task.is_completed_successfully or (task.is_canceled and stopping) then return end
   if self._failure == "ignore" then
-    if task.is_faulted then core.report(task.exception, task) end
+    if task.is_faulted and not core.is_observed(task) then core.report(task.exception, task) end
   elseif self._state ~= "stopped" then
     self._failed[#self._failed + 1] = task
     ask_to_stop(self, "a service of the host has failed")

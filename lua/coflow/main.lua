@@ -30,7 +30,7 @@ function flow.main(fn, ...)
   if ok then return type(result) == "number" and math.tointeger(result) or 0 end
   if signal and core.errors.is(result, "OperationCanceled") then return 128 + signal end
   io.stderr:write(core.error_text(result), "\n")
-  if task.is_faulted then io.stderr:write(task:traceback(), "\n") end
+  if task.is_completed then io.stderr:write(task:traceback(), "\n") end
   return 1
 end
 

@@ -96,10 +96,10 @@ end
 
 local listen_options = { backlog = true, reuse_port = true }
 
-local function check_backlog(options)
+local function check_backlog(n, options)
   local backlog = options.backlog
   if backlog ~= nil and not is_integer(backlog, 1, 65535) then
-    core.argument_error(3, "backlog must be a number of connections")
+    core.argument_error(n, "backlog must be a number of connections")
   end
   return backlog or BACKLOG
 end
@@ -108,7 +108,7 @@ local function check_listen(host, port, options, token)
   check_place(host, port, 0)
   options, token = token_last(options, token)
   options = core.check_options(3, options, listen_options)
-  local backlog = check_backlog(options)
+  local backlog = check_backlog(3, options)
   check_token(4, token)
   return backlog, options.reuse_port, token
 end
@@ -151,7 +151,7 @@ function net.listen_pipe(path, options)
     core.argument_error(1, "a path expected")
   end
   options = core.check_options(2, options, { backlog = true })
-  return listen_pipe(path, check_backlog(options))
+  return listen_pipe(path, check_backlog(2, options))
 end
 
 net.connect_address, net.connect_address_async, net.listen_address = nil, nil, nil

@@ -215,11 +215,10 @@ end
 ---@param n integer at least 1
 ---@return coflow.TaskScheduler
 function TaskScheduler.limited(n)
-  if math.type(n) ~= "integer" then
-    core.argument_error(1, "integer expected, got " .. (math.type(n) or type(n)))
-  end
-  if n < 1 then core.argument_error(1, "at least 1 task must be able to run") end
-  return new_gate(n):scheduler(1)
+  local limit = type(n) == "number" and math.tointeger(n)
+  if not limit then core.argument_error(1, "integer expected, got " .. (math.type(n) or type(n))) end
+  if limit < 1 then core.argument_error(1, "at least 1 task must be able to run") end
+  return new_gate(limit):scheduler(1)
 end
 
 local ALL <const> = 1 << 31

@@ -63,6 +63,7 @@ end
 function signal.wait(which, token)
   local numbers = check_wait(which, token)
   core.throw_if_canceled(token)
+  core.check_here()
   local catcher <close> = core.catch(false, table.unpack(numbers))
   return next_of(catcher, token)
 end

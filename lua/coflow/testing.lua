@@ -14,6 +14,7 @@
 --
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 
 local begin, finish, left, left_open, give_up = core.testing.begin, core.testing.finish, core.testing.left,
@@ -109,6 +110,7 @@ function FakeTimeProvider:advance(seconds)
     self._target = self._target + seconds
     return
   end
+  core.check_here()
   self._target = core.loop.now() + seconds
   local _ <close> = setmetatable({ provider = self }, advancing)
   self:settle()
@@ -200,6 +202,17 @@ end
 local run_options = { seed = true, start_time = true, autojump_threshold = true, time_provider = true }
 local ending = setmetatable({}, { __close = finish })
 
+local function run(fn, seed, start, threshold, provider)
+  begin(not provider, start, threshold, seed, library)
+  local _ <close> = ending
+  if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
+  provider._installed, provider._target = true, nil
+  local _ <close> = setmetatable({}, { __close = function()
+    provider._now, provider._installed = core.loop.now(), false
+  end })
+  return ended(seed, pcall(core.run, fn, provider))
+end
+
 ---Runs `fn(clock)` as the root task while time is virtual, and returns what it returns. When nothing is ready
 ---the clock jumps to the next deadline, so nothing ever sleeps. What happens outside has its own time: worker
 ---jobs, file operations and processes that somebody waits for hold the clock back until they end; sockets, pipes and
@@ -242,14 +255,7 @@ function testing.run(fn, options)
     error(InvalidOperation("testing.run inside a task: it drives the loop itself, with a clock of its own"), 0)
   end
   seed = seed_of(seed)
-  begin(not provider, start or provider and provider._now or 0, threshold or DEFAULT_THRESHOLD, seed, library)
-  local _ <close> = ending
-  if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
-  provider._installed, provider._target = true, nil
-  local _ <close> = setmetatable({}, { __close = function()
-    provider._now, provider._installed = core.loop.now(), false
-  end })
-  return ended(seed, pcall(core.run, fn, provider))
+  return closing(run, fn, seed, start or provider and provider._now or 0, threshold or DEFAULT_THRESHOLD, provider)
 end
 
 ---@class coflow.testing.ExploreOptions

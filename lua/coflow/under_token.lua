@@ -19,6 +19,12 @@ function renaming.__close(given, err)
   if ours then error(own, 0) end
 end
 
+-- An error of our scope's token, of which nobody outside knows, goes out with the ambient one.
+local leaving = {}
+function leaving.__close(scope, err)
+  if scope.token and is_error(err, "OperationCanceled") and err.token == scope.token then core.throw_if_canceled() end
+end
+
 local under = {}
 
 -- Calls fn with the ambient token linked to `token`; `none` hides it. Under a token that is canceled already it is
@@ -27,8 +33,10 @@ local under = {}
 ---@param fn fun(): any, any
 function under.call(token, fn)
   local canceled = token.is_cancellation_requested and core.call_source()
+  local scope <close> = setmetatable({}, leaving)
   local _ <close> = token == NONE and core.open_shield()
     or core.open_linked(canceled and canceled.token or token, fn)
+  if token ~= NONE then scope.token = core.cancellation_token() end
   local _ <close> = setmetatable({ token, canceled and canceled.token }, renaming)
   if canceled then canceled:cancel(token.reason) end
   local value, second = fn()

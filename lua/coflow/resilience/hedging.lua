@@ -59,7 +59,7 @@ end
 
 local function run(self, fn, ...)
   local race <close> = setmetatable({ tasks = {}, winner = nil, failed = nil }, Race)
-  local number, left, wanted = 0, self._max_hedged_attempts + 1, 1
+  local number, left, wanted = 0, self._max_hedged_attempts + 1.0, 1
   while true do
     for _ = 1, math.min(wanted, left) do
       local task = core.spawn(attempt, race, fn, ...)
@@ -71,6 +71,7 @@ local function run(self, fn, ...)
     wait_for_any(race.tasks, left > 0 and self._delay or math.huge)
     local failures, decided = take_ended(self, race)
     if decided then return core.await(decided) end
+    if race.tasks[1] or left > 0 then core.throw_if_canceled() end -- the wait is complete, which beats a token
     wanted = math.max(failures, 1) -- without a failure the delay has passed
   end
 end

@@ -8,6 +8,7 @@
 --             it._busy is nil before the first pull, true during one, else false.
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
 local under = require "coflow.under_token"
@@ -83,6 +84,15 @@ function pulling.__close(guard)
   if not it._run.closed then finish(it) end
 end
 
+local function pull(it, run)
+  it._busy = true
+  local _ <close> = it._guard
+  local value, second = it._next()
+  it._busy = false
+  if value == nil and not run.closed then finish(it) end
+  return value, second
+end
+
 function iteration.__call(it)
   local busy, run = it._busy, it._run
   if run.closed then
@@ -92,12 +102,7 @@ function iteration.__call(it)
   elseif busy == nil then
     core.throw_if_canceled(run.token)
   end
-  it._busy = true
-  local _ <close> = it._guard
-  local value, second = it._next()
-  it._busy = false
-  if value == nil and not run.closed then finish(it) end
-  return value, second
+  return closing(pull, it, run)
 end
 
 function iteration.__close(it)
