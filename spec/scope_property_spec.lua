@@ -416,7 +416,7 @@ local function model_world()
       if not ok and not is_canceled_error(value) then
         table.insert(group.failures, { task = child, err = value })
         if group.policy == "fail_fast" then cancel(group.scope) end
-      elseif ok and group.policy == "first_success" and not group.winner then
+      elseif ok and group.policy == "first_success" and not group.winner and not group.body_raised then
         group.winner = { value = value }
         cancel(group.scope)
       end
@@ -444,7 +444,8 @@ local function model_world()
     local was_canceled = canceled(group.scope)
     local body_canceled = not ok and is_canceled_error(value)
     if not ok then
-      if not body_canceled then table.insert(group.failures, { err = value }) end
+      group.body_raised = not body_canceled
+      if group.body_raised then table.insert(group.failures, { err = value }) end
       cancel(group.scope)
     end
     open { shield = true }
@@ -464,11 +465,13 @@ local function model_world()
         seen[failure.err] = true
         failures.n = failures.n + 1
         failures[failures.n] = failure.err
+        failures.task = failure.task
       end
       if failure.task then failure.task.observed = true end
     end
     if group.winner then return group.winner.value end
-    if failures.n > 1 or failures.n == 1 and group.policy == "first_success" then
+    if failures.n > 1 or failures.n == 1 and group.policy == "first_success" and failures.task then
+      failures.task = nil
       error({ name = "Aggregate", inner_exceptions = failures }, 0)
     elseif failures.n == 1 then error(failures[1], 0) end
     if canceled(current.scope) then error(canceled_error(), 0) end

@@ -103,6 +103,10 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) {
     lua_settop(L, CONDITION_OWNER);
+    if (deaf) { /* to no token, which is none there either: it is to be withdrawn if it cannot end */
+      lua_pushnil(L);
+      lua_replace(L, CONDITION_TOKEN);
+    }
     return fiber_outside(L, f);
   }
   struct scope *scope = deaf ? rt->root : scope_ambient(L, rt);

@@ -977,6 +977,7 @@ struct group *group_leave(struct fiber *f); /* the group that the child is in no
 void group_child_lost(lua_State *L, struct runtime *rt, struct group *g);
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
+void group_end(struct scope *s);            /* [-0, +0, -] nothing can be started in it any more */
 ONCE void group_open(lua_State *L);
 
 /* ---- schedule.c: schedulers and synchronization contexts ---- */

@@ -76,13 +76,15 @@ void fiber_end_abandoned(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (is_closed(f->co))
     push_closed(L, i);
   else {
-    if (f->u.wait.on) {
-      fiber_push_awaited(L, f);
-      wait_remove(L, -1, &f->u.wait);
-      lua_pop(L, 1);
+    bool waits = f->u.wait.on != NULL, known = waits && fiber_push_awaited(L, f);
+    if (known) wait_remove(L, -1, &f->u.wait);
+    lua_settop(L, i);
+    if (waits && !known) /* the coroutine of ours, in it, where it waits: see pending_withdraw */
+      push_closed(L, i);
+    else {
+      f->task.flags |= TASK_OBSERVED;
+      push_abandoned(L, i);
     }
-    f->task.flags |= TASK_OBSERVED;
-    push_abandoned(L, i);
   }
   fiber_fail(L, rt, f);
   lua_settop(L, i - 1);
@@ -185,7 +187,7 @@ static void dispose(lua_State *L, int i, struct fiber *f) {
   rt->depth--;
   scope_end_task(L, rt, f);
   rt->me = me == &f->task ? rt->outside : me; /* it has called os.exit */
-  f->task.flags |= TASK_OBSERVED; /* nobody is told of what ends with the state */
+  f->task.flags |= TASK_OBSERVED;             /* nobody is told of what ends with the state */
   if (ready)
     f->task.flags |= TASK_ABANDONED; /* should the loop ever come to it */
   else
@@ -210,10 +212,7 @@ static int l_watch_gc(lua_State *L) {
   }
   if (!(f->task.flags & TASK_STARTED) &&
       !handed) { /* cold, or a continuation that will never start: no loss */
-    if (f->u.wait.on) {
-      fiber_push_awaited(L, f);
-      wait_remove(L, -1, &f->u.wait);
-    }
+    if (f->u.wait.on && fiber_push_awaited(L, f)) wait_remove(L, -1, &f->u.wait);
     scope_end_task(L, rt, f);
     if (!closes) fiber_drop_coroutine(L, rt, f);
     return 0;

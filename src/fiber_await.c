@@ -98,15 +98,24 @@ int fiber_outside(lua_State *L, lua_CFunction f) {
 
 /* ---- await ---- */
 
+/* [-0, +0, -] what t awaits, or NULL; not by an address that somebody who has closed its coroutine may have made stale */
+static struct task *awaited_by(lua_State *L, struct task *t) {
+  struct fiber *f = (struct fiber *)t;
+  if (!task_is(t, KIND_FIBER) || task_done(t) || t->slot == 0 || t->flags & TASK_ABANDONED ||
+      fiber_naps(f))
+    return NULL;
+  bool known = fiber_push_awaited(L, f);
+  lua_pop(L, 1);
+  return known ? f->u.wait.on : NULL;
+}
+
 /* [-0, +0, e] raises if the running task would await itself, directly or round a circle */
 static void refuse_circle(lua_State *L, struct task *me, struct task *on) {
   struct task *t = on;
   if (me != on) {
     if (me->waiters == NULL) return;
-    while (t != me && task_is(t, KIND_FIBER) && !task_done(t) && t->slot != 0 &&
-           !(t->flags & TASK_ABANDONED) && ((struct fiber *)t)->u.wait.on)
-      t = ((struct fiber *)t)->u.wait.on;
-    if (t != me) return;
+    while (t != NULL && t != me) t = awaited_by(L, t);
+    if (t == NULL) return;
   }
   task_push(L, me);
   task_push_name(L, -1); /* me text */

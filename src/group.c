@@ -80,17 +80,18 @@ static void child_runs(struct group *g) {
 static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
   if (g->scope.canceled) return; /* they are being discarded */
   push_group(L, g);
-  lua_getiuservalue(L, -1, GROUP_QUEUE);
   while (g->first <= g->last && g->running < g->limit) {
+    lua_getiuservalue(L, -1, GROUP_QUEUE); /* anew: a finalizer may have emptied it */
     lua_rawgeti(L, -1, g->first);
     lua_pushboolean(L, 0);
     lua_rawseti(L, -3, g->first++);
+    lua_remove(L, -2);
     struct task *t = (struct task *)lua_touserdata(L, -1);
     if (t != NULL && fiber_is_lost(t)) fiber_settle_lost(L, -1);
     if (t != NULL && t->state == TASK_FAULTED) { /* somebody has closed its coroutine */
       child_failed(L, g);
       if (g->scope.canceled) { /* the others are being discarded */
-        lua_pop(L, 3);
+        lua_pop(L, 2);
         return;
       }
     }
@@ -106,9 +107,9 @@ static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
     g->first = 1;
     g->last = 0;
     lua_pushnil(L);
-    lua_setiuservalue(L, -3, GROUP_QUEUE);
+    lua_setiuservalue(L, -2, GROUP_QUEUE);
   }
-  lua_pop(L, 2);
+  lua_pop(L, 1);
 }
 
 /* [-0, +0, m] the task on top has failed */
@@ -277,6 +278,10 @@ static int l_wait_stopping(lua_State *L) {
     lua_pop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
     if (g->stopping) return 0; /* by a finalizer */
+    if (g->ended) {            /* the same */
+      push_never_stopped(L);
+      return lua_error(L);
+    }
     if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
       lua_pop(L, 1);
       lua_pushvalue(L, -1);
@@ -306,6 +311,8 @@ static int l_token(lua_State *L) {
 }
 
 /* ---- the end ---- */
+
+void group_end(struct scope *s) { ((struct group *)s)->ended = true; }
 
 static int join_k(lua_State *L, int status, lua_KContext ctx);
 

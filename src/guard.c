@@ -296,11 +296,12 @@ static int l_restore_flow(lua_State *L) {
   return 0;
 }
 
-/* dies_open() -> whether Lua leaves what is to be closed open when an error ends this coroutine, which is none of
-** ours then, nor the main one */
+/* dies_open() -> this coroutine, if Lua leaves what is to be closed in it open when an error ends it: all but the main
+** one, those of tasks, and those made by wrap; else false */
 static int l_dies_open(lua_State *L) {
-  bool ours = fiber_on_top(L, runtime(L));
-  lua_pushboolean(L, !lua_pushthread(L) && !ours);
+  struct runtime *rt = runtime(L);
+  bool closes = fiber_on_top(L, rt) && coroutine_has_body(L, rt);
+  if (lua_pushthread(L) || closes) lua_pushboolean(L, false);
   return 1;
 }
 

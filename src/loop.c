@@ -299,7 +299,17 @@ static void settle(lua_State *L, struct runtime *rt) {
   }
 }
 
-enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT, LOOP_SETTLE };
+/* [-0, +0, e] the root of an operation, which is ready, runs once more though the loop has ended: what it has been
+** given is its caller's */
+static void run_alone(lua_State *L, struct runtime *rt, struct task *t) {
+  if (!(t->flags & TASK_LINKED) || !(t->flags & TASK_STARTED) || t->flags & TASK_ABANDONED ||
+      t->traits & TRAIT_SCHEDULED || task_done(t))
+    return;
+  loop_remove(rt, t);
+  fiber_run(L, rt, (struct fiber *)t);
+}
+
+enum loop_mode { LOOP_DEFAULT, LOOP_ONCE, LOOP_NOWAIT, LOOP_SETTLE, LOOP_ALONE };
 
 /* pump(task or nil, mode) under protection -> how it ended */
 static int pump(lua_State *L) {
@@ -308,6 +318,8 @@ static int pump(lua_State *L) {
   enum drive_end end = DRIVE_DONE;
   if (mode == LOOP_SETTLE)
     settle(L, rt);
+  else if (mode == LOOP_ALONE)
+    run_alone(L, rt, (struct task *)lua_touserdata(L, 1));
   else if (mode == LOOP_DEFAULT)
     end = drive(L, rt, (struct task *)lua_touserdata(L, 1));
   else
@@ -320,8 +332,10 @@ static int pump(lua_State *L) {
 static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   struct runtime *rt = runtime(L);
   rt->pumping = true;
-  rt->stopping = false;
-  rt->signaled = 0;
+  if (mode != LOOP_ALONE) { /* else they are why, and to be told */
+    rt->stopping = false;
+    rt->signaled = 0;
+  }
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_PUMP); /* creates nothing: who has been queued is run */
   if (i != 0)
     lua_pushvalue(L, i);
@@ -367,9 +381,16 @@ int loop_settle(lua_State *L) {
 /* [-0, +0, m] the root at index 1 is an operation whose caller learns that it has failed: it waits for nothing any more,
 ** lest it took what comes for somebody else */
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *root) {
+  if (!(root->task.flags & TASK_STARTED) && root->task.flags & TASK_LINKED) {
+    loop_remove(rt, &root->task);
+    lua_pushvalue(L, -1); /* that error; nobody looks */
+    fiber_discard(L, rt, 1);
+    return;
+  }
   lua_pushliteral(L, "its caller has been told that it cannot end");
   scope_cancel(L, scope_own(L, rt, root), lua_gettop(L));
   lua_pop(L, 1);
+  enter(L, 1, LOOP_ALONE); /* a condition takes its lock again */
   if (root->task.state == TASK_WAITING) fiber_abandon(L, 1, root); /* deaf to that */
 }
 
@@ -386,6 +407,10 @@ static int run(lua_State *L, bool operation) {
   if (fiber_is_lost(&root->task)) { /* somebody has closed its coroutine */
     fiber_settle_lost(L, 1);
     end = DRIVE_DONE;
+  }
+  if (end != DRIVE_DONE && operation) {
+    enter(L, 1, LOOP_ALONE);
+    if (task_done(&root->task)) end = DRIVE_DONE;
   }
   if (end == DRIVE_DONE) return task_push_outcome(L, 1, &root->task);
   root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */

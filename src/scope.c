@@ -34,7 +34,7 @@
 
 #include <math.h>
 
-enum { IDLE_SCOPES = 64, REFUSALS = 1000 };
+enum { IDLE_SCOPES = 64, REFUSALS = 1000, LEVELS = 1000 };
 
 /* ---- walking over what is below a scope ---- */
 
@@ -263,6 +263,7 @@ static bool push_known_token(lua_State *L, const struct scope *s) {
 /* [-0, +0, -] what goes on in s is under the scope above it only */
 static void end(lua_State *L, struct runtime *rt, struct scope *s) {
   s->owner = NULL;
+  if (s->kind == SCOPE_GROUP) group_end(s); /* even if nobody has joined it */
   deadline_drop(rt, &s->deadline);
   s->due = HUGE_VAL;
   if (s->token != NULL &&
@@ -280,7 +281,6 @@ static void end(lua_State *L, struct runtime *rt, struct scope *s) {
 /* the owner leaves a scope, with the block that it was opened for */
 static void scope_close(lua_State *L, struct runtime *rt, struct scope *s) {
   struct fiber *f = s->owner;
-  s->closed = true;
   if (f->member.scope == s) {
     struct scope *back = s->outer;
     while (back->owner == NULL) back = back->outer; /* closed before this one */
@@ -436,7 +436,8 @@ static bool is_handled(lua_State *L, const struct runtime *rt, const struct scop
     return false;
   lua_Debug ar;
   bool inside = true;
-  for (int level = 1; lua_getstack(L, level, &ar); level++) {
+  for (int level = 1; level < LEVELS && lua_getstack(L, level, &ar);
+       level++) { /* each costs its depth */
     lua_getinfo(L, "Sf", &ar);
     lua_CFunction f = lua_tocfunction(L, -1);
     lua_pop(L, 1);
@@ -691,6 +692,7 @@ static bool close_block(lua_State *L, struct runtime *rt, struct scope *s, int e
 static int l_close(lua_State *L) {
   struct scope *s = check_scope(L, 1);
   if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
+  s->closed = true;
   if (!close_block(L, runtime(L), s, 2)) return 0;
   lua_settop(L, 2);
   return lua_error(L);

@@ -132,11 +132,13 @@ static void select_start(lua_State *L, struct queued *op, struct scope *s) {
   }
   if (t->flags & TASK_LINKED || task_done(t)) return; /* a finalizer has been here */
   t->flags |= TASK_LINKED; /* so that it cannot land while we may have an item for it */
-  bool settled = select_poll(L, op);
+  bool settled = select_poll(L, op), ended = false;
   t->flags &= (uint16_t)~TASK_LINKED;
   lua_settop(L, SELECT_OP);
   if (settled) return;
-  if (t->flags & TASK_INTERRUPTED) { /* in the meantime */
+  for (uint32_t k = 0; k < op->count; k++) /* a task of it is complete, in the meantime … */
+    ended = ended || (op->clauses[k].task && op->clauses[k].u.wait.on == NULL);
+  if (ended || t->flags & TASK_INTERRUPTED) { /* … or it was canceled */
     loop_land(L, rt, SELECT_OP, t);
     loop_land_all(L, rt);
     return;
@@ -184,24 +186,30 @@ static int l_select_async(lua_State *L) {
   return 1;
 }
 
-static int l_select(lua_State *L) {
+static int l_select_outside(lua_State *L);
+
+static int select_here(lua_State *L, bool outside) {
   struct runtime *rt = runtime(L);
   struct queued *op = select_new(L);
   struct task *t = &op->timed.pending.task;
   struct fiber *me = (struct fiber *)rt->me;
-  bool deaf = token_none(L, SELECT_TOKEN);
+  bool deaf = token_none(L, SELECT_TOKEN) &&
+              !outside; /* where no token is ambient: it is to be withdrawn */
   struct scope *s = deaf ? rt->root : scope_ambient(L, rt);
   if (!select_at_once(L, op, s)) {
     me = fiber_here(L, rt);
     if (me == NULL) {
       lua_settop(L, 1);
-      return fiber_outside(L, l_select);
+      return fiber_outside(L, l_select_outside);
     }
     select_start(L, op, s);
   }
   lua_settop(L, SELECT_OP);
   return waiter_await(L, me, t, deaf);
 }
+
+static int l_select(lua_State *L) { return select_here(L, false); }
+static int l_select_outside(lua_State *L) { return select_here(L, true); }
 
 static const luaL_Reg functions[] = {
     {"select", l_select}, {"select_async", l_select_async}, {NULL, NULL}};

@@ -97,17 +97,15 @@ void timer_fire_due(lua_State *L, struct runtime *rt) {
 /* ---- interruption ---- */
 
 void pending_withdraw(lua_State *L, struct runtime *rt, struct fiber *f, bool gone) {
+  int top = lua_gettop(L);
   if (fiber_naps(f)) {
     waiter_leave(L, f, gone);
     deadline_drop(rt, &f->u.nap.deadline);
     return;
   }
-  if (gone)
-    lua_pushnil(L);
-  else
-    fiber_push_awaited(L, f);
-  wait_remove(L, -1, &f->u.wait);
-  lua_pop(L, 1);
+  /* else that may have been collected; if not, the node stays in its list, for f waits no more */
+  if (!gone && fiber_push_awaited(L, f)) wait_remove(L, -1, &f->u.wait);
+  lua_settop(L, top);
 }
 
 void pending_interrupt(lua_State *L, struct pending *p) {
@@ -134,6 +132,16 @@ void pending_interrupt(lua_State *L, struct pending *p) {
     return;
   }
   if (t->state != TASK_WAITING) return;
+  if (!fiber_naps(f)) {
+    bool known = fiber_push_awaited(L, f);
+    lua_pop(L, 1);
+    if (!known) { /* somebody has closed the coroutine where it waits, or does so now, which its watch sees to */
+      task_push(L, t);
+      if (lua_status(f->co) == LUA_YIELD && !lua_isnil(L, -1)) fiber_abandon(L, -1, f);
+      lua_pop(L, 1);
+      return;
+    }
+  }
   task_push(L, t);
   pending_withdraw(L, rt, f, false);
   t->flags |= TASK_INTERRUPTED;

@@ -34,7 +34,7 @@ enum record_field {
   RECORD_ROOT,  /* the innermost one, or nil */
   RECORD_TASK
 };
-enum { SEGMENTS = 40, FRAMES = 30 };
+enum { SEGMENTS = 40, FRAMES = 30, LEVELS = 1000 };
 
 /* ---- the stack as text ---- */
 
@@ -69,7 +69,7 @@ static void push_frames(lua_State *L, lua_State *from, int level, bool body) {
   for (int n = 0; more; n++) {
     more = lua_getstack(from, ++level, &next);
     if (!more && body) break;
-    if (n == FRAMES) {
+    if (n == FRAMES || level > LEVELS) { /* to get at one costs its depth */
       luaL_addstring(&b, "\n\t...");
       break;
     }

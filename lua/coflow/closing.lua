@@ -10,7 +10,11 @@ local core = require "coflow.core"
 
 local dies_open, error, pcall = core.dies_open, error, pcall
 
-local function finish(ok, ...)
+-- coroutine -> true: such a call further out holds errors up already, so that nested calls cost no C level
+local held_up = setmetatable({}, { __mode = "k" })
+
+local function finish(co, ok, ...)
+  held_up[co] = nil
   if ok then return ... end
   error((...), 0)
 end
@@ -19,6 +23,8 @@ end
 ---@param run function
 ---@return any ... what `run` returns
 return function(run, ...)
-  if not dies_open() then return run(...) end
-  return finish(pcall(run, ...))
+  local co = dies_open()
+  if not co or held_up[co] then return run(...) end
+  held_up[co] = true
+  return finish(co, pcall(run, ...))
 end

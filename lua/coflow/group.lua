@@ -8,6 +8,7 @@
 -- Source: trio's nurseries, Kotlin's scopes; errors as in .NET's Task.WhenAll.
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 local under = require "coflow.under_token"
 
@@ -96,6 +97,11 @@ end
 local known_options = { limit = true, policy = true, grace = true }
 local policies = { fail_fast = 0, supervise = 1, first_success = 2 }
 
+local function call_plainly(group, fn)
+  local _ <close> = group
+  return finish(group, true, fn(group))
+end
+
 ---Calls `fn(group)`, and returns its values once every task that was started with `group:spawn` has ended: none
 ---outlives the call, whatever happens. The first failure, of a child or of `fn`, cancels `group.token`, under
 ---which all of them run.
@@ -127,7 +133,7 @@ local function task_group(fn, options)
   local group, depth = core.open_group(limit, policies[policy], grace)
   local _ <close> = group
   if depth <= DEPTH then return finish(group, xpcall(fn, core.trace_handler, group)) end
-  return finish(group, true, fn(group))
+  return closing(call_plainly, group, fn)
 end
 
 local race_options = { limit = true, token = true }

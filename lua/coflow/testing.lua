@@ -202,7 +202,7 @@ end
 local run_options = { seed = true, start_time = true, autojump_threshold = true, time_provider = true }
 local ending = setmetatable({}, { __close = finish })
 
-local function run(fn, seed, start, threshold, provider)
+local function run_under(fn, seed, start, threshold, provider)
   begin(not provider, start, threshold, seed, library)
   local _ <close> = ending
   if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
@@ -255,7 +255,7 @@ function testing.run(fn, options)
     error(InvalidOperation("testing.run inside a task: it drives the loop itself, with a clock of its own"), 0)
   end
   seed = seed_of(seed)
-  return closing(run, fn, seed, start or provider and provider._now or 0, threshold or DEFAULT_THRESHOLD, provider)
+  return closing(run_under, fn, seed, start or provider and provider._now or 0, threshold or DEFAULT_THRESHOLD, provider)
 end
 
 ---@class coflow.testing.ExploreOptions
