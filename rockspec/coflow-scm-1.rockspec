@@ -122,5 +122,6 @@ build = {
     ["coflow.testing"] = "lua/coflow/testing.lua",
     ["coflow.udp"] = "lua/coflow/udp.lua",
     ["coflow.under_token"] = "lua/coflow/under_token.lua",
+    ["coflow.watcher"] = "lua/coflow/watcher.lua",
   },
 }

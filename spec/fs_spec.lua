@@ -651,6 +651,15 @@ describe("watch", function()
     same({ kind = "rename", name = "c" }, watcher:next())
   end))
 
+  it("is a stream of the changes", in_task(function(dir)
+    local watcher <close> = fs.watch(dir)
+    for _, name in ipairs { "a", "b", "c" } do fs.mkdir(dir .. "/" .. name) end
+    local names = watcher:map(function(change) return change.name end):filter(function(name) return name ~= "a" end)
+    assert.same({ "b" }, names:take(1):to_table())
+    assert.same({ { kind = "rename", name = "c" } }, watcher:take(1):to_table_async():await())
+    helper.raises("OperationCanceled", watcher.to_table, watcher, flow.CancellationToken.canceled)
+  end))
+
   it("tells of contents, and of one file alone", in_task(function(dir)
     put(dir .. "/x", "")
     local watcher <close> = fs.watch(dir .. "/x")

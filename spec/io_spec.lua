@@ -464,6 +464,31 @@ describe("a process without descriptors", function()
     assert.equal("well", child:read("a"))
     os.remove(script)
   end)
+
+  it("is told as EMFILE also where the loop is only to be made, or a module to be read", function()
+    local script = os.tmpname()
+    put(script, [[
+      local flow = require "coflow"
+      for left = 0, 12 do
+        local files = {}
+        for i = 1, 100 do files[i] = io.open("/dev/null") end
+        for _ = 1, left do table.remove(files):close() end
+        local function outcome(f, ...)
+          local ok, err = pcall(f, ...)
+          return ok or flow.errors.is(err, "IO") and err.code == "EMFILE" or err
+        end
+        assert(outcome(flow.run, flow.sleep, 0.001) == true)
+        local late = outcome(function() return flow.with_timeout end)
+        assert(late == true, late)
+        for _, file in ipairs(files) do file:close() end
+        if left == 0 then assert(flow.Semaphore) end
+      end
+      io.write("well")
+    ]])
+    local child <close> = io.popen(("ulimit -n 40; %s %s 2>&1"):format(os.getenv("LUA") or "lua5.4", script))
+    assert.equal("well", child:read("a"))
+    os.remove(script)
+  end)
 end)
 
 describe("the end of the state", function()

@@ -174,6 +174,20 @@ describe("an AsyncLazy", function()
 end)
 
 describe("an AsyncCache", function()
+  it("whose values live no time makes one call for those who wait at the same time", in_task(function()
+    local factory, calls = counting(function()
+      flow.sleep(1)
+      return "v"
+    end)
+    local cache = flow.AsyncCache { time_to_live = 0 }
+    for n = 1, 2 do
+      local all = {}
+      for i = 1, 3 do all[i] = flow.spawn(cache.get_or_add, cache, "k", factory) end
+      assert.same({ "v", "v", "v" }, { flow.await_all(all) })
+      assert.equal(n, calls())
+    end
+  end))
+
   it("calls the factory once for each key, however many ask", in_task(function()
     local factory, calls = counting(function(_, key)
       flow.sleep(1)
@@ -320,7 +334,7 @@ describe("an AsyncCache", function()
     assert.has_error(function() cache:get_or_add(0 / 0, print) end)
     assert.has_error(function() cache:get_or_add("k") end)
     assert.has_error(function() cache:get_or_add("k", print, "token") end)
-    assert.has_error(function() flow.AsyncCache { time_to_live = 0 } end)
+    assert.has_error(function() flow.AsyncCache { time_to_live = -1 } end)
     assert.has_error(function() flow.AsyncCache { max_entries = 1.5 } end)
     assert.has_error(function() flow.AsyncCache { max_entries = 0.0 } end)
     assert.has_error(function() flow.AsyncCache { max_entries = "2" } end)

@@ -90,6 +90,22 @@ describe("process.spawn and wait", function()
     assert.same({ 128 + 34, "SIG34" }, { code, signal })
   end))
 
+  it("start nothing if canceled before", clean(function()
+    local path = os.tmpname()
+    os.remove(path)
+    local options = { args = { "touch", path } }
+    helper.raises("OperationCanceled", process.spawn, options, flow.CancellationToken.canceled)
+    helper.raises("Timeout", flow.with_timeout, 0.001, function()
+      pcall(flow.sleep, 60)
+      process.spawn(options)
+    end)
+    assert.is_nil(io.open(path))
+    flow.with_cancellation(flow.CancellationTokenSource().token, function()
+      process.spawn(options, flow.CancellationToken.none):wait()
+    end)
+    assert.is_true(os.remove(path))
+  end))
+
   it("tell it to everybody who waits, before and after the end", clean(function()
     local p = sleeper()
     local tasks = {}

@@ -1557,7 +1557,7 @@ describe("a strategy", function()
       timeout = { seconds = seconds },
       circuit_breaker = {
         failure_ratio = { -0.1, 1.1, nan, "1" }, sampling_duration = { 0, -1, nan, "1" },
-        minimum_throughput = { 0, 1.5, "1" }, break_duration = { 0, -1, nan }, should_handle = { 1 },
+        minimum_throughput = { 0, 1.5, "1" }, break_duration = { -1, nan }, should_handle = { 1 },
       },
       bulkhead = { max_concurrency = { 0, 1.5, nan, "1", false }, max_queue = { -1, 0.5, "1" } },
       rate_limiter = {

@@ -56,6 +56,18 @@ describe("a stream", function()
     it:dispose()
   end))
 
+  it("refuses an item emitted where Lua cannot yield, and says where that was", in_task(function()
+    local refused
+    local s = stream.new(function(emit)
+      emit(1)
+      local ok, err = pcall(string.gsub, "x", "x", emit)
+      refused = not ok and err
+      emit(2)
+    end)
+    assert.same({ 1, 2 }, s:to_table())
+    helper.is_error("InvalidOperation", refused, "gsub'")
+  end))
+
   it("runs on when the next item is asked for, and then only", in_task(function()
     local log, note = recorder()
     local s = stream.new(function(emit)

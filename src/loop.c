@@ -23,6 +23,7 @@
 #include "io.h"
 
 #include <math.h>
+#include <unistd.h>
 
 enum { SLICE = 256, LOOK = 16 };
 #define SLICE_SECONDS 0.001
@@ -45,11 +46,19 @@ void loop_init(struct runtime *rt) {
   rt->closed = false;
 }
 
+/* Whether there are descriptors for a loop: libuv ends the process when there are some, but too few. */
+static bool has_descriptors(void) {
+  int pipes[2][2], n = 0;
+  while (n < 2 && pipe(pipes[n]) == 0) n++;
+  for (int i = 0; i < n; i++) close(pipes[i][0]), close(pipes[i][1]);
+  return n == 2;
+}
+
 /* libuv's loop is made when something is first waited for: a program that never does starts sooner */
 uv_loop_t *loop_uv(struct runtime *rt) {
   if (!rt->loop_open) {
     if (rt->closed) return NULL;
-    rt->loop_error = uv_loop_init(&rt->loop);
+    rt->loop_error = has_descriptors() ? uv_loop_init(&rt->loop) : UV_EMFILE;
     if (rt->loop_error < 0) return NULL;
     uv_timer_init(&rt->loop, &rt->timer);
     rt->loop_open = true;

@@ -13,6 +13,8 @@
 */
 #include "io.h"
 
+#include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 static const char runtime_key = 0;
@@ -360,6 +362,22 @@ static int l_take(lua_State *L) {
   return 1;
 }
 
+/* [-0, +0, v] a module, whose name is at 3, could not be loaded: raises the error on top, or why the file cannot be read
+** now, if that is all */
+static void refuse_late(lua_State *L) {
+  const struct runtime *rt = runtime(L);
+  if (rt->library_length > 0) {
+    const char *path = lua_pushfstring(L, "%s%s.lua", rt->library + 1, lua_tostring(L, 3));
+    FILE *file = fopen(path, "r");
+    if (file != NULL)
+      fclose(file);
+    else if (errno == EMFILE || errno == ENFILE)
+      io_push_error(L, uv_translate_sys_error(errno), "require", path);
+    if (!lua_istable(L, -1)) lua_pop(L, 1);
+  }
+  lua_error(L);
+}
+
 /* upvalues: runtime, anchors, " field=module …": the __index of a table made by late */
 static int l_late_index(lua_State *L) {
   size_t n;
@@ -374,7 +392,7 @@ static int l_late_index(lua_State *L) {
   lua_pushlstring(L, name, (size_t)(p - name));
   lua_getglobal(L, "require");
   lua_pushfstring(L, "coflow.%s", lua_tostring(L, 3));
-  lua_call(L, 1, 1); /* table key name module */
+  if (lua_pcall(L, 1, 1, 0) != LUA_OK) refuse_late(L); /* table key name module */
   lua_pushvalue(L, 2);
   if (lua_rawget(L, 1) != LUA_TNIL) return 1; /* the module has put it there */
   lua_pushvalue(L, 2);

@@ -47,10 +47,12 @@ static enum ask check_clause(lua_State *L, lua_Integer k, bool *task) {
   return what;
 }
 
-/* [-0, +0, v] the number of clauses of the list at 1, and its options; only the token stays, at SELECT_TOKEN */
+/* [-0, +2, v] the number of clauses of the list at 1, and its options; only the token stays, at SELECT_TOKEN: that of the
+** list, or else the one that was given at 2 */
 static lua_Integer check_list(lua_State *L, double *seconds) {
   luaL_checktype(L, 1, LUA_TTABLE);
-  lua_settop(L, 1);
+  token_opt(L, 2);
+  lua_settop(L, 2);
   lua_Integer n = (lua_Integer)lua_rawlen(L, 1);
   luaL_argcheck(L, n >= 1, 1, "a clause or a task is needed");
   luaL_argcheck(L, n < INT32_MAX, 1, "too many clauses");
@@ -68,13 +70,17 @@ static lua_Integer check_list(lua_State *L, double *seconds) {
                   "timeout must be a number of seconds");
     *seconds = (double)lua_tonumber(L, -1);
   }
-  lua_settop(L, 1);
-  lua_createtable(L, (int)n, 0);
-  lua_createtable(L, (int)n, 0);
+  lua_settop(L, 2);
   lua_pushliteral(L, "token");
-  lua_rawget(L, 1);
-  luaL_argcheck(L, lua_isnil(L, -1) || object_test(L, -1, TAG_TOKEN), 1,
-                "token must be a CancellationToken");
+  if (lua_rawget(L, 1) == LUA_TNIL)
+    lua_pop(L, 1);
+  else {
+    luaL_argcheck(L, object_test(L, 3, TAG_TOKEN), 1, "token must be a CancellationToken");
+    lua_replace(L, 2);
+  }
+  lua_createtable(L, (int)n, 0);
+  lua_createtable(L, (int)n, 0);
+  lua_rotate(L, 2, -1);
   return n;
 }
 
@@ -158,12 +164,27 @@ static void select_start(lua_State *L, struct queued *op, struct scope *s) {
   }
 }
 
-/* [-0, +0, e] canceled before, or there already, or without the time to wait */
+static bool has_complete_task(lua_State *L, const struct queued *op) {
+  bool found = false;
+  for (uint32_t k = 0; k < op->count && !found; k++) {
+    if (!op->clauses[k].task) continue;
+    lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
+    found = task_done((struct task *)lua_touserdata(L, -1));
+    lua_pop(L, 1);
+  }
+  return found;
+}
+
+/* [-0, +0, e] canceled before, which only a complete task beats, or there already, or without the time to wait */
 static bool select_at_once(lua_State *L, struct queued *op, struct scope *s) {
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, SELECT_TOKEN);
   struct task *t = &op->timed.pending.task;
   bool canceled = operation_canceled(token, s);
+  if (canceled && has_complete_task(L, op)) {
+    waiter_land(L, SELECT_OP);
+    return true;
+  }
   if (!canceled && select_poll(L, op)) return true;
   if (canceled || operation_canceled(token, s)) { /* the latter by a finalizer */
     lua_settop(L, SELECT_OP);
@@ -199,7 +220,9 @@ static int select_here(lua_State *L, bool outside) {
   if (!select_at_once(L, op, s)) {
     me = fiber_here(L, rt);
     if (me == NULL) {
-      lua_settop(L, 1);
+      lua_settop(L, SELECT_TOKEN);
+      lua_replace(L, 2);
+      lua_settop(L, 2);
       return fiber_outside(L, l_select_outside);
     }
     select_start(L, op, s);

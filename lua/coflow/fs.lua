@@ -37,6 +37,11 @@ function Watcher:iterate(token)
   return function() return next(self, token) end
 end
 
+core.late(Watcher, [[
+  map=watcher filter=watcher take=watcher skip=watcher flat_map=watcher chunk=watcher merge=watcher zip=watcher
+  buffer=watcher throttle=watcher timeout=watcher to_table=watcher to_table_async=watcher reduce=watcher
+  reduce_async=watcher for_each=watcher for_each_async=watcher]])
+
 fs.read_dir, fs.read_dir_async = fs.scandir, fs.scandir_async
 
 return fs

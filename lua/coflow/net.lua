@@ -8,6 +8,7 @@ local arguments = require "coflow.arguments"
 local under = require "coflow.under_token"
 local resolve = require("coflow.dns").resolve -- now: later there may be no descriptor to read it with
 local task_group = require("coflow.group").task_group
+require "coflow.scope"
 
 local net = core.open_net()
 

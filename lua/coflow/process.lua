@@ -192,11 +192,13 @@ local spawn_options = {
 }
 
 ---Starts a program. It goes on until it ends by itself or somebody ends it; nobody needs to wait for it.
+---Cancellation: canceled before the call, by the token or the ambient one, it starts nothing.
 ---Raises: IO (`code`, `path`) if it cannot be started, ENOENT if there is none, or no `cwd`. InvalidOperation if a
 ---stream or file given to it is in use, or holds bytes that were read ahead.
 ---@param options coflow.ProcessOptions
+---@param token? coflow.CancellationToken
 ---@return coflow.Process
-function process.spawn(options)
+function process.spawn(options, token)
   if type(options) == "table" and options.args == nil and #options > 0 then
     core.argument_error(1, "the list goes into a field: spawn { args = { … }, cwd = … }")
   end
@@ -204,6 +206,8 @@ function process.spawn(options)
   local wrong = wrong_args(options.args, "options go beside it: spawn { args = { … }, cwd = … }")
     or wrong_options(options)
   if wrong then core.argument_error(1, wrong) end
+  arguments.check_token(2, token)
+  core.throw_if_canceled(token)
   return start(options.args, options, options.stdin or "inherit", options.stdout or "inherit",
     options.stderr or "inherit")
 end

@@ -255,7 +255,8 @@ function testing.run(fn, options)
     error(InvalidOperation("testing.run inside a task: it drives the loop itself, with a clock of its own"), 0)
   end
   seed = seed_of(seed)
-  return closing(run_under, fn, seed, start or provider and provider._now or 0, threshold or DEFAULT_THRESHOLD, provider)
+  start = start or provider and provider._now or 0
+  return closing(run_under, fn, seed, start, threshold or DEFAULT_THRESHOLD, provider)
 end
 
 ---@class coflow.testing.ExploreOptions

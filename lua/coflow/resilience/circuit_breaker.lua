@@ -174,7 +174,7 @@ return strategy.constructor(class, {
   { "failure_ratio", kind.number(0, 1, "a number from 0 to 1"), default = 0.5 },
   { "sampling_duration", kind.span_or_huge, default = 30 },
   { "minimum_throughput", kind.count(1), default = 10 },
-  { "break_duration", kind.span_or_huge, default = 5 },
+  { "break_duration", kind.seconds_or_huge, default = 5 },
   { "should_handle", kind.callable },
 }, function(self)
   self._starts, self._calls, self._failures = {}, {}, {}

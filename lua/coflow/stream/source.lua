@@ -13,6 +13,7 @@ local iteration = require "coflow.stream.iteration"
 local coroutine, errors, is_callable = core.coroutine, core.errors, core.is_callable
 local is_error = errors.is
 local yield, running, status = coroutine.yield, coroutine.running, coroutine.status
+local isyieldable = coroutine.isyieldable
 local deferred, is_stream, new_stream = iteration.deferred, iteration.is_stream, iteration.new
 
 -- Producers ---------------------------------------------------------------------------------------
@@ -37,6 +38,7 @@ local function open_producer(fn, run)
       error(errors.InvalidOperation("emit can only be called by the producer function itself, not from another task, "
         .. "coroutine or callback, nor after its end"), 2)
     end
+    if not isyieldable() then core.check_here() end -- raises: in a callback of C, say
     if not closing and not yield(value, second) then return end
     refusals = refusals + 1
     if refusals > REFUSALS then yield(STUCK) end -- for good
