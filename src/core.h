@@ -546,21 +546,23 @@ void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
 /* [-0, +0, m] into the table on top */
 void module_functions(lua_State *L, const luaL_Reg *functions);
-/* [-0, +1, m] that of the function of C on top: "string.rep" */
-void module_push_name(lua_State *L);
 double module_seconds(lua_State *L, int i);  /* [-0, +0, v] >= 0, no NaN */
 void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }
-/* for a public function in Lua, which calls us: its argument */
-int module_blame(lua_State *L, int n, const char *message);
-
-int module_blame_type(lua_State *L, int n, const char *expected, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
+
+/* ---- blame.c: who is blamed for a wrong argument ---- */
+
+/* [-0, +1, m] that of the function of C on top: "string.rep" */
+void blame_push_name(lua_State *L);
+/* for a public function in Lua, which calls us: its argument */
+int blame(lua_State *L, int n, const char *message);
+int blame_type(lua_State *L, int n, const char *expected, int i);
 
 /* ---- error.c: error objects, failures that nobody observed ---- */
 

@@ -193,7 +193,7 @@ static uint32_t label_of(lua_State *L) {
 static void label(lua_State *L, struct runtime *rt, struct task *t) {
   lua_Debug ar;
   if (lua_iscfunction(L, -1)) {
-    module_push_name(L);
+    blame_push_name(L);
     lua_remove(L, -2);
     t->label = label_of(L);
     return;

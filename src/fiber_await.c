@@ -25,7 +25,7 @@
 static const char *push_known_name(lua_State *L, lua_State *at, lua_Debug *ar) {
   lua_getinfo(at, "f", ar);
   lua_xmove(at, L, 1);
-  module_push_name(L);
+  blame_push_name(L);
   const char *name = lua_tostring(L, -1);
   return strcmp(name, "[C]") != 0 ? name : NULL;
 }
