@@ -1617,6 +1617,7 @@ describe("a strategy", function()
       support.bad_argument(1, "execute_async", function() strategy:execute_async(5) end, "function expected")
     end
     local err = raised(function() resilience.retry().execute(resilience.bulkhead { max_concurrency = 1 }, print) end)
-    assert.is_truthy(err:find("bad argument #1 to 'execute' (coflow.resilience.retry expected, got table)", 1, true))
+    assert.is_truthy(err:find("bad argument #1 to 'execute' (coflow.resilience.retry expected, got "
+      .. "coflow.resilience.bulkhead: use ':' to call a method)", 1, true))
   end))
 end)

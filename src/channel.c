@@ -304,7 +304,7 @@ static uint32_t half_for(enum ask what) {
 static struct channel *check(lua_State *L, uint32_t half) {
   struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
   if (c != NULL) return c;
-  if (half == 0 || object_test(L, 1, half) == NULL) object_refuse(L, 1, TAG_CHANNEL);
+  if (half == 0 || object_test(L, 1, half) == NULL) blame_object(L, 1, TAG_CHANNEL);
   lua_getiuservalue(L, 1, HALF_CHANNEL);
   lua_replace(L, 1);
   return (struct channel *)lua_touserdata(L, 1);

@@ -524,10 +524,10 @@ static inline void *object_test(lua_State *L, int i, uint32_t tag) {
   if (o == NULL || lua_rawlen(L, i) < sizeof *o) return NULL; /* a light one has no length */
   return (*o & (tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF)) == tag ? (void *)o : NULL;
 }
-void *object_refuse(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises the type error */
+void *blame_object(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises the type error */
 static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0, v] */
   void *o = object_test(L, i, tag);
-  return o ? o : object_refuse(L, i, tag);
+  return o ? o : blame_object(L, i, tag);
 }
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
@@ -556,13 +556,65 @@ void module_check_options(lua_State *L, int i, const char *const names[]); /* [-
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
-/* ---- blame.c: who is blamed for a wrong argument ---- */
+/* ---- blame.c: wrong arguments: what the error says, and of whom ---- */
 
 /* [-0, +1, m] that of the function of C on top: "string.rep" */
 void blame_push_name(lua_State *L);
 /* for a public function in Lua, which calls us: its argument */
 int blame(lua_State *L, int n, const char *message);
 int blame_type(lua_State *L, int n, const char *expected, int i);
+/* … its object, which should be one of the class whose metatable is at `class` */
+int blame_self(lua_State *L, int class, int i);
+
+/* [-0, +0, v] the argument at i of the running function, as luaL_argerror and luaL_typeerror */
+int blame_argument(lua_State *L, int i, const char *message);
+int blame_argument_type(lua_State *L, int i, const char *expected);
+lua_Integer blame_integer(lua_State *L, int i); /* … which is none */
+int blame_option(lua_State *L, int i, const char *given);
+
+static inline lua_Number argument_number(lua_State *L, int i) {
+  int is;
+  lua_Number n = lua_tonumberx(L, i, &is);
+  if (!is) blame_argument_type(L, i, "number");
+  return n;
+}
+static inline lua_Integer argument_integer(lua_State *L, int i) {
+  int is;
+  lua_Integer n = lua_tointegerx(L, i, &is);
+  return is ? n : blame_integer(L, i);
+}
+static inline const char *argument_string(lua_State *L, int i, size_t *length) {
+  const char *s = lua_tolstring(L, i, length);
+  if (s == NULL) blame_argument_type(L, i, "string");
+  return s;
+}
+static inline void argument_type(lua_State *L, int i, int type) {
+  if (lua_type(L, i) != type) blame_argument_type(L, i, lua_typename(L, type));
+}
+static inline void argument_any(lua_State *L, int i) {
+  if (lua_isnone(L, i)) blame_argument(L, i, "value expected");
+}
+static inline int argument_option(lua_State *L, int i, const char *def, const char *const list[]) {
+  const char *s = def && lua_isnoneornil(L, i) ? def : argument_string(L, i, NULL);
+  for (int k = 0; list[k] != NULL; k++)
+    if (strcmp(list[k], s) == 0) return k;
+  return blame_option(L, i, s);
+}
+
+/* Lua's own would blame somebody else. */
+#undef luaL_checkstring
+#undef luaL_optstring
+#define luaL_argerror blame_argument
+#define luaL_typeerror blame_argument_type
+#define luaL_checknumber argument_number
+#define luaL_checkinteger argument_integer
+#define luaL_checklstring argument_string
+#define luaL_checkstring(L, i) argument_string(L, i, NULL)
+#define luaL_checktype argument_type
+#define luaL_checkany argument_any
+#define luaL_checkoption argument_option
+#define luaL_optinteger(L, i, def) luaL_opt(L, argument_integer, i, def)
+#define luaL_optstring(L, i, def) luaL_opt(L, luaL_checkstring, i, def)
 
 /* ---- error.c: error objects, failures that nobody observed ---- */
 

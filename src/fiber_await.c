@@ -282,6 +282,9 @@ static int await_other(lua_State *L, bool try) {
   if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
     return luaL_argerror(
         L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
+  if (lua_isnone(L, 1)) /* a method as well as a function */
+    return luaL_argerror(
+        L, 1, "Task or awaitable expected, got no value: task:await(), or flow.await(task)");
   return luaL_typeerror(L, 1, "Task or awaitable");
 }
 

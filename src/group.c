@@ -189,7 +189,7 @@ void group_discard(lua_State *L, int i) {
 
 static struct group *check_group(lua_State *L) {
   struct group *g = (struct group *)object_test(L, 1, TAG_GROUP | KIND_SCOPE);
-  return g ? g : (struct group *)object_refuse(L, 1, TAG_GROUP);
+  return g ? g : (struct group *)blame_object(L, 1, TAG_GROUP);
 }
 
 /* group:spawn(fn, ...) */

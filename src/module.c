@@ -22,13 +22,6 @@ enum { METATABLE_FIELDS = 8, MODULE_FIELDS = 64 };
 
 /* ---- objects ---- */
 
-void *object_refuse(lua_State *L, int i, uint32_t tag) {
-  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
-  lua_getfield(L, -1, "__name");
-  luaL_typeerror(L, i, lua_tostring(L, -1));
-  return NULL;
-}
-
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   uint32_t *o = (uint32_t *)lua_newuserdatauv(L, size, uservalues);
   memset(o, 0, size);
@@ -341,6 +334,13 @@ static int l_is_callable(lua_State *L) {
   return 1;
 }
 
+/* refuse_self(class, value): for a method of a class written in Lua, whose metatable that is */
+static int l_refuse_self(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_settop(L, 2);
+  return blame_self(L, 1, 2);
+}
+
 /* check_class(n, value, "coflow.Class") */
 static int l_check_class(lua_State *L) {
   const char *name = luaL_checkstring(L, 3);
@@ -399,6 +399,7 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"check_function", l_check_function},
                                      {"library", l_library},
                                      {"is_callable", l_is_callable},
+                                     {"refuse_self", l_refuse_self},
                                      {"check_class", l_check_class},
                                      {"check_options", l_check_options},
                                      {NULL, NULL}};

@@ -558,7 +558,7 @@ void scope_land(lua_State *L, int i) {
 
 static struct scope *check_scope(lua_State *L, int i) {
   struct scope *s = (struct scope *)object_test(L, i, TAG_SCOPE | KIND_SCOPE);
-  return s ? s : (struct scope *)object_refuse(L, i, TAG_SCOPE);
+  return s ? s : (struct scope *)blame_object(L, i, TAG_SCOPE);
 }
 
 /* [-0, +0, e] raises outside every task, in the name of what the library was asked for */

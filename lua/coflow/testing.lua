@@ -63,9 +63,7 @@ local FakeTimeProvider = { __name = "coflow.testing.FakeTimeProvider" }
 FakeTimeProvider.__index = FakeTimeProvider
 
 local function check_provider(self)
-  if getmetatable(self) ~= FakeTimeProvider then
-    error("calling a method of FakeTimeProvider on bad self", 3)
-  end
+  if getmetatable(self) ~= FakeTimeProvider then core.refuse_self(FakeTimeProvider, self) end
 end
 
 local function check_installed(self, what)
