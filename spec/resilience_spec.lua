@@ -1597,8 +1597,11 @@ describe("a strategy", function()
         local _ = resilience.pipeline(strategies)
       end, word)
     end
-    refused(nil, "list of strategies expected, got nil")
+    refused(nil, "list of strategies expected, got no value")
     refused("x", "list of strategies expected")
+    for _, strategy in ipairs(all()) do
+      refused(strategy, "list of strategies expected, got a strategy: pipeline { outermost, …, innermost }")
+    end
     refused({ resilience.retry(), 5 }, "element 2 is no strategy (a number value")
     refused({ "text" }, "element 1 is no strategy")
     refused({ { execute = 1 } }, "element 1")
