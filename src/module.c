@@ -306,6 +306,12 @@ static int l_argument_error(lua_State *L) {
   return blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
 }
 
+/* type_error(n, expected, value) */
+static int l_type_error(lua_State *L) {
+  lua_settop(L, 3);
+  return blame_type(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2), 3);
+}
+
 /* check_function(n, value) */
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
@@ -396,6 +402,7 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"take", l_take},
                                      {"late", l_late},
                                      {"argument_error", l_argument_error},
+                                     {"type_error", l_type_error},
                                      {"check_function", l_check_function},
                                      {"library", l_library},
                                      {"is_callable", l_is_callable},
