@@ -151,7 +151,8 @@ describe("process.spawn and wait", function()
     told("spawn 'no-such-program': no such file or directory (ENOENT)", { args = { "no-such-program" } })
     told("spawn: the working directory '/no/such': no such file or directory (ENOENT)",
       { args = { "true" }, cwd = "/no/such" })
-    told("spawn: the working directory '/dev/null': not a directory (ENOTDIR)", { args = { "true" }, cwd = "/dev/null" })
+    told("spawn: the working directory '/dev/null': not a directory (ENOTDIR)",
+      { args = { "true" }, cwd = "/dev/null" })
     told("spawn 'no-such-program': no such file or directory (ENOENT)", { args = { "no-such-program" }, cwd = "/" })
   end))
 

@@ -394,7 +394,8 @@ end
 -- UDP: udp.lua, when it is first used ---------------------------------------------------------------
 
 local shared = {
-  is_integer = is_integer, is_host = is_host, check_host = check_host, check_port = check_port, families = families, address_of = address_of,
+  is_integer = is_integer, is_host = is_host, check_host = check_host, check_port = check_port,
+  families = families, address_of = address_of,
   is_closed_error = is_closed_error,
 }
 
