@@ -408,11 +408,12 @@ enum runtime_uservalue {
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
-  RUNTIME_OPENED,     /* … PeriodicTimer or File made in it -> where, or true; weak keys */
-  RUNTIME_TIMERS,     /* index of a deadline -> the armed Timer that it is part of, or false */
-  RUNTIME_ORIGIN,     /* the last origin of Timers without a context (periodic.c) */
-  RUNTIME_SPARE,      /* a blank fiber for the next tick of a Timer, or nil */
-  RUNTIME_IO_RESULT,  /* the function that makes the result of an operation on libuv */
+  RUNTIME_OPENED, /* … PeriodicTimer, File or Watcher made in it -> where, or true; weak keys. And a
+                      ** list of what was collected while it was open, in words */
+  RUNTIME_TIMERS,    /* index of a deadline -> the armed Timer that it is part of, or false */
+  RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
+  RUNTIME_SPARE,     /* a blank fiber for the next tick of a Timer, or nil */
+  RUNTIME_IO_RESULT, /* the function that makes the result of an operation on libuv */
   RUNTIME_UV_COUNT = RUNTIME_IO_RESULT
 };
 
@@ -1227,9 +1228,14 @@ static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t
 void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
 void testing_note_opened(lua_State *L, struct runtime *rt);
-/* [-0, +0, m] the PeriodicTimer or File on top is to be disposed of before its test ends */
+/* [-0, +0, m] the PeriodicTimer, File or Watcher on top is to be disposed of before its test ends */
 static inline void testing_opened(lua_State *L, struct runtime *rt) {
   if (rt->births != NULL) testing_note_opened(L, rt);
+}
+void testing_note_lost(lua_State *L, int i);
+/* [-0, +0, m] the open object at i, of these or of handle.c's, has been collected: its test has left it */
+static inline void testing_lost(lua_State *L, struct runtime *rt, int i) {
+  if (rt->births != NULL) testing_note_lost(L, i);
 }
 void testing_land(lua_State *L, int i);
 ONCE void testing_open(lua_State *L);
