@@ -751,8 +751,8 @@ void fiber_hold(lua_State *L, int i, struct fiber *f);
 void fiber_push(lua_State *L, lua_State *co);
 /* [-0, +1, -] the task it waits for, or nil */
 bool fiber_push_awaited(lua_State *L, struct fiber *f);
-/* [-0, +1, m] "file:line" where it is suspended */
-void fiber_push_place(lua_State *L, struct fiber *f);
+/* [-0, +1, m] "file:line" where it is suspended; false: that is no line of a user's */
+bool fiber_push_place(lua_State *L, struct fiber *f);
 /* [-1, +0, -] f, not started, is named after the function on top */
 void fiber_name(lua_State *L, struct fiber *f);
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
@@ -1026,7 +1026,9 @@ struct group *group_leave(struct fiber *f); /* the group that the child is in no
 /* [-0, +0, m] after that */
 void group_child_lost(lua_State *L, struct runtime *rt, struct group *g);
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
-void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
+/* [-0, +0, -] what f awaits is the end of the tasks of a group of its */
+bool group_is_joined(lua_State *L, const struct fiber *f);
+void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
 ONCE void group_open(lua_State *L);
 
 /* ---- schedule.c: schedulers and synchronization contexts ---- */
