@@ -290,6 +290,24 @@ describe("what a test leaves behind", function()
     end)
   end
 
+  it("fails it: what a task of the library has started, which says where that was made", function()
+    local err = is_error("InvalidOperation", raised(testing.run, function()
+      kept = flow.Host()
+      kept:add { start = function() end, execute = function() flow.sleep(100) end }
+      line = helper.here(1)
+      kept:start()
+    end), "left something behind", "sleeps at ", "made at ", line)
+    assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
+    err = is_error("InvalidOperation", raised(testing.run, function()
+      kept = flow.net.listen("127.0.0.1", 0)
+      line = helper.here(1)
+      kept = { kept, kept:serve_async(function() end, nil, flow.CancellationTokenSource().token) }
+      flow.yield()
+    end), "task 'coflow.net' waits for coflow.Listener, made at ", line)
+    assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
+    kept = nil
+  end)
+
   it("fails it: an open file", function()
     local path = os.tmpname()
     local err = raised(testing.run, function() kept = flow.fs.open(path) end)
@@ -1226,7 +1244,7 @@ describe("what happens outside", function()
       local before = { flow.net.listen("127.0.0.1", 0) }
       testing.run(function()
         kept:close()
-        before[1] = nil
+        table.remove(before)
         for _ = 1, 2 do collectgarbage() end
         flow.stdio.stderr:flush() -- everybody's, made when it is first used
         local _ <close> = flow.net.listen("127.0.0.1", 0)

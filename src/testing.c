@@ -92,12 +92,18 @@ static void *resize(lua_State *L, void *block, size_t old, size_t size) {
   return alloc(ud, block, old, size);
 }
 
-/* the number of the innermost line that is not the library's own; 0: none, or no memory */
+/* the number of its place, or 0 */
+static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
+  return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
+}
+
+/* the number of the innermost line that is not the library's own; what a task of the library makes was made where
+** that one was. 0: none, or no memory */
 static uint32_t find_place(lua_State *L, struct births *b) {
   lua_Debug ar;
   int level = 0;
   do {
-    if (!lua_getstack(L, level++, &ar)) return 0;
+    if (!lua_getstack(L, level++, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
     lua_getinfo(L, "Sl", &ar);
   } while (ar.currentline <= 0 || strncmp(ar.source, b->library, b->library_length) == 0);
   uint32_t *head = &b->heads[((unsigned)ar.currentline + ar.srclen * 31) % HEADS];
@@ -118,11 +124,6 @@ static uint32_t find_place(lua_State *L, struct births *b) {
   memcpy(p->source, ar.short_src, sizeof p->source);
   p->next = *head;
   return *head = b->place_count;
-}
-
-/* the number of its place, or 0 */
-static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
-  return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
 }
 
 /* What has no place, or no memory to note it, is not missed when it is left. */
