@@ -691,8 +691,9 @@ describe("the ready queue", function()
 end)
 
 describe("the report of a deadlock", function()
+  before_each(function() flow.on_unobserved_exception(false) end)
+
   after_each(function() -- what waits for ever is no affair of the specs that follow
-    flow.on_unobserved_exception(false)
     for _ = 1, 3 do
       collectgarbage()
       flow.run(flow.yield)
