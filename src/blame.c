@@ -135,7 +135,7 @@ static bool is_ours_at(lua_State *L, int level) {
          module_is_ours(runtime(L), ar.source);
 }
 
-/* Where ours call what a user gave them, that has this name; and nothing else has. */
+/* Ours call what a user gave them by this name, and no other function of C. */
 static bool is_called_fn(const lua_Debug *ar) {
   return strcmp(ar->namewhat, "local") == 0 && strcmp(ar->name, "fn") == 0;
 }
