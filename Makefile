@@ -32,7 +32,7 @@ COMPILE  = $(CC) -std=c11 -D_GNU_SOURCE $(CPPFLAGS) $(CFLAGS) -fPIC -fvisibility
 LINK     = $(CC) -shared -pthread $(CFLAGS) $(LDFLAGS)
 MODULE   = $(BUILD)/coflow/core.so
 # The kernel first: what every script runs lies together, and the pages of the rest are not read.
-KERNEL   = module error trace task fiber fiber_await fiber_abandon loop poll shutdown scope cancel context map guard timer deadline combine
+KERNEL   = module blame error trace task fiber fiber_await fiber_abandon loop poll shutdown scope cancel context map guard timer deadline combine
 OBJECTS  = $(patsubst %,$(BUILD)/%.o,$(KERNEL) $(filter-out $(KERNEL),\
            $(patsubst src/%.c,%,$(sort $(wildcard src/*.c)))))
 SCRIPTS  = $(shell cd lua && find . -name '*.lua' | sort)

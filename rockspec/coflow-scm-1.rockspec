@@ -21,6 +21,7 @@ build = {
     ["coflow.core"] = {
       sources = {
         "src/barrier.c",
+        "src/blame.c",
         "src/cancel.c",
         "src/channel.c",
         "src/combine.c",

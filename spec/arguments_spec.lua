@@ -167,3 +167,125 @@ describe("a host with a zero byte", function()
     end
   end))
 end)
+
+describe("a method that is called with a dot", function()
+  -- Each with no argument, and with one that is none of its class.
+  local function said(o, object, method)
+    for _, given in ipairs { "", "5" } do
+      local err = raised(call, o, ("%s.%s(%s)"):format(object, method, given))
+      local message = ("line:1: bad argument #1 to '%s' ("):format(method)
+      assert.equal(message, tostring(err):sub(1, #message), err)
+      local hint = "expected, got %s: use ':' to call a method)"
+      local got = given == "" and "no value" or "number"
+      assert.truthy(err:find(hint:format(got), 1, true) or given == "" and err:find(hint:format("nil"), 1, true), err)
+    end
+  end
+
+  it("says so, whatever the class is written in", with_things(function(o)
+    o.task, o.channel = flow.spawn(math.abs, 1), flow.Channel.unbounded()
+    o.semaphore, o.lock = flow.Semaphore(1), flow.Lock()
+    o.source, o.gate, o.loc = flow.CancellationTokenSource(), flow.TaskCompletionSource(), flow.AsyncLocal("x")
+    o.token, o.timer, o.periodic = o.source.token, flow.Timer(print, math.huge), flow.PeriodicTimer(1)
+    o.event, o.countdown, o.barrier = flow.ManualResetEvent(), flow.CountdownEvent(1), flow.Barrier(1)
+    o.condition, o.scheduler = flow.Condition(o.lock), flow.TaskScheduler.limited(1)
+    o.app, o.state, o.clock = flow.pipeline.new(), flow.AsyncState(), flow.testing.FakeTimeProvider()
+    o.context = o.state:context("x")
+    o.breaker, o.watcher = flow.resilience.circuit_breaker(), flow.fs.watch("/tmp")
+    for object, methods in pairs {
+      task = "cancel wait wait_async results traceback continue_with configure_await start",
+      channel = "write read try_read iterate complete write_async", semaphore = "wait release", lock = "lock run",
+      source = "cancel cancel_after dispose", gate = "set_result", loc = "set get run with", token = "register wait",
+      timer = "change dispose", periodic = "wait_for_next_tick", event = "set wait", countdown = "signal",
+      barrier = "signal_and_wait", condition = "wait notify", scheduler = "try_execute_task", app = "use run build",
+      state = "initialize context", context = "get set", clock = "advance now", breaker = "execute isolate",
+      listener = "accept serve serve_async iterate stop close", stream = "read write lines copy_to",
+      items = "map for_each to_table iterate for_each_async", udp = "send receive", file = "read lines",
+      child = "wait kill", lazy = "get", cache = "get_or_add invalidate", host = "run add start_async",
+      service = "start", queue = "enqueue drain", retry = "execute execute_async", watcher = "next iterate",
+    } do
+      for method in methods:gmatch("%S+") do said(o, object, method) end
+    end
+    flow.task_group(function(group)
+      o.group = group
+      for method in ("spawn cancel stop wait_stopping"):gmatch("%S+") do said(o, "group", method) end
+    end)
+    o.watcher:dispose()
+    o.timer:dispose()
+    o.periodic:dispose()
+    o.source:dispose()
+    o.task:await()
+  end))
+
+  it("says so of await, which is a function, too, when it gets nothing", with_things(function(o)
+    o.task = flow.spawn(math.abs, 1)
+    for _, line in ipairs { "task.await()", "task.try_await()" } do
+      assert.matches("got no value: task:await%(%), or flow.await%(task%)", raised(call, o, line))
+    end
+    assert.matches("Task or awaitable expected, got number%)", raised(call, o, "flow.await(5)"))
+    o.task:await()
+  end))
+
+  it("does not say so of what is no method, or has its object", with_things(function(o)
+    o.task, o.borrowed = flow.spawn(math.abs, 1), setmetatable({}, { __index = o.flow.Channel.unbounded() })
+    for _, line in ipairs {
+      "flow.Task.from_canceled(5)", "flow.ExecutionContext.run(5, print)", "flow.with_cancellation(5, print)",
+      "task:wait('x')", "items:map(5)", "items.map(items, 5)", "queue:enqueue(5)", "flow.sleep('x')",
+    } do
+      local err = raised(call, o, line)
+      assert.equal("string", type(err), line)
+      assert.is_nil(err:find("use ':'", 1, true), err)
+    end
+    o.task:await()
+  end))
+end)
+
+describe("a function of ours that is given to one of ours", function()
+  it("is blamed by its own name, on the line of the user", with_things(function(o)
+    o.loc, o.channel, o.semaphore = flow.AsyncLocal("x"), flow.Channel.unbounded(), flow.Semaphore(1)
+    for line, name in pairs {
+      ["flow.call(flow.sleep, 'x')"] = "#1 to 'coflow.sleep'",
+      ["flow.with_timeout(1, flow.sleep, 'x')"] = "#1 to 'coflow.sleep'",
+      ["flow.shield(flow.sleep, 'x')"] = "#1 to 'coflow.sleep'",
+      ["flow.shield({ grace = 1 }, flow.sleep, -1)"] = "#1 to 'coflow.sleep'",
+      ["loc:run(1, flow.sleep, 'x')"] = "#1 to 'coflow.sleep'",
+      ["flow.call(flow.await, 5)"] = "#1 to 'coflow.await'",
+      ["flow.call(semaphore.wait, semaphore, 'x')"] = "#2 to 'coflow.Semaphore:wait'",
+      ["flow.call(channel.write, 5)"] = "#1 to 'coflow.Channel:write'",
+      ["flow.call(channel.write, channel)"] = "#2 to 'coflow.Channel:write'",
+      ["flow.call(cache.get_or_add, cache, 1)"] = "#3 to 'coflow.AsyncCache:get_or_add'",
+      ["flow.call(cache.get_or_add, 1)"] = "#1 to 'coflow.AsyncCache:get_or_add'",
+      ["flow.call(items.map, items)"] = "#2 to 'coflow.Stream:map'",
+      ["flow.call(items.for_each_async, items)"] = "#2 to 'coflow.Stream:for_each_async'",
+      ["flow.call(retry.execute, 5)"] = "#1 to 'coflow.resilience.retry:execute'",
+      ["flow.call(flow.net.connect, 5)"] = "#1 to 'coflow.net.connect'",
+    } do
+      local err = raised(call, o, line)
+      local message = "line:1: bad argument " .. name .. " ("
+      assert.equal(message, tostring(err):sub(1, #message), err)
+    end
+  end))
+
+  it("is blamed by its own name where C calls it", with_things(function(o)
+    o.channel, o.semaphore, o.spawn = flow.Channel.unbounded(), flow.Semaphore(1), function(...)
+      return flow.spawn(...):await()
+    end
+    o.raised = function(...) error(raised(...), 0) end
+    for line, name in pairs {
+      ["spawn(channel.write, 1)"] = "#1 to 'coflow.Channel:write'",
+      ["spawn(channel.write, channel)"] = "#2 to 'coflow.Channel:write'",
+      ["spawn(semaphore.wait, semaphore, 'x')"] = "#2 to 'coflow.Semaphore:wait'",
+      ["spawn(cache.get_or_add, cache, 1)"] = "#3 to 'coflow.AsyncCache:get_or_add'",
+      ["spawn(cache.get_or_add, 1)"] = "#1 to 'coflow.AsyncCache:get_or_add'",
+      ["spawn(items.map, items, 5)"] = "#2 to 'coflow.Stream:map'",
+      ["spawn(host.run, host, 5)"] = "#2 to 'coflow.Host:run'",
+      ["spawn(retry.execute, retry)"] = "#2 to 'coflow.resilience.retry:execute'",
+      ["raised(channel.write, 1)"] = "#1 to 'coflow.Channel:write'",
+      ["spawn(flow.sleep, 'x')"] = "#1 to 'coflow.sleep'",
+    } do
+      local err = raised(call, o, line)
+      assert.truthy(err:find("bad argument " .. name .. " (", 1, true), err)
+    end
+    assert.matches("got number: a method takes its object first%)$", raised(call, o, "spawn(channel.write, 1)"))
+    assert.equal("coflow.Channel:write", o.flow.spawn(o.channel.write, o.channel, 1).name)
+  end))
+end)

@@ -369,6 +369,22 @@ describe("when_each", function()
     gate:set_result()
   end))
 
+  it("says how its iterator is used where it gets no state", in_task(function()
+    local use = "the state of a when_each iteration expected: for task, key in flow.when_each(tasks) do"
+    local iterator = flow.when_each { Task.completed_task }
+    for _, wrong in ipairs {
+      function() return iterator() end,
+      function() return iterator(Task.completed_task) end,
+      function() return iterator("x") end,
+      function() for _ in iterator do end end,
+    } do
+      local err = raised(wrong)
+      assert.truthy(err:find(use, 1, true), err)
+      assert.matches("combine_spec.lua:%d+: bad argument #1 to '[%w ]+' %(", err)
+    end
+    for task in flow.when_each { Task.completed_task } do assert.equal(Task.completed_task, task) end
+  end))
+
   it("names the element that is not awaitable, at the call", in_task(function()
     local err = raised(function()
       local _ = flow.when_each { Task.completed_task, 42 }

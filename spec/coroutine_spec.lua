@@ -758,7 +758,7 @@ describe("an await in a coroutine", function()
     local source = flow.CancellationTokenSource()
     source.token:register(co.wrap(sleepy))
     local inner = helper.inner(raised(source.cancel, source))
-    is_error("InvalidOperation", inner[1], "callback")
+    is_error("InvalidOperation", inner[1], "called by 'coflow.CancellationTokenSource:cancel'")
   end))
 
   it("is refused in what coroutine.close runs", in_task(function()

@@ -144,6 +144,26 @@ describe("net.connect and listen", function()
     end
   end))
 
+  it("tell what they expected of a place, and what they got", connected(function()
+    local port = "#2 to 'coflow.net.connect' (number of a port, from 1 to 65535, expected, got "
+    local host = "#1 to 'coflow.net.connect' (name or address of a host expected, got "
+    for _, case in ipairs {
+      { port .. "no value", "h" }, { port .. "no value", "h:80" }, { port .. "string", "h", "80" },
+      { port .. "65536", "h", 65536 }, { port .. "1.5", "h", 1.5 }, { host .. "no value", nil, 80 },
+      { host .. "an empty string", "", 80 }, { host .. "a string with a zero byte", "a\0", 80 },
+      { host .. "number", 80, 80 }, { host .. "coflow.Semaphore", flow.Semaphore(1), 80 },
+    } do
+      local err = helper.raised(flow.net.connect, case[2], case[3])
+      assert.equal("bad argument " .. case[1] .. ")", err)
+    end
+    local udp <close> = flow.net.udp()
+    assert.matches("#4 to .*number of a port, from 1 to 65535, expected, got string",
+      helper.raised(udp.send, udp, "x", "h", "1"))
+    assert.matches("#2 to .*host expected, got table", helper.raised(udp.connect, udp, {}, 1))
+    assert.matches("#3 to .*expected, got no value", helper.raised(udp.connect, udp, "h"))
+    assert.matches("from 0 to 65535, expected, got %-1", helper.raised(flow.net.listen, "h", -1))
+  end))
+
   it("work outside every task", function()
     local listener = net.listen("127.0.0.1", 0)
     local client = net.connect("127.0.0.1", listener.port)

@@ -159,6 +159,19 @@ describe("process.spawn and wait", function()
     for i = 1, n do list[i]:close() end
   end))
 
+  it("tell whether it is the program or the working directory that is not there", clean(function()
+    local function told(message, options)
+      assert.equal("IO: " .. message, tostring(raises("IO", process.spawn, options)))
+      assert.equal("IO: " .. message, tostring(raises("IO", process.run, options.args, nil, { cwd = options.cwd })))
+    end
+    told("spawn 'no-such-program': no such file or directory (ENOENT)", { args = { "no-such-program" } })
+    told("spawn: the working directory '/no/such': no such file or directory (ENOENT)",
+      { args = { "true" }, cwd = "/no/such" })
+    told("spawn: the working directory '/dev/null': not a directory (ENOTDIR)",
+      { args = { "true" }, cwd = "/dev/null" })
+    told("spawn 'no-such-program': no such file or directory (ENOENT)", { args = { "no-such-program" }, cwd = "/" })
+  end))
+
   it("refuse what cannot be started, and leave nothing open", clean(function()
     local function refused(code, path, options)
       options.stdin, options.stdout, options.stderr = "pipe", "pipe", "pipe"
@@ -240,7 +253,8 @@ describe("process.spawn and wait", function()
     local p <close> = spawn { args = t }
     refuses("CancellationToken expected", p.wait, p, 1)
     refuses("CancellationToken expected", p.wait_async, p, 1)
-    refuses("no such signal", p.kill, p, "TERM")
+    refuses("no such signal: its name is SIGTERM", p.kill, p, "TERM")
+    refuses("no such signal)", p.kill, p, "SIGTERMINATE")
     refuses("Process expected", p.wait, 1)
     refuses("Process expected", p.close, io.stdout)
     assert.has_error(function() p.pid = 1 end)

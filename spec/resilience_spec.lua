@@ -1597,8 +1597,11 @@ describe("a strategy", function()
         local _ = resilience.pipeline(strategies)
       end, word)
     end
-    refused(nil, "list of strategies expected, got nil")
+    refused(nil, "list of strategies expected, got no value")
     refused("x", "list of strategies expected")
+    for _, strategy in ipairs(all()) do
+      refused(strategy, "list of strategies expected, got a strategy: pipeline { outermost, …, innermost }")
+    end
     refused({ resilience.retry(), 5 }, "element 2 is no strategy (a number value")
     refused({ "text" }, "element 1 is no strategy")
     refused({ { execute = 1 } }, "element 1")
@@ -1617,6 +1620,7 @@ describe("a strategy", function()
       support.bad_argument(1, "execute_async", function() strategy:execute_async(5) end, "function expected")
     end
     local err = raised(function() resilience.retry().execute(resilience.bulkhead { max_concurrency = 1 }, print) end)
-    assert.is_truthy(err:find("bad argument #1 to 'execute' (coflow.resilience.retry expected, got table)", 1, true))
+    assert.is_truthy(err:find("bad argument #1 to 'execute' (coflow.resilience.retry expected, got "
+      .. "coflow.resilience.bulkhead: use ':' to call a method)", 1, true))
   end))
 end)

@@ -699,6 +699,69 @@ describe("the ready queue", function()
   end)
 end)
 
+describe("the report of a deadlock", function()
+  before_each(function() flow.on_unobserved_exception(false) end)
+
+  after_each(function() -- what waits for ever is no affair of the specs that follow
+    for _ = 1, 3 do
+      collectgarbage()
+      flow.run(flow.yield)
+    end
+    flow.on_unobserved_exception(nil)
+  end)
+
+  local function never() flow.TaskCompletionSource().task:await() end
+
+  -- The lines of the report that name this task.
+  local function told(name, fn, ...)
+    local err = raised(flow.run, function(...)
+      flow.current_task().name = name
+      fn(...)
+    end, ...)
+    is_error("InvalidOperation", err, "deadlock")
+    local lines = {}
+    for line in err.message:gmatch("[^\n]+") do
+      if line:find("task '" .. name .. "'", 1, true) then lines[#lines + 1] = line:match("^\t(.*)") end
+    end
+    return table.concat(lines, "\n")
+  end
+
+  it("names the group whose tasks it waits for, not a promise", function()
+    assert.matches("^task 'of a group' waits for the tasks of its group at spec/run_spec.lua:%d+$",
+      told("of a group", function() flow.task_group(function(group) group:spawn(never) end) end))
+    assert.matches("^task 'in a group' waits for 'promise' at ", told("in a group", function()
+      flow.task_group(function(group)
+        group:spawn(function() end)
+        never()
+      end)
+    end))
+    local stopped
+    assert.matches("^task 'to stop' waits for 'wait_stopping' at ", told("to stop", function()
+      flow.task_group(function(group)
+        stopped = group
+        group:wait_stopping()
+      end)
+    end))
+    stopped:stop()
+  end)
+
+  it("names tasks of the library by its modules, and no line of it", function()
+    local cache = flow.AsyncCache()
+    assert.matches("^task 'caller' waits for 'coflow.cache' at spec/run_spec.lua:%d+$", told("caller", function()
+      cache:get_or_add("key", never)
+    end))
+    local err = raised(flow.run, function()
+      local host = flow.Host()
+      host:add { start = never }
+      local task = host:start_async()
+      assert.equal("coflow.hosting", task.name)
+      task:await()
+    end)
+    assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
+    assert.matches("\n\ttask 'coflow.hosting' waits for 'when_any'\n", err.message .. "\n")
+  end)
+end)
+
 describe("an operation at the top level that cannot end", function()
   local none = flow.CancellationToken.none
 

@@ -1006,6 +1006,27 @@ describe("operators", function()
     assert.same({ [2] = "b", [3] = "c" }, seen)
   end))
 
+  it("of one value are given to functions alone", in_task(function()
+    local log, note = helper.recorder()
+    local function count(...)
+      note(select("#", ...), ...)
+      return true
+    end
+    local one, two = stream.from { 1, 2 }, stream.from { 1 }:zip { 2 }
+    one:for_each(count)
+    one:map(count):filter(count):to_table()
+    one:flat_map(function(...) count(...) return {} end):to_table()
+    assert.same({ "1 1", "1 2", "1 1", "1 true", "1 2", "1 true", "1 1", "1 2" }, log)
+    assert.equal(2, one:reduce(math.max, 0))
+    table.move({}, 1, #log, 1, log)
+    two:for_each(count)
+    two:map(count):to_table()
+    two:filter(count):to_table()
+    two:flat_map(function(...) count(...) return {} end):to_table()
+    two:reduce(count, 0)
+    assert.same({ "2 1 2", "2 1 2", "2 1 2", "2 1 2", "3 0 1 2" }, log)
+  end))
+
   it("to_table, reduce and for_each, each with its twin", in_task(function()
     local s = counter(4, 0.5)
     local function add(a, b) return a + b end

@@ -290,16 +290,34 @@ describe("what a test leaves behind", function()
     end)
   end
 
+  it("fails it: what a task of the library has started, which says where that was made", function()
+    local err = is_error("InvalidOperation", raised(testing.run, function()
+      kept = flow.Host()
+      kept:add { start = function() end, execute = function() flow.sleep(100) end }
+      line = helper.here(1)
+      kept:start()
+    end), "left something behind", "sleeps at ", "made at ", line)
+    assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
+    err = is_error("InvalidOperation", raised(testing.run, function()
+      kept = flow.net.listen("127.0.0.1", 0)
+      line = helper.here(1)
+      kept = { kept, kept:serve_async(function() end, nil, flow.CancellationTokenSource().token) }
+      flow.yield()
+    end), "task 'coflow.net' waits for coflow.Listener, made at ", line)
+    assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
+    kept = nil
+  end)
+
   it("fails it: an open file", function()
     local path = os.tmpname()
     local err = raised(testing.run, function() kept = flow.fs.open(path) end)
     is_error("InvalidOperation", err, "an open coflow.File", path)
     assert.is_true(kept.is_closed)
     kept = nil
-    testing.run(function()
-      flow.fs.open(path) -- the collector closes it
-      flow.fs.open(path):close()
-    end)
+    testing.run(function() flow.fs.open(path):close() end)
+    is_error("InvalidOperation", raised(testing.run, function() flow.fs.open(path) end),
+      "a coflow.File '" .. path .. "' that was open when it was collected")
+    testing.run(nothing)
     os.remove(path)
   end)
 
@@ -1166,16 +1184,70 @@ describe("what happens outside", function()
       testing.run(nothing)
     end)
 
-    it("does not fail it when it was there before, or was closed, or is garbage", function()
+    for _, collects in ipairs { true, false } do
+      it("fails it also when nobody refers to it any more" .. (collects and ", and it is collected" or ""), function()
+        for _, what in ipairs { "a listener", "a listener on a pipe", "a connection", "a UDP socket" } do
+          local case = cases[what]
+          local err = raised(testing.run, function()
+            case[1]()
+            kept = nil
+            if not collects then return end
+            for _ = 1, 2 do collectgarbage() end
+          end)
+          local text = case[2]:gsub("^an open (.*)$", "a %1 that was open when it was collected")
+          is_error("InvalidOperation", err, "left something behind:\n\t" .. text, "made at ", line)
+          local _, lines = err.message:gsub("\n", "")
+          assert.equal(1, lines, err.message)
+          assert.is_false(flow.loop.is_alive())
+          testing.run(nothing)
+        end
+        local err = raised(testing.run, function()
+          line = helper.here(1)
+          flow.fs.watch(directory)
+          if collects then collectgarbage() end
+        end)
+        is_error("InvalidOperation", err, "a coflow.Watcher '" .. directory .. "' that was open when it was collected",
+          "made at ", line)
+        testing.run(nothing)
+      end)
+    end
+
+    it("does not fail it where the library has opened, and given up, something itself", function()
+      testing.run(function()
+        local listener <close> = flow.net.listen("127.0.0.1", 0)
+        local port = listener.port
+        raised(flow.net.listen, "127.0.0.1", port)
+        raised(flow.net.connect, "127.0.0.1", 1)
+        raised(flow.net.connect, "127.0.0.1", port, flow.CancellationToken.canceled)
+        raised(flow.with_timeout, 1, listener.accept, listener)
+        local source = flow.CancellationTokenSource()
+        local task = flow.net.connect_async("127.0.0.1", port, source.token)
+        source:cancel()
+        task:try_await()
+        raised(flow.net.connect_pipe, "/no/such/pipe")
+        raised(flow.net.listen_pipe, "/no/such/pipe")
+        raised(flow.fs.open, "/no/such/file")
+        raised(flow.fs.watch, "/no/such/file")
+        raised(flow.process.spawn, { args = { "no-such-program" }, stdin = "pipe", stdout = "pipe", stderr = "pipe" })
+        assert.equal("x", (flow.process.run({ "cat" }, "x")))
+        flow.process.spawn { args = { "true" } }:wait()
+        flow.fs.read_file("/dev/null")
+        assert.is_string(flow.fs.scandir(directory)())
+        raised(flow.net.udp, { host = "192.0.2.1" })
+        for _ = 1, 2 do collectgarbage() end
+      end)
+    end)
+
+    it("does not fail it when it was there before, or was closed, or is only being closed", function()
       kept = flow.run(connect)
       testing.run(nothing)
+      local before = { flow.net.listen("127.0.0.1", 0) }
       testing.run(function()
         kept:close()
-        flow.net.listen("127.0.0.1", 0)
-        flow.fs.watch(directory)
+        table.remove(before)
+        for _ = 1, 2 do collectgarbage() end
         flow.stdio.stderr:flush() -- everybody's, made when it is first used
         local _ <close> = flow.net.listen("127.0.0.1", 0)
-        connect():write_async("not sent yet")
         connect():close()
       end)
     end)

@@ -304,7 +304,7 @@ static uint32_t half_for(enum ask what) {
 static struct channel *check(lua_State *L, uint32_t half) {
   struct channel *c = (struct channel *)object_test(L, 1, TAG_CHANNEL);
   if (c != NULL) return c;
-  if (half == 0 || object_test(L, 1, half) == NULL) object_refuse(L, 1, TAG_CHANNEL);
+  if (half == 0 || object_test(L, 1, half) == NULL) blame_object(L, 1, TAG_CHANNEL);
   lua_getiuservalue(L, 1, HALF_CHANNEL);
   lua_replace(L, 1);
   return (struct channel *)lua_touserdata(L, 1);
@@ -691,15 +691,15 @@ static int l_new(lua_State *L) {
 static int l_check_batch(lua_State *L) {
   lua_settop(L, 3);
   if (object_test(L, 1, TAG_CHANNEL) == NULL && object_test(L, 1, TAG_READER) == NULL)
-    return module_blame_type(L, 1, "coflow.Channel", 1);
+    return blame_type(L, 1, "coflow.Channel", 1);
   if (!lua_isnil(L, 3) && object_test(L, 3, TAG_TOKEN) == NULL)
-    return module_blame_type(L, 3, "coflow.CancellationToken", 3);
+    return blame_type(L, 3, "coflow.CancellationToken", 3);
   int integer = 1;
   lua_Integer max = LUA_MAXINTEGER;
   if (!lua_isnil(L, 2) && !(lua_type(L, 2) == LUA_TNUMBER && lua_tonumber(L, 2) == HUGE_VAL))
     max = lua_tointegerx(L, 2, &integer);
-  if (!integer && lua_type(L, 2) != LUA_TNUMBER) return module_blame_type(L, 2, "number", 2);
-  if (!integer || max < 1) return module_blame(L, 2, "at least one item must be asked for");
+  if (!integer && lua_type(L, 2) != LUA_TNUMBER) return blame_type(L, 2, "number", 2);
+  if (!integer || max < 1) return blame(L, 2, "at least one item must be asked for");
   lua_pushinteger(L, max);
   return 1;
 }

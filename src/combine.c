@@ -404,8 +404,10 @@ static int next_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 static struct combine *check_each(lua_State *L) {
-  struct combine *c = (struct combine *)task_check(L, 1);
-  luaL_argcheck(L, task_is(&c->task, KIND_EACH), 1, "the state of a when_each iteration expected");
+  struct combine *c = (struct combine *)object_test(L, 1, TAG_TASK);
+  luaL_argcheck(L, c != NULL && task_is(&c->task, KIND_EACH), 1,
+                "the state of a when_each iteration expected: for task, key in "
+                "flow.when_each(tasks) do");
   return c;
 }
 

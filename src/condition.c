@@ -146,9 +146,9 @@ static int l_wait(lua_State *L) {
 /* check_condition(condition, token) -> the running task: raises what wait_async raises at once */
 static int l_check(lua_State *L) {
   struct sync *s = (struct sync *)object_test(L, 1, TAG_CONDITION);
-  if (s == NULL) return module_blame_type(L, 1, "coflow.Condition", 1);
+  if (s == NULL) return blame_type(L, 1, "coflow.Condition", 1);
   if (!lua_isnoneornil(L, 2) && object_test(L, 2, TAG_TOKEN) == NULL)
-    return module_blame_type(L, 2, "coflow.CancellationToken", 2);
+    return blame_type(L, 2, "coflow.CancellationToken", 2);
   sync_check_live(L, s);
   lua_settop(L, 1);
   task_push(L, runtime(L)->me);

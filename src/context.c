@@ -493,7 +493,7 @@ static int l_context_pairs(lua_State *L) {
   object_check(L, 1, TAG_CONTEXT);
   lua_settop(L, 1);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LOCALS);
-  lua_pushcfunction(L, next_pair);
+  module_push_function(L, next_pair);
   lua_newtable(L); /* context locals next list */
   map_list(L, 1, 2, 4);
   return 2;

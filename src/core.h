@@ -408,11 +408,12 @@ enum runtime_uservalue {
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
-  RUNTIME_OPENED,     /* … PeriodicTimer or File made in it -> where, or true; weak keys */
-  RUNTIME_TIMERS,     /* index of a deadline -> the armed Timer that it is part of, or false */
-  RUNTIME_ORIGIN,     /* the last origin of Timers without a context (periodic.c) */
-  RUNTIME_SPARE,      /* a blank fiber for the next tick of a Timer, or nil */
-  RUNTIME_IO_RESULT,  /* the function that makes the result of an operation on libuv */
+  RUNTIME_OPENED, /* … PeriodicTimer, File or Watcher made in it -> where, or true; weak keys. And a
+                      ** list of what was collected while it was open, in words */
+  RUNTIME_TIMERS,    /* index of a deadline -> the armed Timer that it is part of, or false */
+  RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
+  RUNTIME_SPARE,     /* a blank fiber for the next tick of a Timer, or nil */
+  RUNTIME_IO_RESULT, /* the function that makes the result of an operation on libuv */
   RUNTIME_UV_COUNT = RUNTIME_IO_RESULT
 };
 
@@ -525,10 +526,10 @@ static inline void *object_test(lua_State *L, int i, uint32_t tag) {
   if (o == NULL || lua_rawlen(L, i) < sizeof *o) return NULL; /* a light one has no length */
   return (*o & (tag == TAG_TASK ? 0xFFFFFF00 : 0xFFFFFFFF)) == tag ? (void *)o : NULL;
 }
-void *object_refuse(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises the type error */
+void *blame_object(lua_State *L, int i, uint32_t tag); /* [-0, +0, v] raises the type error */
 static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0, v] */
   void *o = object_test(L, i, tag);
-  return o ? o : object_refuse(L, i, tag);
+  return o ? o : blame_object(L, i, tag);
 }
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
@@ -547,21 +548,75 @@ void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
 /* [-0, +0, m] into the table on top */
 void module_functions(lua_State *L, const luaL_Reg *functions);
-/* [-0, +1, m] that of the function of C on top: "string.rep" */
-void module_push_name(lua_State *L);
 double module_seconds(lua_State *L, int i);  /* [-0, +0, v] >= 0, no NaN */
 void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
 static inline void module_check_callable(lua_State *L, int i) {
   if (!lua_isfunction(L, i)) module_check_call(L, i);
 }
-/* for a public function in Lua, which calls us: its argument */
-int module_blame(lua_State *L, int n, const char *message);
-
-int module_blame_type(lua_State *L, int n, const char *expected, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
+
+/* ---- blame.c: wrong arguments: what the error says, and of whom ---- */
+
+/* [-0, +1, m] that of the function of C on top: "string.rep" */
+void blame_push_name(lua_State *L);
+/* for a public function in Lua, which calls us: its argument */
+int blame(lua_State *L, int n, const char *message);
+int blame_type(lua_State *L, int n, const char *expected, int i);
+/* … its object, which should be one of the class whose metatable is at `class` */
+int blame_self(lua_State *L, int class, int i);
+
+/* [-0, +0, v] the argument at i of the running function, as luaL_argerror and luaL_typeerror */
+int blame_argument(lua_State *L, int i, const char *message);
+int blame_argument_type(lua_State *L, int i, const char *expected);
+lua_Integer blame_integer(lua_State *L, int i); /* … which is none */
+int blame_option(lua_State *L, int i, const char *given);
+
+static inline lua_Number argument_number(lua_State *L, int i) {
+  int is;
+  lua_Number n = lua_tonumberx(L, i, &is);
+  if (!is) blame_argument_type(L, i, "number");
+  return n;
+}
+static inline lua_Integer argument_integer(lua_State *L, int i) {
+  int is;
+  lua_Integer n = lua_tointegerx(L, i, &is);
+  return is ? n : blame_integer(L, i);
+}
+static inline const char *argument_string(lua_State *L, int i, size_t *length) {
+  const char *s = lua_tolstring(L, i, length);
+  if (s == NULL) blame_argument_type(L, i, "string");
+  return s;
+}
+static inline void argument_type(lua_State *L, int i, int type) {
+  if (lua_type(L, i) != type) blame_argument_type(L, i, lua_typename(L, type));
+}
+static inline void argument_any(lua_State *L, int i) {
+  if (lua_isnone(L, i)) blame_argument(L, i, "value expected");
+}
+static inline int argument_option(lua_State *L, int i, const char *def, const char *const list[]) {
+  const char *s = def && lua_isnoneornil(L, i) ? def : argument_string(L, i, NULL);
+  for (int k = 0; list[k] != NULL; k++)
+    if (strcmp(list[k], s) == 0) return k;
+  return blame_option(L, i, s);
+}
+
+/* Lua's own would blame somebody else. */
+#undef luaL_checkstring
+#undef luaL_optstring
+#define luaL_argerror blame_argument
+#define luaL_typeerror blame_argument_type
+#define luaL_checknumber argument_number
+#define luaL_checkinteger argument_integer
+#define luaL_checklstring argument_string
+#define luaL_checkstring(L, i) argument_string(L, i, NULL)
+#define luaL_checktype argument_type
+#define luaL_checkany argument_any
+#define luaL_checkoption argument_option
+#define luaL_optinteger(L, i, def) luaL_opt(L, argument_integer, i, def)
+#define luaL_optstring(L, i, def) luaL_opt(L, luaL_checkstring, i, def)
 
 /* ---- error.c: error objects, failures that nobody observed ---- */
 
@@ -699,8 +754,8 @@ void fiber_hold(lua_State *L, int i, struct fiber *f);
 void fiber_push(lua_State *L, lua_State *co);
 /* [-0, +1, -] the task it waits for, or nil */
 bool fiber_push_awaited(lua_State *L, struct fiber *f);
-/* [-0, +1, m] "file:line" where it is suspended */
-void fiber_push_place(lua_State *L, struct fiber *f);
+/* [-0, +1, m] "file:line" where it is suspended; false: that is no line of a user's */
+bool fiber_push_place(lua_State *L, struct fiber *f);
 /* [-1, +0, -] f, not started, is named after the function on top */
 void fiber_name(lua_State *L, struct fiber *f);
 void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fiber at i */
@@ -976,8 +1031,10 @@ struct group *group_leave(struct fiber *f); /* the group that the child is in no
 /* [-0, +0, m] after that */
 void group_child_lost(lua_State *L, struct runtime *rt, struct group *g);
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
-void group_discard(lua_State *L, int i);    /* [-0, +0, m] the queued child at i never starts */
-void group_end(struct scope *s);            /* [-0, +0, -] nothing can be started in it any more */
+/* [-0, +0, -] what f awaits is the end of the tasks of a group of its */
+bool group_is_joined(lua_State *L, const struct fiber *f);
+void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
+void group_end(struct scope *s);         /* [-0, +0, -] nothing can be started in it any more */
 ONCE void group_open(lua_State *L);
 
 /* ---- schedule.c: schedulers and synchronization contexts ---- */
@@ -1179,9 +1236,14 @@ static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t
 void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
 void testing_note_opened(lua_State *L, struct runtime *rt);
-/* [-0, +0, m] the PeriodicTimer or File on top is to be disposed of before its test ends */
+/* [-0, +0, m] the PeriodicTimer, File or Watcher on top is to be disposed of before its test ends */
 static inline void testing_opened(lua_State *L, struct runtime *rt) {
   if (rt->births != NULL) testing_note_opened(L, rt);
+}
+void testing_note_lost(lua_State *L, int i);
+/* [-0, +0, m] the open object at i, of these or of handle.c's, has been collected: its test has left it */
+static inline void testing_lost(lua_State *L, struct runtime *rt, int i) {
+  if (rt->births != NULL) testing_note_lost(L, i);
 }
 void testing_land(lua_State *L, int i);
 ONCE void testing_open(lua_State *L);

@@ -17,6 +17,8 @@ void deadlock_push_wait(lua_State *L, int i) {
     what = "waits to be run by its scheduler or synchronization context,";
   else if (f->task.state == TASK_QUEUED)
     what = "is ready";
+  else if (!fiber_naps(f) && group_is_joined(L, f))
+    what = "waits for the tasks of its group";
   else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
     task_push_name(L, -1);
     what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
@@ -25,10 +27,8 @@ void deadlock_push_wait(lua_State *L, int i) {
   else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
     what = "sleeps";
   if (f->co != NULL && f->task.flags & TASK_STARTED) {
-    fiber_push_place(L, f);
-    place = strcmp(lua_tostring(L, -1), "?") != 0
-                ? lua_pushfstring(L, " at %s", lua_tostring(L, -1))
-                : ""; /* an operation at the top level */
+    place = fiber_push_place(L, f) ? lua_pushfstring(L, " at %s", lua_tostring(L, -1))
+                                   : ""; /* of the library, or an operation at the top level */
   }
   lua_pushfstring(L, "%s%s", what, place);
   lua_insert(L, top + 1);

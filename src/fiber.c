@@ -188,12 +188,24 @@ static uint32_t label_of(lua_State *L) {
   return found;
 }
 
-/* [-1, +0, m] sets the label of t: "file:line" of the function on top, or the name of one of C. The few labels that
-** are used again and again are found by a look. */
+/* [-0, +1, m] "coflow.resilience.retry" for that path of a file of the library */
+static void push_module(lua_State *L, const char *path) {
+  luaL_Buffer b;
+  luaL_buffinit(L, &b);
+  luaL_addstring(&b, "coflow");
+  for (const char *end = strrchr(path, '.'); *path != '\0' && path != end; path++) {
+    if (luaL_bufflen(&b) == strlen("coflow")) luaL_addchar(&b, '.');
+    luaL_addchar(&b, *path == '/' || *path == '\\' ? '.' : *path);
+  }
+  luaL_pushresult(&b);
+}
+
+/* [-1, +0, m] sets the label of t: "file:line" of the function on top, the name of one of C, or the module of one of the
+** library's. The few labels that are used again and again are found by a look. */
 static void label(lua_State *L, struct runtime *rt, struct task *t) {
   lua_Debug ar;
   if (lua_iscfunction(L, -1)) {
-    module_push_name(L);
+    blame_push_name(L);
     lua_remove(L, -2);
     t->label = label_of(L);
     return;
@@ -202,7 +214,9 @@ static void label(lua_State *L, struct runtime *rt, struct task *t) {
   size_t at = ((size_t)ar.linedefined * 31 + (size_t)(uintptr_t)ar.source / 16) % LABEL_CACHE;
   struct label_cache *c = &rt->labels[at];
   if (c->label == 0 || c->line != ar.linedefined || strcmp(c->source, ar.short_src) != 0) {
-    if (ar.linedefined > 0)
+    if (module_is_ours(rt, ar.source))
+      push_module(L, ar.source + rt->library_length);
+    else if (ar.linedefined > 0)
       lua_pushfstring(L, "%s:%d", ar.short_src, ar.linedefined);
     else
       lua_pushstring(L, ar.short_src);
@@ -395,11 +409,12 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_pop(L, 1);
 }
 
-/* [-0, +n, m] where a coroutine stands: in the innermost one that has a place; false, and nothing */
-static bool push_place(lua_State *L, lua_State *co) {
+/* [-0, +n, m] where a coroutine stands: in the innermost one that has a place; false, and nothing. ours: that is a line
+** of the library. */
+static bool push_place(lua_State *L, lua_State *co, bool *is_ours) {
   lua_Debug ar;
   lua_State *inner = coroutine_inner(co, NULL);
-  if (inner != NULL && push_place(L, inner)) return true;
+  if (inner != NULL && push_place(L, inner, is_ours)) return true;
   bool found = false;
   for (int level = 0; lua_getstack(co, level, &ar); level++) {
     lua_getinfo(co, "Sl", &ar);
@@ -409,13 +424,17 @@ static bool push_place(lua_State *L, lua_State *co) {
     if (found) lua_pop(L, 1);
     lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
     found = true;
+    *is_ours = ours;
     if (!ours) break;
   }
   return found;
 }
 
-void fiber_push_place(lua_State *L, struct fiber *f) {
-  if (!push_place(L, f->co)) lua_pushliteral(L, "?");
+bool fiber_push_place(lua_State *L, struct fiber *f) {
+  bool ours = false;
+  if (push_place(L, f->co, &ours)) return !ours;
+  lua_pushliteral(L, "?");
+  return false;
 }
 
 /* [-0, +1, m] the error of a body that called coroutine.yield */

@@ -26,16 +26,20 @@ static void push_abandoned(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   i = lua_absindex(L, i);
   task_push_name(L, i);
-  fiber_push_place(L, f);
+  if (fiber_push_place(L, f))
+    lua_pushfstring(L, " at %s", lua_tostring(L, -1));
+  else
+    lua_pushliteral(L, "");
+  lua_remove(L, -2);
   if (!(f->task.traits & TRAIT_HANDED))
     error_push(
         L, ERROR_ABANDONED,
-        "task '%s' was collected while it waited at %s: nothing alive could ever complete what it "
+        "task '%s' was collected while it waited%s: nothing alive could ever complete what it "
         "awaits",
         lua_tostring(L, -2), lua_tostring(L, -1));
   else if (f->task.flags & TASK_STARTED)
     error_push(L, ERROR_ABANDONED,
-               "task '%s' was collected while it waited at %s, ready to go on: its scheduler or "
+               "task '%s' was collected while it waited%s, ready to go on: its scheduler or "
                "synchronization context has dropped it",
                lua_tostring(L, -2), lua_tostring(L, -1));
   else

@@ -25,7 +25,7 @@
 static const char *push_known_name(lua_State *L, lua_State *at, lua_Debug *ar) {
   lua_getinfo(at, "f", ar);
   lua_xmove(at, L, 1);
-  module_push_name(L);
+  blame_push_name(L);
   const char *name = lua_tostring(L, -1);
   return strcmp(name, "[C]") != 0 ? name : NULL;
 }
@@ -291,6 +291,9 @@ static int await_other(lua_State *L, bool try) {
   if (lua_istable(L, 1) && !lua_getmetatable(L, 1))
     return luaL_argerror(
         L, 1, "a plain table is not awaitable: for a table of tasks await when_all(tasks)");
+  if (lua_isnone(L, 1)) /* a method as well as a function */
+    return luaL_argerror(
+        L, 1, "Task or awaitable expected, got no value: task:await(), or flow.await(task)");
   return luaL_typeerror(L, 1, "Task or awaitable");
 }
 

@@ -497,6 +497,7 @@ static int l_file_close(lua_State *L) { /* __close: waits where that is possible
 static int l_file_gc(lua_State *L) {
   struct file *f = (struct file *)object_test(L, 1, TAG_FILE);
   if (f == NULL) return 0;
+  if (file_is_open(f) && !runtime(L)->closed) testing_lost(L, runtime(L), 1);
   f->closing = true;
   if (f->running != NULL)
     f->doomed = true; /* the state is closing: when the job is done */

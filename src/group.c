@@ -191,7 +191,7 @@ void group_discard(lua_State *L, int i) {
 
 static struct group *check_group(lua_State *L) {
   struct group *g = (struct group *)object_test(L, 1, TAG_GROUP | KIND_SCOPE);
-  return g ? g : (struct group *)object_refuse(L, 1, TAG_GROUP);
+  return g ? g : (struct group *)blame_object(L, 1, TAG_GROUP);
 }
 
 /* group:spawn(fn, ...) */
@@ -277,6 +277,11 @@ static int l_wait_stopping(lua_State *L) {
   if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
     lua_pop(L, 1);
     task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
+    lua_pushvalue(L, -2);
+    lua_pushliteral(L, "wait_stopping");
+    lua_rawset(L, -3);
+    lua_pop(L, 1);
     if (g->stopping) return 0; /* by a finalizer */
     if (g->ended) {            /* the same */
       push_never_stopped(L);
@@ -355,6 +360,16 @@ static int join(lua_State *L, struct group *g) {
   if (g->scope.owner != NULL) scope_finish(L, rt, &g->scope);
   lua_pushboolean(L, !told);
   return 1;
+}
+
+bool group_is_joined(lua_State *L, const struct fiber *f) {
+  const struct scope *s = f->member.scope;
+  if (s == NULL || s->kind != SCOPE_GROUP || s->owner != f) return false;
+  scope_push(L, s);
+  lua_getiuservalue(L, -1, GROUP_IDLE);
+  const struct task *idle = (const struct task *)lua_touserdata(L, -1);
+  lua_pop(L, 2);
+  return idle != NULL && idle == f->u.wait.on;
 }
 
 static int join_k(lua_State *L, int status, lua_KContext ctx) {

@@ -111,6 +111,7 @@ void handle_land(lua_State *L, int i) {
 int handle_gc(lua_State *L) {
   struct handle *h = (struct handle *)lua_touserdata(L, 1);
   if (h == NULL || h->rt == NULL || h->rt->closed) return 0; /* half built; libuv's loop is gone */
+  if (h->uv != NULL && !h->closing && !h->disposed && !h->pinned) testing_lost(L, h->rt, 1);
   h->class->collected(h);
   h->disposed = true;
   handle_close(h);

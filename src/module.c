@@ -24,13 +24,6 @@ enum { METATABLE_FIELDS = 8, MODULE_FIELDS = 64 };
 
 /* ---- objects ---- */
 
-void *object_refuse(lua_State *L, int i, uint32_t tag) {
-  lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(tag));
-  lua_getfield(L, -1, "__name");
-  luaL_typeerror(L, i, lua_tostring(L, -1));
-  return NULL;
-}
-
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   uint32_t *o = (uint32_t *)lua_newuserdatauv(L, size, uservalues);
   memset(o, 0, size);
@@ -203,101 +196,6 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
   }
 }
 
-/* [-0, +n, m] "coflow.f" or "coflow.Class.f" of the function on top, which C has called without a name; or false */
-static bool push_public_name(lua_State *L) {
-  int fn = lua_gettop(L);
-  luaL_checkstack(L, 10, NULL);
-  luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
-  lua_getfield(L, -1, "coflow");
-  if (!lua_istable(L, -1)) return false;
-  for (lua_pushnil(L); lua_next(L, fn + 2); lua_pop(L, 1)) {
-    if (lua_type(L, fn + 3) != LUA_TSTRING) continue;
-    if (lua_rawequal(L, -1, fn)) {
-      lua_pushfstring(L, "coflow.%s", lua_tostring(L, fn + 3));
-      return true;
-    }
-    if (!lua_istable(L, -1)) continue;
-    for (lua_pushnil(L); lua_next(L, fn + 4); lua_pop(L, 1))
-      if (lua_type(L, fn + 5) == LUA_TSTRING && lua_rawequal(L, -1, fn)) {
-        lua_pushfstring(L, "coflow.%s.%s", lua_tostring(L, fn + 3), lua_tostring(L, fn + 5));
-        return true;
-      }
-  }
-  return false;
-}
-
-void module_push_name(lua_State *L) {
-  int fn = lua_gettop(L);
-  bool found = push_public_name(L);
-  if (!found) {
-    lua_settop(L, fn);
-    luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
-    for (lua_pushnil(L); !found && lua_next(L, fn + 1);) { /* loaded name module */
-      if (lua_type(L, fn + 2) == LUA_TSTRING && lua_istable(L, fn + 3))
-        for (lua_pushnil(L); !found && lua_next(L, fn + 3);) { /* … key value */
-          found = lua_type(L, fn + 4) == LUA_TSTRING && lua_rawequal(L, -1, fn);
-          if (!found) lua_pop(L, 1);
-        }
-      if (!found) lua_settop(L, fn + 2);
-    }
-    if (found && strcmp(lua_tostring(L, fn + 2), LUA_GNAME) == 0)
-      lua_pushvalue(L, fn + 4);
-    else if (found)
-      lua_pushfstring(L, "%s.%s", lua_tostring(L, fn + 2), lua_tostring(L, fn + 4));
-    else
-      lua_pushliteral(L, "[C]");
-  }
-  lua_replace(L, fn + 1);
-  lua_settop(L, fn + 1);
-}
-
-/* Like luaL_argerror for a public function written in Lua, which calls us, itself or through helpers: counts as its
-** caller sees the arguments, and blames the line of that caller. */
-/* whether the user has called that function of ours, by a function that is gone or by one of ours that calls `fn` */
-static bool is_called_for_user(lua_State *L, lua_Debug *ar) {
-  int top = lua_gettop(L);
-  lua_getinfo(L, "ntf", ar);
-  bool is = ar->istailcall ? push_public_name(L)
-                           : strcmp(ar->namewhat, "local") == 0 && strcmp(ar->name, "fn") == 0;
-  lua_settop(L, top);
-  return is;
-}
-
-static bool is_ours_at(lua_State *L, int level) {
-  lua_Debug ar;
-  return lua_getstack(L, level, &ar) && lua_getinfo(L, "S", &ar) &&
-         module_is_ours(runtime(L), ar.source);
-}
-
-int module_blame(lua_State *L, int n, const char *message) {
-  lua_Debug ar;
-  int level = 1;
-  if (!lua_getstack(L, level, &ar)) return luaL_argerror(L, n, message);
-  bool for_user = is_called_for_user(L, &ar);
-  while (!for_user && is_ours_at(L, level + 1)) {
-    lua_getstack(L, ++level, &ar);
-    for_user = is_called_for_user(L, &ar);
-  }
-  lua_getinfo(L, "nf", &ar);
-  const char *name = for_user ? NULL : ar.name;
-  if (name == NULL) name = push_public_name(L) ? lua_tostring(L, -1) : "?";
-  do level++;
-  while (is_ours_at(L, level));
-  luaL_where(L, level);
-  if (!for_user && strcmp(ar.namewhat, "method") == 0 && --n == 0)
-    lua_pushfstring(L, "calling '%s' on bad self (%s)", name, message);
-  else
-    lua_pushfstring(L, "bad argument #%d to '%s' (%s)", n, name, message);
-  lua_concat(L, 2);
-  return lua_error(L);
-}
-
-int module_blame_type(lua_State *L, int n, const char *expected, int i) {
-  const char *got = lua_isnone(L, i) || lua_isnil(L, i) ? "no value" : luaL_typename(L, i);
-  if (luaL_getmetafield(L, i, "__name") == LUA_TSTRING) got = lua_tostring(L, -1);
-  return module_blame(L, n, lua_pushfstring(L, "%s expected, got %s", expected, got));
-}
-
 /* ---- slot tables: a free slot holds the number of the next free one; 0 ends the chain ---- */
 
 int slots_add(lua_State *L, int i, int *first_free) {
@@ -423,14 +321,20 @@ static int l_late(lua_State *L) {
 
 /* argument_error(n, message) */
 static int l_argument_error(lua_State *L) {
-  return module_blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
+  return blame(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
+}
+
+/* type_error(n, expected, value) */
+static int l_type_error(lua_State *L) {
+  lua_settop(L, 3);
+  return blame_type(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2), 3);
 }
 
 /* check_function(n, value) */
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
   if (lua_isfunction(L, 2) || luaL_getmetafield(L, 2, "__call") != LUA_TNIL) return 0;
-  return module_blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
+  return blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
 }
 
 /* library(): notes where the Lua files of the library are, init.lua being the caller */
@@ -454,6 +358,13 @@ static int l_is_callable(lua_State *L) {
   return 1;
 }
 
+/* refuse_self(class, value): for a method of a class written in Lua, whose metatable that is */
+static int l_refuse_self(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_settop(L, 2);
+  return blame_self(L, 1, 2);
+}
+
 /* check_class(n, value, "coflow.Class") */
 static int l_check_class(lua_State *L) {
   const char *name = luaL_checkstring(L, 3);
@@ -467,7 +378,7 @@ static int l_check_class(lua_State *L) {
     }
   }
   lua_settop(L, 3);
-  return module_blame_type(L, (int)luaL_checkinteger(L, 1), name, 2);
+  return blame_type(L, (int)luaL_checkinteger(L, 1), name, 2);
 }
 
 /* check_options(n, options or nil, known) -> options: a table with keys of `known` only */
@@ -478,7 +389,7 @@ static int l_check_options(lua_State *L) {
     lua_newtable(L);
     return 1;
   }
-  if (!lua_istable(L, 2)) return module_blame_type(L, n, "table of options", 2);
+  if (!lua_istable(L, 2)) return blame_type(L, n, "table of options", 2);
   for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
     lua_pushvalue(L, -2);
     if (lua_rawget(L, 3) == LUA_TNIL) {
@@ -491,7 +402,7 @@ static int l_check_options(lua_State *L) {
         lua_pop(L, 1);
       }
       lua_settop(L, 4);
-      return module_blame(L, n, push_unknown(L, known, count));
+      return blame(L, n, push_unknown(L, known, count));
     }
     lua_pop(L, 1);
   }
@@ -509,9 +420,11 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"take", l_take},
                                      {"late", l_late},
                                      {"argument_error", l_argument_error},
+                                     {"type_error", l_type_error},
                                      {"check_function", l_check_function},
                                      {"library", l_library},
                                      {"is_callable", l_is_callable},
+                                     {"refuse_self", l_refuse_self},
                                      {"check_class", l_check_class},
                                      {"check_options", l_check_options},
                                      {NULL, NULL}};

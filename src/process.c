@@ -442,13 +442,16 @@ static int l_spawn(lua_State *L) {
     return 1;
   }
   free_child(c);
-  const char *path = options.file;
   int refused = options.cwd != NULL ? check_directory(options.cwd) : 0;
   if (refused != 0) { /* the child tells only what, not where */
-    status = refused;
-    path = options.cwd;
-  }
-  io_push_error(L, status, "spawn", path);
+    char text[128], code[32];
+    uv_strerror_r(refused, text, sizeof text);
+    uv_err_name_r(refused, code, sizeof code);
+    handle_push_code(L, code, "spawn", "the working directory '%s': %s", options.cwd, text);
+    lua_pushstring(L, options.cwd);
+    lua_setfield(L, -2, "path");
+  } else
+    io_push_error(L, status, "spawn", options.file);
   return lua_error(L);
 }
 
@@ -519,8 +522,15 @@ static int l_give_up(lua_State *L) {
 /* kill(signal): SIGTERM by default -> was it sent? */
 static int l_kill(lua_State *L) {
   struct process *p = check(L);
-  int signal = signal_number(luaL_optstring(L, 2, "SIGTERM"));
-  luaL_argcheck(L, signal != 0, 2, "no such signal");
+  const char *name = luaL_optstring(L, 2, "SIGTERM");
+  int signal = signal_number(name);
+  if (signal == 0) {
+    const char *full = lua_pushfstring(L, "SIG%s", name);
+    luaL_argerror(L, 2,
+                  signal_number(full) == 0
+                      ? "no such signal"
+                      : lua_pushfstring(L, "no such signal: its name is %s", full));
+  }
   struct child *c = child_of(runtime(L), p);
   int status = c != NULL ? send_signal(c, signal) : UV_ESRCH;
   if (status < 0 && status != UV_ESRCH) {

@@ -565,7 +565,7 @@ void scope_land(lua_State *L, int i) {
 
 static struct scope *check_scope(lua_State *L, int i) {
   struct scope *s = (struct scope *)object_test(L, i, TAG_SCOPE | KIND_SCOPE);
-  return s ? s : (struct scope *)object_refuse(L, i, TAG_SCOPE);
+  return s ? s : (struct scope *)blame_object(L, i, TAG_SCOPE);
 }
 
 /* [-0, +0, e] raises outside every task, in the name of what the library was asked for */
@@ -600,16 +600,15 @@ static double opt_seconds(lua_State *L, int i) {
   int is_number;
   double s = (double)lua_tonumberx(L, i, &is_number);
   if (!is_number && lua_isnoneornil(L, i)) return HUGE_VAL;
-  if (!is_number) module_blame_type(L, 1, "number", i);
-  if (!(s >= 0))
-    module_blame(L, 1, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
+  if (!is_number) blame_type(L, 1, "number", i);
+  if (!(s >= 0)) blame(L, 1, s < 0 ? "seconds must not be negative" : "seconds must not be NaN");
   return s;
 }
 
 /* [-0, +0, v] the callable at i, argument n of a public function in Lua */
 static void check_function(lua_State *L, int n, int i) {
   if (lua_isfunction(L, i)) return;
-  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) module_blame_type(L, n, "function", i);
+  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) blame_type(L, n, "function", i);
   lua_pop(L, 1);
 }
 
@@ -637,7 +636,7 @@ static int l_open_shield(lua_State *L) {
 
 /* open_linked(token, fn) -> scope, which is canceled with the token; checks for with_cancellation */
 static int l_open_linked(lua_State *L) {
-  if (object_test(L, 1, TAG_TOKEN) == NULL) module_blame_type(L, 1, "coflow.CancellationToken", 1);
+  if (object_test(L, 1, TAG_TOKEN) == NULL) blame_type(L, 1, "coflow.CancellationToken", 1);
   check_function(L, 2, 2);
   struct token *k = token_opt(L, 1);
   lua_settop(L, 1);

@@ -17,6 +17,8 @@
 **   no loop alive while nobody waits. Nothing of ours refers to an idle one; so that it can be closed,
 **   RUNTIME_WEAK knows those that were made meanwhile by their addresses, and watchers of files by their handles'.
 **   So does a PeriodicTimer or a File, of which RUNTIME_OPENED knows.
+** - what holds a descriptor and is collected while it is open is left behind as well, or a test that leaves it in a
+**   local would pass: its finalizer says so (testing_lost). A PeriodicTimer has nothing to lose.
 **
 ** With no test running this costs one untaken branch for each slice of ready tasks, each fiber made and
 ** each deadline set.
@@ -90,12 +92,18 @@ static void *resize(lua_State *L, void *block, size_t old, size_t size) {
   return alloc(ud, block, old, size);
 }
 
-/* the number of the innermost line that is not the library's own; 0: none, or no memory */
+/* the number of its place, or 0 */
+static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
+  return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
+}
+
+/* the number of the innermost line that is not the library's own; what a task of the library makes was made where
+** that one was. 0: none, or no memory */
 static uint32_t find_place(lua_State *L, struct births *b) {
   lua_Debug ar;
   int level = 0;
   do {
-    if (!lua_getstack(L, level++, &ar)) return 0;
+    if (!lua_getstack(L, level++, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
     lua_getinfo(L, "Sl", &ar);
   } while (ar.currentline <= 0 || strncmp(ar.source, b->library, b->library_length) == 0);
   uint32_t *head = &b->heads[((unsigned)ar.currentline + ar.srclen * 31) % HEADS];
@@ -116,11 +124,6 @@ static uint32_t find_place(lua_State *L, struct births *b) {
   memcpy(p->source, ar.short_src, sizeof p->source);
   p->next = *head;
   return *head = b->place_count;
-}
-
-/* the number of its place, or 0 */
-static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
-  return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
 }
 
 /* What has no place, or no memory to note it, is not missed when it is left. */
@@ -207,11 +210,15 @@ static void hold_ready(lua_State *L, struct runtime *rt) {
   }
 }
 
-/* [-0, +0 or +1, -] that stream, listener …, if the running test has left it open */
+/* that stream, listener … is open, and was made in the running test */
+static bool is_left_open(const struct runtime *rt, const struct handle *h) {
+  return h->uv != NULL && !h->closing && !h->disposed && !h->pinned &&
+         born_at(rt->births, BIRTH_SLOT, (size_t)h->task.slot) != 0;
+}
+
+/* [-0, +0 or +1, -] the same, if the running test has left it */
 static bool push_left_open(lua_State *L, const struct handle *h) {
-  if (h->uv == NULL || h->closing || h->disposed || h->pinned ||
-      born_at(runtime(L)->births, BIRTH_SLOT, (size_t)h->task.slot) == 0)
-    return false;
+  if (!is_left_open(runtime(L), h)) return false;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
   bool alive = lua_rawgetp(L, -1, h) != LUA_TNIL; /* else its finalizer is about to run */
   lua_remove(L, -2);
@@ -256,11 +263,11 @@ void testing_note_opened(lua_State *L, struct runtime *rt) {
   lua_settop(L, object);
 }
 
-/* the PeriodicTimer or File at i has not been disposed */
+/* a PeriodicTimer or File at i that has not been disposed; watchers are found by their handles */
 static bool is_undisposed(lua_State *L, int i) {
   const void *object = lua_touserdata(L, i);
   if (object_test(L, i, TAG_FILE) != NULL) return file_is_open((const struct file *)object);
-  return periodic_is_open(object);
+  return object_test(L, i, TAG_PERIODIC) != NULL && periodic_is_open(object);
 }
 
 /* [-0, +1, m] a list of all these */
@@ -465,25 +472,62 @@ static int l_left(lua_State *L) {
   return 1;
 }
 
-/* [-0, +1, m] where the stream, listener … at i was made, or nil */
+/* [-0, +1, m] where the stream, listener … at i was made, true if nobody knows, or nil: before the test */
 static void push_opening(lua_State *L, int i) {
   const struct births *b = runtime(L)->births;
-  bool noted = object_test(L, i, TAG_FILE) != NULL || object_test(L, i, TAG_PERIODIC) != NULL;
-  if (noted) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED);
+  if (object_test(L, i, TAG_FILE) != NULL || object_test(L, i, TAG_PERIODIC) != NULL ||
+      object_test(L, i, TAG_WATCHER) != NULL) {
+    if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) != LUA_TTABLE) return;
     lua_pushvalue(L, i);
     lua_rawget(L, -2);
     lua_remove(L, -2);
-    if (lua_isstring(L, -1)) return;
-    lua_pop(L, 1);
-  } else if (object_test(L, i, TAG_WATCHER) == NULL) {
-    size_t slot = (size_t)((const struct handle *)lua_touserdata(L, i))->task.slot;
-    if (born_at(b, BIRTH_SLOT, slot) != 0) { /* else it was closed meanwhile */
-      push_place(L, b, BIRTH_SLOT, slot);
-      return;
-    }
+    return;
   }
-  lua_pushnil(L);
+  size_t slot = (size_t)((const struct handle *)lua_touserdata(L, i))->task.slot;
+  if (born_at(b, BIRTH_SLOT, slot) != 0)
+    push_place(L, b, BIRTH_SLOT, slot);
+  else
+    lua_pushnil(L);
+}
+
+/* Its weak key is there until its finalizer has run. What calls this runs in the midst of anything, but a traversal
+** of that table. */
+void testing_note_lost(lua_State *L, int i) {
+  int top = lua_gettop(L);
+  luaL_checkstack(L, 10, NULL);
+  push_opening(L, i);
+  if (lua_toboolean(L, top + 1) &&
+      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) { /* place list */
+    lua_pushfstring(L, "a %s that was open when it was collected", luaL_tolstring(L, i, NULL));
+    if (lua_isstring(L, top + 1))
+      lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, top + 1));
+    lua_rawseti(L, top + 2, (lua_Integer)lua_rawlen(L, top + 2) + 1);
+  }
+  lua_settop(L, top);
+}
+
+/* lost() -> a list of what was made in the test and has been collected while it was open, in words; each is told once */
+static int l_lost(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  bool pending = false; /* a finalizer that has not run yet */
+  lua_settop(L, 0);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  for (struct link *l = rt->handles.next; l != &rt->handles && !pending; l = l->next) {
+    struct handle *h = container_of(l, struct handle, link);
+    pending = is_left_open(rt, h) && lua_rawgetp(L, 1, h) == LUA_TNIL;
+    lua_settop(L, 1);
+  }
+  if (pending) lua_gc(L, LUA_GCCOLLECT);
+  lua_newtable(L); /* weak list opened */
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE)
+    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 3); n > 0; n--) {
+      lua_rawgeti(L, 3, n);
+      lua_rawseti(L, 2, n);
+      lua_pushnil(L);
+      lua_rawseti(L, 3, n);
+    }
+  lua_settop(L, 2);
+  return 1;
 }
 
 /* left_open() -> the same of what is open: streams, listeners, handles of libuv */
@@ -496,7 +540,7 @@ static int l_left_open(lua_State *L) {
   while (lua_rawgeti(L, 3, count + 1) != LUA_TNIL) { /* list before open handle */
     lua_pushfstring(L, "an open %s", luaL_tolstring(L, 4, NULL));
     push_opening(L, 4);
-    if (lua_isnil(L, -1))
+    if (!lua_isstring(L, -1))
       lua_pop(L, 1);
     else
       lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -2), lua_tostring(L, -1));
@@ -573,9 +617,9 @@ static int l_give_up(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {
-    {"begin", l_begin},     {"finish", l_finish},       {"idle", l_idle},
-    {"step", l_step},       {"settle", l_settle},       {"left", l_left},
-    {"give_up", l_give_up}, {"left_open", l_left_open}, {NULL, NULL}};
+    {"begin", l_begin},   {"finish", l_finish}, {"idle", l_idle},       {"step", l_step},
+    {"settle", l_settle}, {"left", l_left},     {"give_up", l_give_up}, {"left_open", l_left_open},
+    {"lost", l_lost},     {NULL, NULL}};
 
 void testing_open(lua_State *L) {
   lua_newtable(L);

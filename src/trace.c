@@ -98,7 +98,7 @@ static void push_place(lua_State *L, lua_State *from, int level) {
   lua_Debug ar;
   for (; lua_getstack(from, level, &ar); level++) {
     lua_getinfo(from, "Sl", &ar);
-    if (ar.currentline > 0) {
+    if (ar.currentline > 0 && !module_is_ours(runtime(L), ar.source)) {
       lua_pushfstring(L, "\n\t%s:%d: canceled here", ar.short_src, ar.currentline);
       return;
     }

@@ -251,6 +251,7 @@ static int l_watch(lua_State *L) {
     lua_pushvalue(L, -2);
     lua_rawsetp(L, -2, w);
     lua_pop(L, 1);
+    testing_opened(L, rt);
   }
   return 1;
 }
@@ -268,6 +269,7 @@ static int l_close(lua_State *L) {
 static int l_gc(lua_State *L) {
   if (object_test(L, 1, TAG_WATCHER) == NULL || runtime(L)->closed) return 0;
   lua_settop(L, 1);
+  if (((struct watcher *)lua_touserdata(L, 1))->watch != NULL) testing_lost(L, runtime(L), 1);
   return l_close(L);
 }
 

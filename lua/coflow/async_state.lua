@@ -21,10 +21,8 @@ local AsyncState = {}
 AsyncState.__index = AsyncState
 AsyncState.__name = "coflow.AsyncState"
 
-local function check(self, class, name)
-  if getmetatable(self) ~= class then
-    error(("calling '%s' on bad self (%s expected, got %s)"):format(name, class.__name, type(self)), 3)
-  end
+local function check(self, class)
+  if getmetatable(self) ~= class then core.refuse_self(class, self) end
 end
 
 local function empty(state)
@@ -34,14 +32,14 @@ end
 
 ---Gives the current flow, and what it starts from here on, an empty holder. An old one is emptied.
 function AsyncState:initialize()
-  check(self, AsyncState, "initialize")
+  check(self, AsyncState)
   empty(self)
   self._local.value = { values = {} }
 end
 
 ---Empties the holder, for every flow that has it: they are uninitialized from now on.
 function AsyncState:reset()
-  check(self, AsyncState, "reset")
+  check(self, AsyncState)
   empty(self)
   self._local.value = nil
 end
@@ -50,7 +48,7 @@ end
 ---@param name string
 ---@return coflow.AsyncStateContext
 function AsyncState:context(name)
-  check(self, AsyncState, "context")
+  check(self, AsyncState)
   if type(name) ~= "string" then core.argument_error(2, "string expected, got " .. type(name)) end
   local context = self._contexts[name]
   if not context then
@@ -75,7 +73,7 @@ end
 ---The value in the current flow, nil when none was set.
 ---Raises: InvalidOperation where the state is not initialized.
 function Context:get()
-  check(self, Context, "get")
+  check(self, Context)
   return need_values(self)[self._name]
 end
 
@@ -83,7 +81,7 @@ end
 ---Raises: InvalidOperation where the state is not initialized.
 ---@param value any
 function Context:set(value)
-  check(self, Context, "set")
+  check(self, Context)
   need_values(self)[self._name] = value
 end
 
@@ -91,7 +89,7 @@ end
 ---@return boolean found
 ---@return any value
 function Context:try_get()
-  check(self, Context, "try_get")
+  check(self, Context)
   local values = values_of(self)
   if not values then return false, nil end
   return true, values[self._name]

@@ -58,7 +58,7 @@ end
 -- The course of a job -------------------------------------------------------------------------------
 
 local function check(self)
-  if getmetatable(self) ~= class then core.argument_error(1, "coflow.BackgroundQueue expected, got " .. type(self)) end
+  if getmetatable(self) ~= class then core.refuse_self(class, self) end
 end
 
 local function throw_disposed()

@@ -85,7 +85,7 @@ local function make(cache, entry, factory)
 end
 
 local function check(self)
-  if getmetatable(self) ~= class then core.argument_error(1, "coflow.AsyncCache expected, got " .. type(self)) end
+  if getmetatable(self) ~= class then core.refuse_self(class, self) end
 end
 
 local function check_get(self, key, factory, token)

@@ -62,8 +62,7 @@ local Background = {}
 local background_class = { __name = "coflow.BackgroundService", __index = Background }
 
 local function check_background(self)
-  if getmetatable(self) == background_class then return end
-  core.argument_error(1, "coflow.BackgroundService expected, got " .. type(self))
+  if getmetatable(self) ~= background_class then core.refuse_self(background_class, self) end
 end
 
 local function check_background_stop(self, token)
@@ -147,7 +146,7 @@ local Host = {}
 local host_class = { __name = "coflow.Host", __index = Host }
 
 local function check(self)
-  if getmetatable(self) ~= host_class then core.argument_error(1, "coflow.Host expected, got " .. type(self)) end
+  if getmetatable(self) ~= host_class then core.refuse_self(host_class, self) end
 end
 
 -- For all that waits.

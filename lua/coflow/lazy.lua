@@ -11,7 +11,7 @@ local flight = require "coflow.flight"
 ---@field is_value_created boolean
 local AsyncLazy = {}
 
-local class = { __name = "coflow.AsyncLazy" }
+local class = { __name = "coflow.AsyncLazy", methods = AsyncLazy }
 
 function class.__index(lazy, key)
   if key == "is_value_created" then
@@ -24,7 +24,7 @@ end
 local known_options = { retry_on_failure = true }
 
 local function check_get(self, token)
-  if getmetatable(self) ~= class then core.argument_error(1, "coflow.AsyncLazy expected, got " .. type(self)) end
+  if getmetatable(self) ~= class then core.refuse_self(class, self) end
   arguments.check_token(2, token)
 end
 

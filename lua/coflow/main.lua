@@ -11,7 +11,7 @@ local flow = {}
 ---ends the process. An error is written to standard error with its async traceback.
 ---Use: `os.exit(flow.main(main), true)`.
 ---@param fn function
----@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned
+---@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned; 0 if that was something else
 function flow.main(fn, ...)
   core.check_function(1, fn)
   if core.current_task() then

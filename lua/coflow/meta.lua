@@ -172,7 +172,8 @@ function flow.await_any(...) end
 ---@field result any its first value; raises as `await`, or InvalidOperation while it is not complete
 ---@field exception any what it failed with (`when_all`: an Aggregate), which is now observed; nil if not faulted
 ---@field id integer unique among the tasks of this state
----@field name string may be set; by default where its function is defined ("file:line"), or its kind ("delay" …)
+---@field name string may be set; by default where its function is defined ("file:line"; for one of the library
+---its module, "coflow.net"), or its kind ("delay" …)
 ---@field continue_with fun(self: coflow.Task, fn: function, options?: table): coflow.Task see task.lua
 ---@field configure_await fun(self: coflow.Task, captures: boolean): coflow.ConfiguredTask see task.lua
 local Task = {}

@@ -28,9 +28,24 @@ end
 -- Whether it could be the name or the address of a host. The system would end it at a zero byte.
 local function is_host(value) return type(value) == "string" and value ~= "" and not value:find("\0", 1, true) end
 
+local function check_host(n, host)
+  if is_host(host) then return end
+  local expected = "name or address of a host"
+  if type(host) ~= "string" then core.type_error(n, expected, host) end
+  core.argument_error(n, ("%s expected, got %s"):format(expected,
+    host == "" and "an empty string" or "a string with a zero byte"))
+end
+
+local function check_port(n, port, least)
+  if is_integer(port, least, 65535) then return end
+  local expected = ("number of a port, from %d to 65535,"):format(least)
+  if type(port) ~= "number" then core.type_error(n, expected, port) end
+  core.argument_error(n, ("%s expected, got %s"):format(expected, port))
+end
+
 local function check_place(host, port, least)
-  if not is_host(host) then core.argument_error(1, "name or address of a host expected") end
-  if not is_integer(port, least, 65535) then core.argument_error(2, "number of a port expected") end
+  check_host(1, host)
+  check_port(2, port, least)
 end
 
 -- Connecting and listening -------------------------------------------------------------------------
@@ -380,7 +395,8 @@ end
 -- UDP: udp.lua, when it is first used ---------------------------------------------------------------
 
 local shared = {
-  is_integer = is_integer, is_host = is_host, families = families, address_of = address_of,
+  is_integer = is_integer, is_host = is_host, check_host = check_host, check_port = check_port,
+  families = families, address_of = address_of,
   is_closed_error = is_closed_error,
 }
 

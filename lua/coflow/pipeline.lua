@@ -17,11 +17,7 @@ App.__metatable = false
 local apps = setmetatable({}, { __mode = "k" }) -- app -> its steps and handler
 
 local function steps_of(app)
-  local steps = apps[app]
-  if not steps then
-    error("calling a method of a pipeline on bad self (coflow.Pipeline expected, got " .. type(app) .. ")", 3)
-  end
-  return steps
+  return apps[app] or core.refuse_self(App, app)
 end
 
 ---Adds a step. The first one added is the outermost.
@@ -29,8 +25,9 @@ end
 ---if it likes; what `next` returns is what the steps inside have returned. Not calling it ends the way there.
 ---@return coflow.Pipeline the same, to go on with
 function App:use(step)
+  local steps = steps_of(self)
   core.check_function(2, step)
-  table.insert(steps_of(self), step)
+  table.insert(steps, step)
   return self
 end
 
@@ -39,8 +36,8 @@ end
 ---@param handler fun(context: any): ...
 ---@return coflow.Pipeline
 function App:run(handler)
-  core.check_function(2, handler)
   local steps = steps_of(self)
+  core.check_function(2, handler)
   if steps.handler then
     error(core.errors.InvalidOperation("the pipeline has a handler already: only one can stand at its end"), 2)
   end

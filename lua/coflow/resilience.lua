@@ -77,7 +77,11 @@ end
 
 -- What is wrong with the arguments of `pipeline`, or nil.
 local function problem(strategies)
-  if type(strategies) ~= "table" then return "list of strategies expected, got " .. type(strategies) end
+  if type(strategies) ~= "table" then
+    return "list of strategies expected, got " .. (strategies == nil and "no value" or type(strategies))
+  elseif rawlen(strategies) == 0 and is_strategy(strategies) then
+    return "list of strategies expected, got a strategy: pipeline { outermost, …, innermost }"
+  end
   local n = #strategies
   for key in pairs(strategies) do
     if math.type(key) ~= "integer" or key < 1 or key > n then

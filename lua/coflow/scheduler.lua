@@ -108,9 +108,7 @@ end
 ---@param task coflow.Task
 ---@return boolean # false: it is not queued here (any more)
 function Scheduler:try_execute_task(task)
-  if not core.is_scheduler(self) then
-    core.argument_error(1, "coflow.TaskScheduler expected, got " .. type(self))
-  end
+  if not core.is_scheduler(self) then core.refuse_self(Scheduler, self) end
   core.check_class(2, task, "coflow.Task")
   return core.try_execute(self, task)
 end

@@ -25,7 +25,9 @@ local function find(which)
   local numbers = {}
   for i, name in ipairs(which) do
     if not core.signals[name] then
-      return nil, ("%s is no signal that can be caught"):format(type(name) == "string" and name or type(name))
+      local full = type(name) == "string" and "SIG" .. name:upper()
+      return nil, ("%s is no signal that can be caught%s"):format(full and name or type(name),
+        core.signals[full] and ": its name is " .. full or "")
     end
     numbers[i] = core.signals[name]
   end

@@ -67,6 +67,8 @@ function Stream:reduce(fn, initial, token)
   for value, second in iterate(self, token) do
     if empty then
       result, empty = pack(value, second), false
+    elseif second == nil then
+      result = fn(result, value)
     else
       result = fn(result, value, second)
     end
@@ -83,12 +85,14 @@ local function check_for_each(self, fn, token)
   check_token(3, token)
 end
 
----Calls `fn(item)` for each item, one after the other.
+---Calls `fn(item)` for each item, one after the other; `fn(item, second)` for one of two values.
 ---@param fn fun(item: any, second: any)
 ---@param token? coflow.CancellationToken for the items; `fn` is not under it
 function Stream:for_each(fn, token)
   check_for_each(self, fn, token)
-  for value, second in iterate(self, token) do fn(value, second) end
+  for value, second in iterate(self, token) do
+    if second == nil then fn(value) else fn(value, second) end
+  end
 end
 
 Stream.for_each_async = arguments.twin(Stream.for_each, check_for_each)

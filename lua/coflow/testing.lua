@@ -17,8 +17,8 @@
 local closing = require "coflow.closing"
 local core = require "coflow.core"
 
-local begin, finish, left, left_open, give_up = core.testing.begin, core.testing.finish, core.testing.left,
-  core.testing.left_open, core.testing.give_up
+local begin, finish, left, left_open, lost, give_up = core.testing.begin, core.testing.finish, core.testing.left,
+  core.testing.left_open, core.testing.lost, core.testing.give_up
 local InvalidOperation = core.errors.InvalidOperation
 
 local testing = {}
@@ -64,9 +64,7 @@ local FakeTimeProvider = { __name = "coflow.testing.FakeTimeProvider" }
 FakeTimeProvider.__index = FakeTimeProvider
 
 local function check_provider(self)
-  if getmetatable(self) ~= FakeTimeProvider then
-    error("calling a method of FakeTimeProvider on bad self", 3)
-  end
+  if getmetatable(self) ~= FakeTimeProvider then core.refuse_self(FakeTimeProvider, self) end
 end
 
 local function check_installed(self, what)
@@ -155,8 +153,8 @@ local function clean_up()
   end
 end
 
--- What the test has left. A stream or the like that is open though nobody refers to it any more is not left behind: it
--- is closed as soon as it is collected. (Not while there are tasks, which would be reported as abandoned.)
+-- What the test has left. What is open says so, too, when it is collected; but a PeriodicTimer that is garbage is no
+-- more than that. (Nothing is collected while there are tasks, which would be reported as abandoned.)
 local function all_left()
   local list, open = left(), left_open()
   if #list == 0 and #open > 0 then
@@ -165,7 +163,9 @@ local function all_left()
     core.testing.settle()
     list, open = left(), left_open()
   end
-  return table.move(open, 1, #open, #list + 1, list)
+  table.move(open, 1, #open, #list + 1, list)
+  local collected = lost()
+  return table.move(collected, 1, #collected, #list + 1, list)
 end
 
 local function describe_left(list)
@@ -226,7 +226,7 @@ end
 ---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
 ---
 ---Tasks started, timers armed, and what was opened meanwhile, sockets, listeners, watchers of files and other handles,
----must have ended; what is open, and garbage already, is none of that. What is merely ready may still run
+---must have ended, or have been closed: that the collector does it does not count. What is merely ready may still run
 ---when `fn` returns; then what is left fails the test, and is closed, so that the next one starts clean: tasks
 ---as if they had been abandoned, their `<close>` variables run.
 ---Raises: the error of `fn`, first of all. InvalidOperation: what was left, each with its name, where it waits

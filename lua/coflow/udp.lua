@@ -13,7 +13,7 @@ local udp_connect, udp_receive, try_send, wait_writable =
 local UdpSocket = core.methods "coflow.UdpSocket"
 
 local check_token, token_last = arguments.check_token, arguments.token_last
-local is_integer, is_host, families, address_of, is_closed_error -- of net.lua
+local is_integer, is_host, check_host, check_port, families, address_of, is_closed_error -- of net.lua
 
 local net = {}
 
@@ -90,7 +90,7 @@ local function check_send(self, data, host, port, token)
   if host == nil then
     if port ~= nil then core.argument_error(3, "a host expected") end
   else
-    if not is_host(host) then core.argument_error(3, "name or address of a host expected") end
+    check_host(3, host)
     if port == nil then
       local name, number = host:match("^%[(.+)%]:(%d+)$")
       if not name then name, number = host:match("^([^:]+):(%d+)$") end
@@ -99,8 +99,8 @@ local function check_send(self, data, host, port, token)
         core.argument_error(3, "an address and a port, or \"address:port\", expected")
       end
       host = name
-    elseif not is_integer(port, 1, 65535) then
-      core.argument_error(4, "number of a port expected")
+    else
+      check_port(4, port, 1)
     end
   end
   check_token(5, token)
@@ -182,8 +182,8 @@ end
 
 local function check_peer(self, host, port, token)
   core.check_class(1, self, "coflow.UdpSocket")
-  if not is_host(host) then core.argument_error(2, "name or address of a host expected") end
-  if not is_integer(port, 1, 65535) then core.argument_error(3, "number of a port expected") end
+  check_host(2, host)
+  check_port(3, port, 1)
   check_token(4, token)
 end
 
@@ -217,6 +217,7 @@ end
 ---Called by net.lua, with what it shares; returns the functions for coflow.net.
 return function(shared)
   is_integer, is_host, families = shared.is_integer, shared.is_host, shared.families
+  check_host, check_port = shared.check_host, shared.check_port
   address_of, is_closed_error = shared.address_of, shared.is_closed_error
   return net
 end

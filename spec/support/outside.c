@@ -60,7 +60,7 @@ static void on_connection(uv_stream_t *server, int status) { (void)server, (void
 
 /* work(ms): a job of the pool */
 static int l_work(lua_State *L) {
-  unsigned ms = (unsigned)luaL_checkinteger(L, 1);
+  unsigned ms = (unsigned)lua_tointeger(L, 1);
   struct thing *t = push_thing(L);
   t->ms = ms;
   check(L, uv_queue_work(loop, &t->u.work, on_work, on_worked));
@@ -75,7 +75,7 @@ static int l_stat(lua_State *L) {
 
 /* process(seconds, a string) */
 static int l_process(lua_State *L) {
-  char *args[] = {"sleep", (char *)luaL_checkstring(L, 1), NULL};
+  char *args[] = {"sleep", (char *)lua_tostring(L, 1), NULL};
   uv_process_options_t options = {.exit_cb = on_exit_process, .file = "sleep", .args = args};
   check(L, uv_spawn(loop, &push_thing(L)->u.process, &options));
   return 1;
@@ -96,7 +96,7 @@ static int l_timer(lua_State *L) {
   struct thing *t = push_thing(L);
   uv_timer_init(loop, &t->u.timer);
   uv_update_time(loop);
-  uv_timer_start(&t->u.timer, on_time, (uint64_t)luaL_checkinteger(L, 1), 0);
+  uv_timer_start(&t->u.timer, on_time, (uint64_t)lua_tointeger(L, 1), 0);
   return 1;
 }
 
@@ -127,7 +127,7 @@ __attribute__((visibility("default"))) int luaopen_outside(lua_State *L);
 int luaopen_outside(lua_State *L) {
   lua_getupvalue(L, 1, 1);
   struct runtime *rt = (struct runtime *)lua_touserdata(L, -1);
-  luaL_argcheck(L, rt != NULL && rt->loop_open, 1, "no open loop in it");
+  if (rt == NULL || !rt->loop_open) return luaL_error(L, "no open loop in it");
   loop = &rt->loop;
   luaL_newlib(L, functions);
   return 1;

@@ -118,7 +118,7 @@ end
 ---@return table methods
 function strategy.class(name, run, getters)
   local methods = {}
-  local class = { __name = "coflow.resilience." .. name, __index = methods }
+  local class = { __name = "coflow.resilience." .. name, __index = methods, methods = methods }
   if getters then
     function class.__index(self, key)
       local get = getters[key]
@@ -129,9 +129,7 @@ function strategy.class(name, run, getters)
 
   ---Refuses a `self` of another class.
   function class.check(self)
-    if getmetatable(self) ~= class then
-      core.argument_error(1, ("%s expected, got %s"):format(class.__name, type(self)))
-    end
+    if getmetatable(self) ~= class then core.refuse_self(class, self) end
   end
 
   local function check_execute(self, fn)

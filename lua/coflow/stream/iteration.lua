@@ -26,7 +26,7 @@ local function is_stream(value) return getmetatable(value) == class end
 
 -- For the methods.
 local function check(self)
-  if not is_stream(self) then core.argument_error(1, "coflow.Stream expected, got " .. type(self)) end
+  if not is_stream(self) then core.refuse_self(class, self) end
 end
 
 -- Closing -----------------------------------------------------------------------------------------
@@ -125,9 +125,7 @@ end
 ---Ends the iteration and closes its producers. Twice is harmless. May suspend.
 ---Raises: what a `<close>` variable raises. InvalidOperation while another task waits for the next item.
 function Iteration:dispose()
-  if getmetatable(self) ~= iteration then
-    core.argument_error(1, "coflow.StreamIteration expected, got " .. type(self))
-  end
+  if getmetatable(self) ~= iteration then core.refuse_self(iteration, self) end
   if self._run.closed then return end
   if self._busy then
     error(errors.InvalidOperation("the iteration is in use: somebody waits for its next item"), 2)

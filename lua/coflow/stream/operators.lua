@@ -75,6 +75,8 @@ end
 local function other_stream(value) return check_stream(2, value) end
 
 -- Items -------------------------------------------------------------------------------------------
+--
+-- A function gets the second value only where there is one: `print` counts its arguments, `math.max` minds nil.
 
 -- " (defined at FILE:LINE)" of a function
 local function place_of(fn)
@@ -90,7 +92,8 @@ Stream.map = operator(callable, function(next, fn)
   return function()
     local value, second = next()
     if value == nil then return nil end
-    local mapped = fn(value, second)
+    local mapped
+    if second == nil then mapped = fn(value) else mapped = fn(value, second) end
     if mapped == nil then
       error(("bad argument #1 to 'map' (its function%s returned nil, which is not an item: filter leaves items out)")
         :format(place_of(fn)), 0)
@@ -106,7 +109,11 @@ Stream.filter = operator(callable, function(next, fn)
   return function()
     while true do
       local value, second = next()
-      if value == nil or fn(value, second) then return value, second end
+      if second == nil then
+        if value == nil or fn(value) then return value end
+      elseif fn(value, second) then
+        return value, second
+      end
     end
   end
 end)
@@ -179,7 +186,8 @@ Stream.flat_map = operator(callable, function(next, fn, run)
       end
       local value, second = next()
       if value == nil then return nil end
-      local made, wrong = as_stream(fn(value, second))
+      local made, wrong
+      if second == nil then made, wrong = as_stream(fn(value)) else made, wrong = as_stream(fn(value, second)) end
       if wrong then error("bad argument #1 to 'flat_map' (its function: " .. wrong .. ")", 0) end
       inner, close_inner = made._open(run)
       if run.closed then -- meanwhile: it may have something to close
