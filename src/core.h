@@ -264,7 +264,8 @@ struct nap {
   struct link link;
   void *none;
   struct deadline deadline;
-  uint32_t pos; /* in a queue: where its holder holds it (waiter.c); else 0 */
+  uint32_t pos : 31;  /* in a queue: where its holder holds it (waiter.c); else 0 */
+  uint32_t given : 1; /* a token, which RUNTIME_GIVEN holds */
 };
 
 /* The phases of a fiber.
@@ -402,6 +403,7 @@ enum runtime_uservalue {
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
   RUNTIME_HAND,       /* the function that hands a task over */
+  RUNTIME_GIVEN,      /* slot -> the token that a fiber naps with */
   RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
   RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
@@ -1041,7 +1043,7 @@ void timer_hurry(struct runtime *rt, struct task *t);
 void timer_fire_due(lua_State *L, struct runtime *rt);
 /* moves all deadlines: the clock changes */
 void timer_shift(struct runtime *rt, double from, double to);
-/* [-0, +0, m] the fiber sleeps until then, or until the token k (or NULL) or its scope, unless deaf to it */
+/* [-0, +0, m] the fiber sleeps until then, or until the token k (at index 2, or NULL) or its scope, unless deaf to it */
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due);
 void delay_land(lua_State *L, int i);
 /* [-0, +0, -] what the operation at i awaited is complete */

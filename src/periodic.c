@@ -23,7 +23,7 @@
 ** Source:     .NET System.Threading.Timer and PeriodicTimer. A Timer that is disposed starts no task any more.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 #include <string.h>
@@ -600,7 +600,7 @@ static int l_dispose(lua_State *L) {
   deadline_drop(rt, d);
   t->flags |= TASK_EXPIRED;
   if (task_is(t, KIND_FIBER)) {
-    link_drop(&p->waiter->link);
+    waiter_leave(L, (struct fiber *)t, true);
     fiber_wake(L, rt, (struct fiber *)t);
   } else {
     loop_land(L, rt, lua_gettop(L), t);

@@ -307,7 +307,14 @@ static void let_go(lua_State *L, struct runtime *rt, struct fiber *f, struct tok
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);
-  f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
+  if (k !=
+      NULL) { /* in whose list f will be, when this stack may be gone: somebody closes the coroutine */
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
+    lua_pushvalue(L, 2);
+    lua_rawseti(L, -2, f->task.slot);
+    lua_pop(L, 1);
+  }
+  f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .given = k != NULL};
   f->task.state = TASK_WAITING;
   if (deaf) f->task.flags |= TASK_DEAF;
   if (k != NULL) token_link(k, &f->u.nap.link);
