@@ -65,7 +65,7 @@ void io_methods(lua_State *L, uint32_t tag, const luaL_Reg *functions);
 /* [-0, +1, m] the IO error; both may be NULL */
 void io_push_error(lua_State *L, int status, const char *syscall, const char *path);
 void io_abort_all(struct runtime *rt);   /* the state is closing */
-void io_release_all(struct runtime *rt); /* what has not landed by then */
+void io_release_all(struct runtime *rt); /* then: what was done, and has not landed */
 void io_open(lua_State *L);              /* [-0, +0, m] before all that begins operations */
 
 /* ---- fs.c, watch.c, dns.c ---- */

@@ -31,6 +31,7 @@ static bool close_uv(struct runtime *rt) {
   uv_unref(timer); /* it bounds each wait, and is no reason for one */
   while (stdio_sends(rt) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   io_abort_all(rt);
+  io_release_all(rt); /* now: a file whose job was done may have another waiting, which closes it */
   uv_ref(timer); /* nothing else may be a reason to poll for the end of children */
   process_end_all(rt);
   uv_unref(timer);
@@ -74,7 +75,6 @@ void shutdown_run(lua_State *L, struct runtime *rt) {
   rt->closed = true;
   if (rt->loop_open) {
     bool clean = close_uv(rt);
-    io_release_all(rt);
     if (!clean)
       keep_memory(L, alloc, ud);
     else {
