@@ -1006,6 +1006,8 @@ ONCE void schedule_open(lua_State *L);
 
 /* [-0, +0, -] makes room for one more; false: there is no memory */
 bool deadline_has_room(lua_State *L, struct runtime *rt);
+/* [-0, +0, v] raises why there is none */
+void deadline_refuse(lua_State *L, const struct runtime *rt);
 /* [-0, +0, m] … the index that it will get */
 uint32_t deadline_reserve(lua_State *L, struct runtime *rt);
 double deadline_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
@@ -1156,6 +1158,11 @@ void deadlock_push(lua_State *L,
 
 /* [-0, +0, -] no finalizer of a fiber runs after this one */
 ONCE void shutdown_run(lua_State *L, struct runtime *rt);
+ONCE void shutdown_refuse(lua_State *L); /* [-0, +0, v] */
+/* [-0, +0, v] what needs more than Lua's memory is not begun after the end: nobody would give it back */
+static inline void shutdown_check(lua_State *L, const struct runtime *rt) {
+  if (rt->closed) shutdown_refuse(L);
+}
 
 /* ---- testing.c: what a test changes ---- */
 

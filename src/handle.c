@@ -54,7 +54,6 @@ void handle_push_disposed(lua_State *L, const struct handle *h) {
 void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
                  int uservalues) {
   struct runtime *rt = runtime(L);
-  if (rt->closed) error_throw(L, ERROR_OPERATION, "a %s while the state is closing", class->name);
   loop_check_uv(L);
   struct handle *h = (struct handle *)holder_new(L, tag, size, uservalues);
   h->holder.handle = true;

@@ -393,7 +393,6 @@ static int l_spawn(lua_State *L) {
   double grace = luaL_checknumber(L, GRACE);
   lua_settop(L, SPAWN_COUNT);
   luaL_checkstack(L, 20, NULL);
-  if (rt->closed) return error_throw(L, ERROR_OPERATION, "a process while the state is closing");
   loop_check_uv(L);
 
   options.args = push_strings(L, ARGS);

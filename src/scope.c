@@ -239,7 +239,7 @@ static struct scope *scope_begin(lua_State *L, struct runtime *rt, enum scope_ki
   struct scope *s = scope_new(L, rt, kind, size), *outer = me->member.scope;
   if (timed && !deadline_has_room(L, rt)) { /* here: a finalizer may use what was there before */
     scope_free(L, rt, s);
-    luaL_error(L, "not enough memory");
+    deadline_refuse(L, rt);
   }
   s->outer = outer;
   outer->refs++;

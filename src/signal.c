@@ -155,13 +155,12 @@ void signal_free(lua_State *L, struct runtime *rt) {
 /* [-0, +0, m] there is a handle for that signal */
 static void need(lua_State *L, struct runtime *rt, int number) {
   if (find(rt, number) != NULL) return;
-  uv_loop_t *loop = loop_check_uv(L);
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
   if (s == NULL) luaL_error(L, "not enough memory");
   *s = (struct caught){.next = rt->caught, .number = number};
-  uv_signal_init(loop,
+  uv_signal_init(&rt->loop,
                  &s->uv); /* which cannot fail: uv_loop_init has made the pipe that it needs */
   uv_unref((uv_handle_t *)&s->uv);
   rt->caught = s;
@@ -171,6 +170,7 @@ static void need(lua_State *L, struct runtime *rt, int number) {
 static int l_catch(lua_State *L) {
   struct runtime *rt = runtime(L);
   uint32_t mask = 0;
+  loop_check_uv(L);
   for (int i = lua_gettop(L); i > 0; i--) {
     lua_Integer number = luaL_checkinteger(L, i);
     luaL_argcheck(L, number > 0 && number < NUMBERS, i, "no such signal");

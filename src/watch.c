@@ -232,7 +232,6 @@ static int l_watch(lua_State *L) {
       (struct watcher *)object_new(L, TAG_WATCHER, sizeof *object, WATCHER_PATH);
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, -2, WATCHER_PATH);
-  if (rt->closed) return error_throw(L, ERROR_OPERATION, "watch while the state is closing");
   uv_loop_t *loop = loop_check_uv(L);
   struct watch *w = calloc(1, sizeof *w);
   if (w == NULL) return luaL_error(L, "not enough memory");
