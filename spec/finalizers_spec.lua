@@ -867,4 +867,71 @@ describe("after the end of the library", function()
       assert(things.task.result == 1)
     ]])
   end)
+
+  it("files that finalizers opened are closed", function()
+    ended([[
+      things.file = flow.fs.open(path)
+      local busy = flow.fs.open("/proc/self/maps")
+      things.task = busy:read_all_async()
+    ]], [[
+      local pipe <close> = io.popen "ls -l /proc/$PPID/fd"
+      local all = pipe:read "a"
+      assert(not all:find(path, 1, true) and not all:find("self/maps", 1, true), all)
+      assert(things.file.is_closed and not pcall(things.file.read, things.file))
+    ]], { "" })
+  end)
+
+  it("listeners that finalizers opened are closed, and their files gone", function()
+    ended([[
+      os.remove(path)
+      things.listener = flow.net.listen_pipe(path)
+      things.task = things.listener:accept_async()
+    ]], [[
+      assert(things.listener.is_closed and things.listener.local_address == nil)
+      assert(not io.open(path) and not os.rename(path, path))
+      things.listener:close()
+    ]])
+  end)
+
+  it("streams and sockets that finalizers opened are closed", function()
+    ended([[
+      local listener = flow.net.listen("127.0.0.1", 0)
+      things.accepted, things.socket = listener:accept_async(), flow.net.udp()
+      things.stream = flow.net.connect_async("127.0.0.1", listener.port):await()
+      things.stream:write_async(("x"):rep(1e7))
+      things.stream:read_async()
+      things.socket:receive_async()
+    ]], [[
+      assert(things.stream.is_closed and things.socket.is_closed)
+      assert(not pcall(things.stream.write, things.stream, "x"))
+      things.stream:close()
+      things.socket:close()
+    ]], { "" })
+  end)
+
+  it("watchers and catchers of signals are closed, whoever made them", function()
+    local make = [[
+      things.watcher, things.catcher = flow.fs.watch ".", core.catch(10)
+      things.change, things.signal = things.watcher:next_async(), things.catcher:wait()
+    ]]
+    local use = [[
+      things.watcher:close()
+      local caught <close> = things.catcher
+      refused(core.catch, 10)
+    ]]
+    ended(make, use)
+    ended("", ("refused(core.catch, 10)"))
+  end)
+
+  it("children that finalizers started have ended, or are not ours", function()
+    ended([[
+      things.child = flow.process.spawn { args = { "sleep", "100" }, grace = 0 }
+      things.detached = flow.process.spawn { args = { "sleep", "0.1" }, detached = true }
+      things.wait = things.detached:wait_async()
+    ]], [[
+      for _, process in ipairs { things.child, things.detached } do
+        assert(not process.is_running and not process:kill())
+      end
+    ]])
+  end)
 end)

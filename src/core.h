@@ -505,6 +505,8 @@ struct runtime {
   struct link flights;   /* the operations that libuv has in hands (io.c) */
   struct link handles;   /* from their init to their close callback (handle.c) */
   struct link children;  /* that run (process.c) */
+  struct link files;     /* the open ones (file.c) */
+  struct link watchers;  /* the open ones (watch.c) */
   struct slab *slab;     /* where streams read to (uvread.c) */
   uv_loop_t loop;
   int loop_error; /* why it could not be opened */

@@ -107,12 +107,17 @@ void handle_land(lua_State *L, int i) {
     handle_changed(L, i);
 }
 
-int handle_gc(lua_State *L) {
-  struct handle *h = (struct handle *)lua_touserdata(L, 1);
-  if (h == NULL || h->rt == NULL || h->rt->closed) return 0; /* half built; libuv's loop is gone */
+/* nobody has it any more. No Lua. */
+static void drop(struct handle *h) {
   h->class->collected(h);
   h->disposed = true;
   handle_close(h);
+}
+
+int handle_gc(lua_State *L) {
+  struct handle *h = (struct handle *)lua_touserdata(L, 1);
+  if (h == NULL || h->rt == NULL || h->rt->closed) return 0; /* half built; libuv's loop is gone */
+  drop(h);
   if (h->closing)
     hold(L, 1, h, true);
   else
@@ -122,7 +127,7 @@ int handle_gc(lua_State *L) {
 
 void handle_close_all(struct runtime *rt) {
   for (struct link *l = rt->handles.next; l != &rt->handles; l = l->next)
-    handle_close(container_of(l, struct handle, link));
+    drop(container_of(l, struct handle, link));
 }
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */

@@ -41,6 +41,8 @@ void loop_init(struct runtime *rt) {
   link_init(&rt->flights);
   link_init(&rt->handles);
   link_init(&rt->children);
+  link_init(&rt->files);
+  link_init(&rt->watchers);
   stdio_guard();
   rt->closed = false;
 }

@@ -280,9 +280,13 @@ void periodic_trim(lua_State *L, struct runtime *rt) {
 }
 
 void periodic_close(lua_State *L, struct runtime *rt) {
+  if (rt->lands != NULL) { /* a finalizer that runs as it lands has called os.exit */
+    rt->lands->next = rt->idle_ticks;
+    rt->idle_ticks = rt->lands;
+  }
   free_ticks(L, rt->ready);
   free_ticks(L, rt->idle_ticks);
-  rt->ready = rt->idle_ticks = NULL;
+  rt->ready = rt->idle_ticks = rt->lands = NULL;
 }
 
 /* ---- Timer: Lua face ---- */

@@ -140,6 +140,11 @@ static void catcher_close(struct runtime *rt, struct catcher *c) {
   unuse_all(rt, c->mask);
 }
 
+void signal_end_all(struct runtime *rt) {
+  while (rt->catchers.next != &rt->catchers)
+    catcher_close(rt, container_of(rt->catchers.next, struct catcher, link));
+}
+
 void signal_free(lua_State *L, struct runtime *rt) {
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
