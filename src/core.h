@@ -432,6 +432,12 @@ struct label_cache {
   char source[LUA_IDSIZE];
 };
 
+/* the end of the ready list at some time, for as long as nothing has been removed from its midst */
+struct mark {
+  struct task *last;
+  unsigned removals;
+};
+
 struct runtime {
   lua_State *main;
   struct task *me;      /* the running task; `outside` when none is */
@@ -1041,8 +1047,9 @@ ONCE void deadline_close(lua_State *L, struct runtime *rt);
 /* ---- timer.c: delay, sleep, wait_async; interruption ---- */
 
 /* What has expired lands, to run callbacks, in its place of the ready list. Where tokens are linked to it, which are
-** canceled only then, that is too late: others would see one canceled and the other not yet. */
-void timer_hurry(struct runtime *rt, struct task *t);
+** canceled only then, that is too late: others would see one canceled and the other not yet. The mark is from before it
+** became ready: many may expire at once. */
+void timer_hurry(struct runtime *rt, struct task *t, struct mark m);
 /* [-0, +0, m] wakes the owners of what is due */
 void timer_fire_due(lua_State *L, struct runtime *rt);
 /* moves all deadlines: the clock changes */
@@ -1128,6 +1135,9 @@ static inline void loop_queue(struct runtime *rt, struct fiber *f) { /* … a fi
   loop_ready(rt, &f->task);
 }
 void loop_remove(struct runtime *rt, struct task *t); /* from anywhere on the list */
+static inline struct mark loop_mark(const struct runtime *rt) {
+  return (struct mark){rt->ready != NULL ? rt->ready_last : NULL, rt->removals};
+}
 /* [-0, +0, -] at the end of this settling */
 void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t);
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
