@@ -806,3 +806,145 @@ describe("a finalizer at the end of the state", function()
     ]])
   end)
 end)
+
+describe("after the end of the library", function()
+  local path = os.tmpname()
+  teardown(function() os.remove(path) end)
+
+  -- What a program prints as its state closes, at the end of the script and by os.exit in a task: a finalizer runs
+  -- `open` while the library is open yet; that of an object from before it was loaded runs `use`, last of all. (In the
+  -- former it may run the loop, which it may not below a task.)
+  local function ended(open, use, exits)
+    for _, exit in ipairs(exits or { "", "os.exit(0, true)" }) do
+      local result = helper.output(([[
+        local flow, core
+        local path, things = %q, {}
+        local function finally(fn)
+          return setmetatable({}, { __gc = function()
+            local ok, err = pcall(fn)
+            io.write(ok and "ok " or err)
+          end })
+        end
+        local function refused(fn, ...) -- luacheck: ignore
+          local ok, err = pcall(fn, ...)
+          err = tostring(err)
+          if ok or not err:find("the library has been closed", 1, true) then error(err, 2) end
+        end
+        local first = finally(function() %s end)
+        flow, core = require "coflow", require "coflow.core"
+        local second = finally(function() %s end)
+        flow.run(function()
+          flow.yield()
+          %s
+        end)
+      ]]):format(path, use, open, exit))
+      assert.equal("ok ok ", result, exit)
+    end
+  end
+
+  it("nothing is begun that nobody would end", function()
+    ended([[
+      for _, name in ipairs { "fs", "net", "process", "signal", "dns" } do
+        things[name] = require("coflow." .. name)
+      end
+      things.semaphore, things.periodic = flow.Semaphore(0), flow.PeriodicTimer(1)
+      things.source = flow.CancellationTokenSource()
+    ]], [[
+      refused(flow.spawn, print)
+      refused(flow.async(print))
+      refused(flow.run, print)
+      refused(flow.loop.run, "nowait")
+      refused(flow.loop.backend_fd)
+      refused(flow.delay, 1)
+      refused(flow.Timer, print, 1)
+      refused(flow.CancellationTokenSource, 1)
+      refused(things.source.cancel_after, things.source, 1)
+      refused(things.semaphore.wait_async, things.semaphore, 1)
+      refused(things.periodic.wait_for_next_tick_async, things.periodic)
+      refused(things.fs.open_async, path)
+      refused(things.fs.watch, ".")
+      refused(things.net.listen, "127.0.0.1", 0)
+      refused(things.net.connect_async, "127.0.0.1", 1)
+      refused(things.process.spawn, { args = { "true" } })
+      refused(things.dns.resolve_async, "127.0.0.1")
+      refused(things.signal.wait_async, "SIGUSR1")
+      refused(core.watch_signals, true)
+      assert(not flow.loop.is_alive())
+    ]])
+  end)
+
+  it("a task from before may run, in a coroutine that is dropped", function()
+    ended("", "assert(not pcall(flow.Task.new, print))")
+    ended("things.task = flow.Task.new(function() return 1 end)", [[
+      things.task:run_synchronously()
+      assert(things.task.result == 1)
+    ]])
+  end)
+
+  it("files that finalizers opened are closed", function()
+    ended([[
+      things.file = flow.fs.open(path)
+      local busy = flow.fs.open("/proc/self/maps")
+      things.task = busy:read_all_async()
+    ]], [[
+      local pipe <close> = io.popen "ls -l /proc/$PPID/fd"
+      local all = pipe:read "a"
+      assert(not all:find(path, 1, true) and not all:find("self/maps", 1, true), all)
+      assert(things.file.is_closed and not pcall(things.file.read, things.file))
+    ]], { "" })
+  end)
+
+  it("listeners that finalizers opened are closed, and their files gone", function()
+    ended([[
+      os.remove(path)
+      things.listener = flow.net.listen_pipe(path)
+      things.task = things.listener:accept_async()
+    ]], [[
+      assert(things.listener.is_closed and things.listener.local_address == nil)
+      assert(not io.open(path) and not os.rename(path, path))
+      things.listener:close()
+    ]])
+  end)
+
+  it("streams and sockets that finalizers opened are closed", function()
+    ended([[
+      local listener = flow.net.listen("127.0.0.1", 0)
+      things.accepted, things.socket = listener:accept_async(), flow.net.udp()
+      things.stream = flow.net.connect_async("127.0.0.1", listener.port):await()
+      things.stream:write_async(("x"):rep(1e7))
+      things.stream:read_async()
+      things.socket:receive_async()
+    ]], [[
+      assert(things.stream.is_closed and things.socket.is_closed)
+      assert(not pcall(things.stream.write, things.stream, "x"))
+      things.stream:close()
+      things.socket:close()
+    ]], { "" })
+  end)
+
+  it("watchers and catchers of signals are closed, whoever made them", function()
+    local make = [[
+      things.watcher, things.catcher = flow.fs.watch ".", core.catch(10)
+      things.change, things.signal = things.watcher:next_async(), things.catcher:wait()
+    ]]
+    local use = [[
+      things.watcher:close()
+      local caught <close> = things.catcher
+      refused(core.catch, 10)
+    ]]
+    ended(make, use)
+    ended("", ("refused(core.catch, 10)"))
+  end)
+
+  it("children that finalizers started have ended, or are not ours", function()
+    ended([[
+      things.child = flow.process.spawn { args = { "sleep", "100" }, grace = 0 }
+      things.detached = flow.process.spawn { args = { "sleep", "0.1" }, detached = true }
+      things.wait = things.detached:wait_async()
+    ]], [[
+      for _, process in ipairs { things.child, things.detached } do
+        assert(not process.is_running and not process:kill())
+      end
+    ]])
+  end)
+end)

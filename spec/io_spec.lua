@@ -370,6 +370,30 @@ describe("garbage", function()
     assert.equal("alive", done)
   end))
 
+  it("a file is closed as the state closes, though its last job was done and has not landed", function()
+    for _ = 1, 10 do -- closing it went on in a thread, with the loop closed and the memory gone
+      assert.equal("ended", helper.output [[
+        local flow = require "coflow"
+        local file, other
+        flow.run(function()
+          file, other = flow.fs.open "/proc/self/maps", flow.fs.open "/proc/self/maps"
+        end)
+        local first = other:read_async(5)
+        flow.spawn(function()
+          first:await()
+          flow.loop.stop()
+        end)
+        local read, close = file:read_async(5), file:close_async()
+        flow.loop.run "nowait"
+        local from = os.clock()
+        repeat until os.clock() - from > 0.01 -- both reads are done, and come together
+        flow.loop.run "once"
+        assert(read and not close.is_completed)
+        io.write "ended"
+      ]])
+    end
+  end)
+
   it("a file that nobody closes is closed by the collector", in_task(function(dir)
     put(dir .. "/x", "")
     for _ = 1, 20 do fs.open(dir .. "/x") end

@@ -104,6 +104,29 @@ describe("closing a task's coroutine", function()
     assert.same({ "another got it" }, log)
   end))
 
+  it("may collect what is garbage, but not the token that the wait has been given", function()
+    for name, wait in pairs {
+      sleep = function(token) flow.sleep(100, token) end,
+      wait_for_next_tick = function(token) flow.PeriodicTimer(100):wait_for_next_tick(token) end,
+    } do
+      local weak, held, co = setmetatable({}, { __mode = "v" }), nil, nil
+      local task = flow.async(function()
+        co = coroutine.running()
+        local _ <close> = helper.closing(function()
+          collectgarbage()
+          held = weak.token ~= nil -- as long as the sleeper is in its list
+        end)
+        local token = flow.CancellationTokenSource().token -- which nothing else holds
+        weak.token = token
+        wait(token)
+      end)()
+      collectgarbage()
+      assert.is_true(coroutine.close(co))
+      assert.is_true(held, name)
+      told(task:try_await())
+    end
+  end)
+
   it("cancels the children of its groups, whether anybody has asked for their token", in_order(function()
     local co, child
     local forever = flow.TaskCompletionSource().task

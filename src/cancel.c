@@ -8,8 +8,9 @@
 **   dead leave the list when they are its last, or when they might outnumber the living (token_sweep).
 **   A linked source is a registration of another sort: it holds the token to be canceled next.
 ** - what it interrupts besides (struct pending): operations that were given it, and fibers that nap with
-**   it, both by address. They leave when they complete. A token keeps none of them alive, unless a
-**   deadline is armed on it or above it: then it will fire, and what waits for it is held (token_armed).
+**   it, both by address; for them it is held (OP_TOKEN, RUNTIME_GIVEN). They leave when they complete.
+**   A token keeps none of them alive, unless a deadline is armed on it or above it: then it will fire,
+**   and what waits for it is held (token_armed).
 ** - for the token of a scope (scope.c): the scope, which is canceled with it.
 **
 ** Canceling is iterative however deep the links are. Whoever cancels marks tokens, which puts them on a

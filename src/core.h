@@ -264,7 +264,8 @@ struct nap {
   struct link link;
   void *none;
   struct deadline deadline;
-  uint32_t pos; /* in a queue: where its holder holds it (waiter.c); else 0 */
+  uint32_t pos : 31;  /* in a queue: where its holder holds it (waiter.c); else 0 */
+  uint32_t given : 1; /* a token, which RUNTIME_GIVEN holds */
 };
 
 /* The phases of a fiber.
@@ -402,6 +403,7 @@ enum runtime_uservalue {
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
   RUNTIME_HAND,       /* the function that hands a task over */
+  RUNTIME_GIVEN,      /* slot -> the token that a fiber naps with */
   RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
   RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
@@ -429,6 +431,12 @@ struct label_cache {
   int line;
   uint32_t label;
   char source[LUA_IDSIZE];
+};
+
+/* the end of the ready list at some time, for as long as nothing has been removed from its midst */
+struct mark {
+  struct task *last;
+  unsigned removals;
 };
 
 struct runtime {
@@ -505,6 +513,8 @@ struct runtime {
   struct link flights;   /* the operations that libuv has in hands (io.c) */
   struct link handles;   /* from their init to their close callback (handle.c) */
   struct link children;  /* that run (process.c) */
+  struct link files;     /* the open ones (file.c) */
+  struct link watchers;  /* the open ones (watch.c) */
   struct slab *slab;     /* where streams read to (uvread.c) */
   uv_loop_t loop;
   int loop_error; /* why it could not be opened */
@@ -1067,6 +1077,8 @@ ONCE void schedule_open(lua_State *L);
 
 /* [-0, +0, -] makes room for one more; false: there is no memory */
 bool deadline_has_room(lua_State *L, struct runtime *rt);
+/* [-0, +0, v] raises why there is none */
+void deadline_refuse(lua_State *L, const struct runtime *rt);
 /* [-0, +0, m] … the index that it will get */
 uint32_t deadline_reserve(lua_State *L, struct runtime *rt);
 double deadline_add(struct runtime *rt, struct deadline *d, double seconds); /* when it is due */
@@ -1098,13 +1110,14 @@ ONCE void deadline_close(lua_State *L, struct runtime *rt);
 /* ---- timer.c: delay, sleep, wait_async; interruption ---- */
 
 /* What has expired lands, to run callbacks, in its place of the ready list. Where tokens are linked to it, which are
-** canceled only then, that is too late: others would see one canceled and the other not yet. */
-void timer_hurry(struct runtime *rt, struct task *t);
+** canceled only then, that is too late: others would see one canceled and the other not yet. The mark is from before it
+** became ready: many may expire at once. */
+void timer_hurry(struct runtime *rt, struct task *t, struct mark m);
 /* [-0, +0, m] wakes the owners of what is due */
 void timer_fire_due(lua_State *L, struct runtime *rt);
 /* moves all deadlines: the clock changes */
 void timer_shift(struct runtime *rt, double from, double to);
-/* [-0, +0, m] the fiber sleeps until then, or until the token k (or NULL) or its scope, unless deaf to it */
+/* [-0, +0, m] the fiber sleeps until then, or until the token k (at index 2, or NULL) or its scope, unless deaf to it */
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due);
 void delay_land(lua_State *L, int i);
 /* [-0, +0, -] what the operation at i awaited is complete */
@@ -1185,6 +1198,9 @@ static inline void loop_queue(struct runtime *rt, struct fiber *f) { /* … a fi
   loop_ready(rt, &f->task);
 }
 void loop_remove(struct runtime *rt, struct task *t); /* from anywhere on the list */
+static inline struct mark loop_mark(const struct runtime *rt) {
+  return (struct mark){rt->ready != NULL ? rt->ready_last : NULL, rt->removals};
+}
 /* [-0, +0, -] at the end of this settling */
 void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t);
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
@@ -1217,6 +1233,11 @@ void deadlock_push(lua_State *L,
 
 /* [-0, +0, -] no finalizer of a fiber runs after this one */
 ONCE void shutdown_run(lua_State *L, struct runtime *rt);
+ONCE void shutdown_refuse(lua_State *L); /* [-0, +0, v] */
+/* [-0, +0, v] what needs more than Lua's memory is not begun after the end: nobody would give it back */
+static inline void shutdown_check(lua_State *L, const struct runtime *rt) {
+  if (rt->closed) shutdown_refuse(L);
+}
 
 /* ---- testing.c: what a test changes ---- */
 

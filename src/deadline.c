@@ -294,8 +294,13 @@ bool deadline_has_room(lua_State *L, struct runtime *rt) {
   return w->free != 0 || w->used < w->size || grow(L, w);
 }
 
+void deadline_refuse(lua_State *L, const struct runtime *rt) {
+  shutdown_check(L, rt);
+  luaL_error(L, "not enough memory");
+}
+
 uint32_t deadline_reserve(lua_State *L, struct runtime *rt) {
-  if (!deadline_has_room(L, rt)) luaL_error(L, "not enough memory");
+  if (!deadline_has_room(L, rt)) deadline_refuse(L, rt);
   const struct deadlines *w = rt->deadlines;
   return w->free ? w->free : w->used;
 }

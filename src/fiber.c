@@ -36,9 +36,10 @@ enum {
 
 /* ---- coroutines ---- */
 
-/* makes room for one more idle coroutine; false without memory */
+/* makes room for one more idle coroutine; false without memory, or after the end */
 static bool idle_room(lua_State *L, struct runtime *rt) {
   if (rt->idle_count < rt->idle_size) return true;
+  if (rt->closed) return false;
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   size_t size = rt->idle_size ? rt->idle_size * 2 : MIN_IDLE;
@@ -52,6 +53,7 @@ static bool idle_room(lua_State *L, struct runtime *rt) {
 
 /* [-0, +0, m] adds a coroutine to the idle ones */
 static void idle_grow(lua_State *L, struct runtime *rt) {
+  shutdown_check(L, rt);
   if (!idle_room(L, rt)) luaL_error(L, "not enough memory");
   lua_State *co = lua_newthread(L);
   lua_newuserdatauv(L, 0, 1); /* co watch: no tag, to be small; it is told by its metatable */

@@ -157,10 +157,20 @@ void file_leave(struct file *f, struct job *j) { /* it was waiting */
 void file_close(struct file *f) {
   if (f->fd >= 0) close(f->fd);
   f->fd = -1;
+  link_drop(&f->link);
   free(f->buffer);
   f->buffer = NULL;
   f->at = f->length = f->size = 0;
   f->epoch++;
+}
+
+void file_close_all(struct runtime *rt) {
+  for (struct link *l = rt->files.next, *next; l != &rt->files; l = next) {
+    struct file *f = container_of(l, struct file, link);
+    next = l->next;
+    f->closing = true;
+    if (f->running == NULL) file_close(f); /* else a thread is stuck in it */
+  }
 }
 
 /* ---- results ---- */
@@ -181,6 +191,7 @@ int file_land_open(lua_State *L, struct io *op) {
   if (task_done(&op->pending.task)) return 1; /* canceled by a finalizer: nobody gets the file */
   f->fd = j->fd;
   j->fd = -1;
+  link_append(&op->rt->files, &f->link);
   f->seekable = job_is_plain((mode_t)j->mode);
   f->append = j->flags & O_APPEND;
   testing_opened(L, runtime(L));
@@ -499,10 +510,7 @@ static int l_file_gc(lua_State *L) {
   if (f == NULL) return 0;
   if (file_is_open(f) && !runtime(L)->closed) testing_lost(L, runtime(L), 1);
   f->closing = true;
-  if (f->running != NULL)
-    f->doomed = true; /* the state is closing: when the job is done */
-  else
-    file_close(f);
+  if (f->running == NULL) file_close(f); /* else the state is closing, and waits for the job */
   return 0;
 }
 

@@ -54,7 +54,6 @@ void handle_push_disposed(lua_State *L, const struct handle *h) {
 void *handle_new(lua_State *L, uint32_t tag, const struct handle_class *class, size_t size,
                  int uservalues) {
   struct runtime *rt = runtime(L);
-  if (rt->closed) error_throw(L, ERROR_OPERATION, "a %s while the state is closing", class->name);
   loop_check_uv(L);
   struct handle *h = (struct handle *)holder_new(L, tag, size, uservalues);
   h->holder.handle = true;
@@ -108,13 +107,18 @@ void handle_land(lua_State *L, int i) {
     handle_changed(L, i);
 }
 
+/* nobody has it any more. No Lua. */
+static void drop(struct handle *h) {
+  h->class->collected(h);
+  h->disposed = true;
+  handle_close(h);
+}
+
 int handle_gc(lua_State *L) {
   struct handle *h = (struct handle *)lua_touserdata(L, 1);
   if (h == NULL || h->rt == NULL || h->rt->closed) return 0; /* half built; libuv's loop is gone */
   if (h->uv != NULL && !h->closing && !h->disposed && !h->pinned) testing_lost(L, h->rt, 1);
-  h->class->collected(h);
-  h->disposed = true;
-  handle_close(h);
+  drop(h);
   if (h->closing)
     hold(L, 1, h, true);
   else
@@ -124,7 +128,7 @@ int handle_gc(lua_State *L) {
 
 void handle_close_all(struct runtime *rt) {
   for (struct link *l = rt->handles.next; l != &rt->handles; l = l->next)
-    handle_close(container_of(l, struct handle, link));
+    drop(container_of(l, struct handle, link));
 }
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */

@@ -67,7 +67,6 @@ struct io *io_begin(lua_State *L, int k, const struct io_class *class, size_t si
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, k);
   bool deaf = token_none(L, k);
-  if (rt->closed) error_throw(L, ERROR_OPERATION, "%s while the state is closing", class->name);
   loop_check_uv(L);
   k = lua_absindex(L, k);
   struct scope *s = operation_scope(L, k);

@@ -65,12 +65,15 @@ void io_methods(lua_State *L, uint32_t tag, const luaL_Reg *functions);
 /* [-0, +1, m] the IO error; both may be NULL */
 void io_push_error(lua_State *L, int status, const char *syscall, const char *path);
 void io_abort_all(struct runtime *rt);   /* the state is closing */
-void io_release_all(struct runtime *rt); /* what has not landed by then */
+void io_release_all(struct runtime *rt); /* then: what was done, and has not landed */
 void io_open(lua_State *L);              /* [-0, +0, m] before all that begins operations */
 
 /* ---- fs.c, watch.c, dns.c ---- */
 
 struct file;
+/* the state is closing: those that are open yet. No Lua. */
+void file_close_all(struct runtime *rt);
+void watch_close_all(struct runtime *rt);
 /* what a child gets: the descriptor, which stands at the position of the file; UV_EBADF: it is closed, UV_EBUSY: it
 ** is in use, or has more than the system knows of */
 int file_lend(struct file *f);
@@ -198,6 +201,7 @@ void stdio_open(lua_State *L);
 const char *signal_name(int number); /* "SIGTERM"; NULL: it has none */
 int signal_number(const char *name); /* 0: no such signal */
 void signal_land(lua_State *L, int i);
+void signal_end_all(struct runtime *rt);            /* the state is closing. No Lua. */
 void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
 void signal_open(lua_State *L);
 

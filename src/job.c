@@ -161,7 +161,7 @@ void job_release(struct io *op) {
   j->fd = -1;
   if (f == NULL || f->running != j) return;
   file_next(f);
-  if (f->running == NULL && (f->doomed || f->fd < 0)) file_close(f);
+  if (f->running == NULL && f->fd < 0) file_close(f);
 }
 
 /* ---- results ---- */

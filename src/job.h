@@ -28,8 +28,8 @@ struct file {
   int fd; /* -1: closed */
   bool seekable, append;
   bool closing; /* asked for: nothing new is begun */
-  bool doomed;  /* finalized while a job runs, as the state closes */
   int64_t position;
+  struct link link; /* in rt->files while it is open */
   struct job *running, *first, *last;
   /* the running job writes, the loop reads when none runs */
   char *buffer;

@@ -42,6 +42,8 @@ void loop_init(struct runtime *rt) {
   link_init(&rt->flights);
   link_init(&rt->handles);
   link_init(&rt->children);
+  link_init(&rt->files);
+  link_init(&rt->watchers);
   stdio_guard();
   rt->closed = false;
 }
@@ -68,8 +70,8 @@ uv_loop_t *loop_uv(struct runtime *rt) {
 
 uv_loop_t *loop_check_uv(lua_State *L) {
   struct runtime *rt = runtime(L);
+  shutdown_check(L, rt);
   if (loop_uv(rt) != NULL) return &rt->loop;
-  if (rt->closed) error_throw(L, ERROR_OPERATION, "the event loop while the state is closing");
   io_push_error(L, rt->loop_error, "event loop", NULL);
   lua_error(L);
   return NULL;
@@ -372,6 +374,7 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
 
 void loop_check_outside(lua_State *L, const char *what) {
   struct runtime *rt = runtime(L);
+  shutdown_check(L, rt);
   if (rt->me != rt->outside)
     error_throw(L, ERROR_OPERATION,
                 "%s inside a task would block the event loop: await the work instead", what);

@@ -23,7 +23,7 @@
 ** Source:     .NET System.Threading.Timer and PeriodicTimer. A Timer that is disposed starts no task any more.
 ** SPDX-License-Identifier: MIT
 */
-#include "core.h"
+#include "waiter.h"
 
 #include <math.h>
 #include <string.h>
@@ -280,9 +280,13 @@ void periodic_trim(lua_State *L, struct runtime *rt) {
 }
 
 void periodic_close(lua_State *L, struct runtime *rt) {
+  if (rt->lands != NULL) { /* a finalizer that runs as it lands has called os.exit */
+    rt->lands->next = rt->idle_ticks;
+    rt->idle_ticks = rt->lands;
+  }
   free_ticks(L, rt->ready);
   free_ticks(L, rt->idle_ticks);
-  rt->ready = rt->idle_ticks = NULL;
+  rt->ready = rt->idle_ticks = rt->lands = NULL;
 }
 
 /* ---- Timer: Lua face ---- */
@@ -600,7 +604,7 @@ static int l_dispose(lua_State *L) {
   deadline_drop(rt, d);
   t->flags |= TASK_EXPIRED;
   if (task_is(t, KIND_FIBER)) {
-    link_drop(&p->waiter->link);
+    waiter_leave(L, (struct fiber *)t, true);
     fiber_wake(L, rt, (struct fiber *)t);
   } else {
     loop_land(L, rt, lua_gettop(L), t);

@@ -163,15 +163,18 @@ static void wait_for_all(struct runtime *rt, double seconds) {
   }
 }
 
+/* it is not ours any more */
+static void leave(struct child *c) {
+  link_drop(&c->link);
+  if (c->object != NULL) c->object->child = NULL;
+  close_child(c);
+}
+
 void process_end_all(struct runtime *rt) {
   for (struct link *l = rt->children.next, *next; l != &rt->children; l = next) {
     struct child *c = container_of(l, struct child, link);
     next = l->next;
-    if (c->detached) {
-      link_drop(l);
-      close_child(c);
-    } else
-      terminate(c);
+    c->detached ? leave(c) : terminate(c);
   }
   wait_for_all(rt, END_SECONDS);
   for (struct link *l = rt->children.next, *next; l != &rt->children; l = next) {
@@ -179,11 +182,7 @@ void process_end_all(struct runtime *rt) {
     send_signal(container_of(l, struct child, link), SIGKILL);
   }
   wait_for_all(rt, END_SECONDS);
-  while (waiter_any(&rt->children)) { /* the system cannot end it: it is not ours any more */
-    struct child *c = first_child(rt);
-    link_drop(&c->link);
-    close_child(c);
-  }
+  while (waiter_any(&rt->children)) leave(first_child(rt)); /* the system cannot end it */
 }
 
 static struct wait_op *as_wait(struct io *op) { return (struct wait_op *)(void *)op; }
@@ -393,7 +392,6 @@ static int l_spawn(lua_State *L) {
   double grace = luaL_checknumber(L, GRACE);
   lua_settop(L, SPAWN_COUNT);
   luaL_checkstack(L, 20, NULL);
-  if (rt->closed) return error_throw(L, ERROR_OPERATION, "a process while the state is closing");
   loop_check_uv(L);
 
   options.args = push_strings(L, ARGS);

@@ -239,7 +239,7 @@ static struct scope *scope_begin(lua_State *L, struct runtime *rt, enum scope_ki
   struct scope *s = scope_new(L, rt, kind, size), *outer = me->member.scope;
   if (timed && !deadline_has_room(L, rt)) { /* here: a finalizer may use what was there before */
     scope_free(L, rt, s);
-    luaL_error(L, "not enough memory");
+    deadline_refuse(L, rt);
   }
   s->outer = outer;
   outer->refs++;
@@ -537,10 +537,11 @@ void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
   lua_pushstring(L, s->kind == SCOPE_GROUP    ? "the grace of the task group is over"
                     : s->kind == SCOPE_SHIELD ? "the grace of the shield is over"
                                               : "timeout");
+  struct mark m = loop_mark(rt);
   loop_ready(rt, &s->task); /* its callbacks come before what it wakes */
   rt->linked = false;
   mark_all(L, s, lua_gettop(L), true); /* reason list */
-  if (rt->linked) timer_hurry(rt, &s->task);
+  if (rt->linked) timer_hurry(rt, &s->task, m);
   if (!lua_isnil(L, -1)) {
     scope_push(L, s);
     lua_insert(L, -2);

@@ -2,7 +2,10 @@
 ** shutdown.c - the end of the state: what is in flight is stopped, and all is given back.
 **
 ** It is the finalizer of the runtime that comes here. The runtime is older than all objects of ours, so theirs have run
-** by then: no task will, and nothing lands any more; operations are released without Lua (io.c).
+** by then: no task will, and nothing lands any more; operations are released without Lua (io.c). Objects that finalizers
+** of users have made since Lua began to close the state have no finalizer any more: what these have open is found by the
+** lists of the runtime. Finalizers of objects that are older still run after the end, and may use what is there; but what
+** needs more than Lua's memory is refused from then on (shutdown_check).
 **
 ** What was written to the standard streams is sent, for a bounded time. Then all is canceled, and libuv waited for until
 ** it has let go, for a bounded time again. A thread of its pool that is stuck in a system call cannot be stopped, and may
@@ -31,11 +34,14 @@ static bool close_uv(struct runtime *rt) {
   uv_unref(timer); /* it bounds each wait, and is no reason for one */
   while (stdio_sends(rt) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   io_abort_all(rt);
-  uv_ref(timer); /* nothing else may be a reason to poll for the end of children */
+  io_release_all(rt); /* now: a file whose job was done may have another waiting, which closes it */
+  uv_ref(timer);      /* nothing else may be a reason to poll for the end of children */
   process_end_all(rt);
   uv_unref(timer);
   start = (double)uv_hrtime() / 1e9;
   handle_close_all(rt);
+  watch_close_all(rt);
+  signal_end_all(rt);
   uv_walk(&rt->loop, close_any, timer);
   while (uv_loop_alive(&rt->loop) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   if (uv_loop_alive(&rt->loop)) return false;
@@ -68,24 +74,29 @@ static void keep_memory(lua_State *L, lua_Alloc alloc, void *ud) {
   lua_setallocf(L, keep, k);
 }
 
+void shutdown_refuse(lua_State *L) {
+  error_throw(L, ERROR_OPERATION,
+              "nothing begins any more: the library has been closed, as the Lua state is closing");
+}
+
 void shutdown_run(lua_State *L, struct runtime *rt) {
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   rt->closed = true;
   if (rt->loop_open) {
     bool clean = close_uv(rt);
-    io_release_all(rt);
+    file_close_all(rt);
     if (!clean)
       keep_memory(L, alloc, ud);
     else {
       signal_free(L, rt);
       read_free(rt);
     }
-    rt->loop_open = false; /* for finalizers that are still to come */
+    rt->loop_open = rt->timer_armed = false; /* for finalizers that are still to come */
   }
   alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   if (rt->births) testing_forget(L, rt);
-  if (rt->ready || rt->idle_ticks) periodic_close(L, rt);
+  if (rt->ready || rt->idle_ticks || rt->lands) periodic_close(L, rt);
   deadline_close(L, rt);
   rt->idle = NULL;
   rt->idle_count = rt->idle_size = 0;

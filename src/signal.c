@@ -146,6 +146,11 @@ static void catcher_close(struct runtime *rt, struct catcher *c) {
   unuse_all(rt, c->mask, c->once);
 }
 
+void signal_end_all(struct runtime *rt) {
+  while (rt->catchers.next != &rt->catchers)
+    catcher_close(rt, container_of(rt->catchers.next, struct catcher, link));
+}
+
 void signal_free(lua_State *L, struct runtime *rt) {
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
@@ -161,13 +166,12 @@ void signal_free(lua_State *L, struct runtime *rt) {
 /* [-0, +0, m] there is a handle for that signal */
 static void need(lua_State *L, struct runtime *rt, int number, bool once) {
   if (find(rt, number, once) != NULL) return;
-  uv_loop_t *loop = loop_check_uv(L);
   void *ud;
   lua_Alloc alloc = lua_getallocf(L, &ud);
   struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
   if (s == NULL) luaL_error(L, "not enough memory");
   *s = (struct caught){.next = rt->caught, .number = number, .once = once};
-  uv_signal_init(loop,
+  uv_signal_init(&rt->loop,
                  &s->uv); /* which cannot fail: uv_loop_init has made the pipe that it needs */
   uv_unref((uv_handle_t *)&s->uv);
   rt->caught = s;
@@ -178,6 +182,7 @@ static int l_catch(lua_State *L) {
   struct runtime *rt = runtime(L);
   bool once = lua_toboolean(L, 1);
   uint32_t mask = 0;
+  loop_check_uv(L);
   for (int i = lua_gettop(L); i > 1; i--) {
     lua_Integer number = luaL_checkinteger(L, i);
     luaL_argcheck(L, number > 0 && number < NUMBERS, i, "no such signal");

@@ -58,6 +58,7 @@ static void arm(lua_State *L, int k, double seconds) {
 
 void expiry_fire(lua_State *L, struct runtime *rt, int i) {
   struct task *t = (struct task *)lua_touserdata(L, i);
+  struct mark m = loop_mark(rt);
   loop_ready(rt, t); /* it keeps its slot until it lands */
   lua_getiuservalue(L, i, OP_TOKEN);
   lua_pushnil(L); /* reason */
@@ -65,7 +66,7 @@ void expiry_fire(lua_State *L, struct runtime *rt, int i) {
   int list = lua_gettop(L);
   rt->linked = false;
   token_mark_all(L, list - 2, list - 1, list - 2, list);
-  if (rt->linked) timer_hurry(rt, t);
+  if (rt->linked) timer_hurry(rt, t, m);
   lua_setiuservalue(L, i, OP_TOKEN);
   lua_pop(L, 2);
 }

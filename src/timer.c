@@ -60,8 +60,14 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
   loop_ready(rt, t);
 }
 
-void timer_hurry(struct runtime *rt, struct task *t) {
-  loop_remove(rt, t);
+void timer_hurry(struct runtime *rt, struct task *t, struct mark m) {
+  if (m.removals != rt->removals || m.last == NULL || m.last->next != t)
+    loop_remove(rt, t); /* the first one, or a finalizer has changed the list */
+  else {
+    m.last->next = t->next;
+    if (rt->ready_last == t) rt->ready_last = m.last;
+    rt->removals++;
+  }
   t->flags |= TASK_LINKED;
   t->next = rt->hurried;
   rt->hurried = t;
@@ -88,7 +94,7 @@ static void land_hurried(lua_State *L, struct runtime *rt) {
 }
 
 void timer_fire_due(lua_State *L, struct runtime *rt) {
-  if (!deadline_any(rt)) return;
+  if (!deadline_any(rt) && rt->hurried == NULL) return; /* those are left when memory has failed */
   double now = loop_now(rt);
   for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
   if (rt->hurried != NULL) land_hurried(L, rt);
@@ -315,7 +321,14 @@ static void let_go(lua_State *L, struct runtime *rt, struct fiber *f, struct tok
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);
-  f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
+  if (k !=
+      NULL) { /* in whose list f will be, when this stack may be gone: somebody closes the coroutine */
+    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
+    lua_pushvalue(L, 2);
+    lua_rawseti(L, -2, f->task.slot);
+    lua_pop(L, 1);
+  }
+  f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .given = k != NULL};
   f->task.state = TASK_WAITING;
   if (deaf) f->task.flags |= TASK_DEAF;
   if (k != NULL) token_link(k, &f->u.nap.link);

@@ -179,6 +179,12 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   link_drop(&n->link);
   if (n->pos != 0) handle_look_again(L, runtime(L)); /* its holder was on the stack that is gone */
   n->pos = 0;
+  if (!n->given) return;
+  n->given = false;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
+  lua_pushnil(L);
+  lua_rawseti(L, -2, f->task.slot);
+  lua_pop(L, 1);
 }
 
 bool waiter_push_name(lua_State *L, struct fiber *f) {

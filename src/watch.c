@@ -43,6 +43,7 @@ struct watch {
 struct watcher {
   uint32_t tag;
   struct watch *watch; /* NULL: closed */
+  struct link link;    /* in rt->watchers until then */
 };
 
 struct next_op {
@@ -135,6 +136,18 @@ static void close_watch(struct watch *w) {
   w->closed = true;
   promise(w);
   uv_close((uv_handle_t *)&w->handle, on_close);
+}
+
+static void close_watcher(struct watcher *object) {
+  struct watch *w = object->watch;
+  object->watch = NULL;
+  link_drop(&object->link);
+  close_watch(w);
+}
+
+void watch_close_all(struct runtime *rt) {
+  while (rt->watchers.next != &rt->watchers)
+    close_watcher(container_of(rt->watchers.next, struct watcher, link));
 }
 
 static struct next_op *as_next(struct io *op) { return (struct next_op *)(void *)op; }
@@ -232,7 +245,6 @@ static int l_watch(lua_State *L) {
       (struct watcher *)object_new(L, TAG_WATCHER, sizeof *object, WATCHER_PATH);
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, -2, WATCHER_PATH);
-  if (rt->closed) return error_throw(L, ERROR_OPERATION, "watch while the state is closing");
   uv_loop_t *loop = loop_check_uv(L);
   struct watch *w = calloc(1, sizeof *w);
   if (w == NULL) return luaL_error(L, "not enough memory");
@@ -246,6 +258,7 @@ static int l_watch(lua_State *L) {
     return lua_error(L);
   }
   object->watch = w;
+  link_append(&rt->watchers, &object->link);
   if (rt->births != NULL) { /* if the test leaves it, it is to be found */
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
     lua_pushvalue(L, -2);
@@ -258,11 +271,9 @@ static int l_watch(lua_State *L) {
 
 static int l_close(lua_State *L) {
   struct watcher *object = check_watcher(L);
-  struct watch *w = object->watch;
-  if (w == NULL) return 0;
-  object->watch = NULL;
-  task_forget_weak(L, w);
-  close_watch(w);
+  if (object->watch == NULL) return 0;
+  task_forget_weak(L, object->watch);
+  close_watcher(object);
   return 0;
 }
 
