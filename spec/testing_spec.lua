@@ -310,8 +310,13 @@ describe("what a test leaves behind", function()
 
   it("fails it: an open file", function()
     local path = os.tmpname()
-    local err = raised(testing.run, function() kept = flow.fs.open(path) end)
-    is_error("InvalidOperation", err, "an open coflow.File", path)
+    local line
+    local err = raised(testing.run, function()
+      flow.yield()
+      line = helper.here(1)
+      kept = flow.fs.open(path)
+    end)
+    is_error("InvalidOperation", err, "an open coflow.File", path, line)
     assert.is_true(kept.is_closed)
     kept = nil
     testing.run(function() flow.fs.open(path):close() end)

@@ -632,6 +632,7 @@ static inline int argument_option(lua_State *L, int i, const char *def, const ch
 
 void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /* [-0, +1, m] */
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
+double error_seconds(double seconds); /* as a message tells it: rounded to six digits */
 bool error_is(lua_State *L, int i, enum error_kind kind);
 /* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of that, and
 ** reports the task if nobody looks */

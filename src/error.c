@@ -13,6 +13,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 static const char *const error_names[ERROR_COUNT] = {"OperationCanceled",
@@ -80,6 +81,12 @@ void error_push(lua_State *L, enum error_kind kind, const char *format, ...) {
   lua_pushvfstring(L, format, args);
   va_end(args);
   make(L, kind);
+}
+
+double error_seconds(double seconds) {
+  char text[32];
+  snprintf(text, sizeof text, "%.6g", seconds);
+  return strtod(text, NULL);
 }
 
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...) {

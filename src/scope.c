@@ -412,7 +412,7 @@ static int throw_k(lua_State *L, int status, lua_KContext ctx) {
 /* [-0, +1, m] */
 static void push_timeout(lua_State *L, double seconds) {
   error_push(L, ERROR_TIMEOUT, "the operation did not complete within %f s",
-             (LUAI_UACNUMBER)seconds);
+             (LUAI_UACNUMBER)error_seconds(seconds));
 }
 
 bool scope_times_out(const struct task *t) {

@@ -52,9 +52,8 @@ static int l_release(lua_State *L) {
   if (n > max - before)
     return error_throw(
         L, ERROR_SEMAPHORE,
-        "%I slots more than the %I that are free would be more than the maximum, %I: "
-        "nothing is released",
-        (LUAI_UACINT)n, (LUAI_UACINT)before, (LUAI_UACINT)max);
+        "%I slots are free, and no more than %I may be: %I more cannot be released, and none is",
+        (LUAI_UACINT)before, (LUAI_UACINT)max, (LUAI_UACINT)n);
   s->count += n;
   while (s->count > 0 && waiter_any(&s->waiters)) {
     s->count--;

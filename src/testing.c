@@ -247,7 +247,9 @@ static void list_watcher(uv_handle_t *h, void *arg) {
 }
 
 void testing_note_opened(lua_State *L, struct runtime *rt) {
-  uint32_t number = find_place(L, rt->births);
+  const struct task *lands = rt->lands; /* of which it is the result: who began that has made it */
+  uint32_t number = lands ? born_at(rt->births, BIRTH_SLOT, (size_t)lands->slot) : 0;
+  if (number == 0) number = find_place(L, rt->births);
   int object = lua_gettop(L);
   luaL_checkstack(L, 8, NULL);
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) {
@@ -456,7 +458,7 @@ static int l_left(lua_State *L) {
       lua_pushfstring(L, "operation '%s'", lua_tostring(L, -1));
     else
       lua_pushfstring(L, "timer '%s', due in %f s", lua_tostring(L, -1),
-                      (LUAI_UACNUMBER)(due - rt->virtual_now));
+                      (LUAI_UACNUMBER)error_seconds(due - rt->virtual_now));
     lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 3));
     lua_rawseti(L, 1, ++count);
   }
@@ -464,8 +466,8 @@ static int l_left(lua_State *L) {
   for (uint32_t index = 1; index < timer_end(rt); index++, lua_settop(L, 1)) {
     if (!push_left_timer(L, index, &due)) continue;
     push_place(L, rt->births, BIRTH_TIMER, index);
-    lua_pushfstring(L, "a Timer, due in %f s, made at %s", (LUAI_UACNUMBER)(due - rt->virtual_now),
-                    lua_tostring(L, -1));
+    lua_pushfstring(L, "a Timer, due in %f s, made at %s",
+                    (LUAI_UACNUMBER)error_seconds(due - rt->virtual_now), lua_tostring(L, -1));
     lua_rawseti(L, 1, ++count);
   }
   lua_settop(L, 1);

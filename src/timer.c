@@ -398,7 +398,7 @@ void wait_op_land(lua_State *L, int i) {
     else {
       task_push_name(L, input);
       error_push(L, ERROR_TIMEOUT, "task '%s' did not complete within %f s", lua_tostring(L, -1),
-                 (LUAI_UACNUMBER)op->timed.seconds);
+                 (LUAI_UACNUMBER)error_seconds(op->timed.seconds));
     }
     if (task_done(t)) return; /* by a finalizer */
     done = task_done(on);

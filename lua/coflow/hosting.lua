@@ -180,7 +180,11 @@ local service_functions = { "start", "stop", "execute", "dispose" }
 
 -- What is wrong with a service, or nil.
 local function problem(service)
-  if type(service) ~= "table" then return "service expected, got " .. type(service) end
+  if core.is_callable(service) then
+    return "service expected, got function: BackgroundService(fn) makes one of it"
+  elseif type(service) ~= "table" then
+    return "service expected, got " .. type(service)
+  end
   local count = 0
   for i, name in ipairs(service_functions) do
     local fn = service[name]

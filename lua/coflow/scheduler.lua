@@ -34,9 +34,7 @@ local SynchronizationContext = {}
 
 -- What is wrong with the table of functions given to `new`, or nil.
 local function problem(options, known)
-  if type(options) ~= "table" then return "table of options expected, got " .. type(options) end
-  for key, value in pairs(options) do
-    if not known[key] then return ("unknown option '%s'"):format(tostring(key)) end
+  for key, value in pairs(core.check_options(1, options, known)) do
     if type(value) ~= "function" then return key .. " must be a function" end
   end
 end
@@ -98,7 +96,7 @@ local scheduler_fields = { queue_task = true }
 ---@return coflow.TaskScheduler
 function TaskScheduler.new(options)
   local message = problem(options, scheduler_fields)
-  if not message and not options.queue_task then message = "queue_task is missing" end
+  if not message and not (options and options.queue_task) then message = "queue_task is missing" end
   if message then core.argument_error(1, message) end
   return setmetatable({ queue_task = options.queue_task }, Scheduler)
 end

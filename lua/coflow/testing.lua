@@ -287,6 +287,8 @@ function testing.explore(fn, options)
   end
 end
 
+local it_options = { runs = true, seed = true, start_time = true, autojump_threshold = true, time_provider = true }
+
 ---busted's `it` whose function runs under `testing.run`: `local it = require("coflow.testing").it` above the
 ---blocks is all that changes. The test framework is found when it is called: a global `it`, or busted's.
 ---Raises: InvalidOperation where there is none.
@@ -298,7 +300,7 @@ function testing.it(name, options, fn)
   if fn == nil then options, fn = nil, options end
   core.check_function(options == nil and 2 or 3, fn)
   local run = options and options.runs and testing.explore or testing.run
-  core.check_options(2, options, run == testing.run and run_options or explore_options)
+  core.check_options(2, options, run == testing.run and it_options or explore_options)
   local it = rawget(_G, "it")
   if it == nil and package.loaded.busted then it = package.loaded.busted.it end
   if it == nil then
