@@ -311,6 +311,20 @@ describe("flow.main", function()
     end
   end)
 
+  it("reports what nobody has observed though the state is not closed", function()
+    local result = child [[
+      local flow = require "coflow"
+      os.exit(flow.main(function()
+        flow.spawn(error, "lost")
+        kept = flow.spawn(error, "kept")
+        flow.yield()
+      end))
+    ]]
+    assert.equal(0, result.code)
+    assert.equal(1, select(2, result.err:gsub("unobserved error", "")), result.err)
+    assert.truthy(result.err:find("lost", 1, true), result.err)
+  end)
+
   it("ends the process at a second signal", function()
     local result = main [[
       local function signal() io.popen("kill -TERM $PPID"):close() end

@@ -310,13 +310,13 @@ describe("what a test leaves behind", function()
 
   it("fails it: an open file", function()
     local path = os.tmpname()
-    local line
+    local opened_at
     local err = raised(testing.run, function()
       flow.yield()
-      line = helper.here(1)
+      opened_at = helper.here(1)
       kept = flow.fs.open(path)
     end)
-    is_error("InvalidOperation", err, "an open coflow.File", path, line)
+    is_error("InvalidOperation", err, "an open coflow.File", path, opened_at)
     assert.is_true(kept.is_closed)
     kept = nil
     testing.run(function() flow.fs.open(path):close() end)

@@ -460,6 +460,7 @@ struct runtime {
   int depth;                    /* fibers nested on the C stack */
   int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
   int reports;         /* errors that are being reported now, one within the other */
+  int faults;          /* failed tasks that are not known to be garbage */
   struct level *level; /* the innermost coroutine of ours that is resumed now */
   int slice;           /* how many more tasks may run before the pump polls */
 

@@ -110,6 +110,7 @@ bool error_is(lua_State *L, int i, enum error_kind kind) {
 /* [-0, +0, m] task: gives the faulted task at index 1 its fault, with the record at index 2 */
 static int attach(lua_State *L) {
   object_new(L, TAG_FAULT, sizeof(uint32_t), 2);
+  runtime(L)->faults++;
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, -2, FAULT_TASK);
   lua_pushvalue(L, 2);
@@ -294,10 +295,19 @@ static int l_fault_gc(lua_State *L) {
   if (!object_test(L, 1, TAG_FAULT) || lua_getiuservalue(L, 1, FAULT_TASK) != LUA_TUSERDATA)
     return 0;
   struct task *t = (struct task *)lua_touserdata(L, 2);
+  lua_pushnil(L); /* once, though somebody calls it by hand */
+  lua_setiuservalue(L, 1, FAULT_TASK);
+  runtime(L)->faults--;
   if (t->state != TASK_FAULTED || t->flags & TASK_OBSERVED) return 0;
   t->flags |= TASK_OBSERVED;
   lua_getiuservalue(L, 2, TASK_RESULT);
   error_report(L, 3, 2);
+  return 0;
+}
+
+/* report_garbage(): reports what nobody can observe any more now, before the program ends */
+static int l_report_garbage(lua_State *L) {
+  if (runtime(L)->faults > 0) lua_gc(L, LUA_GCCOLLECT);
   return 0;
 }
 
@@ -394,6 +404,7 @@ static int l_error_text(lua_State *L) {
 static const luaL_Reg functions[] = {{"on_unobserved_exception", l_on_unobserved},
                                      {"error_text", l_error_text},
                                      {"report", l_report},
+                                     {"report_garbage", l_report_garbage},
                                      {"is_observed", l_is_observed},
                                      {NULL, NULL}};
 

@@ -7,17 +7,8 @@ local core = require "coflow.core"
 ---@class coflow
 local flow = {}
 
----Runs `fn` as a program. SIGINT and SIGTERM cancel its ambient token, so that it can clean up; a second one
----ends the process. An error is written to standard error with its async traceback.
----Use: `os.exit(flow.main(main), true)`.
----@param fn function
----@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned; 0 if that was something else
-function flow.main(fn, ...)
-  core.check_function(1, fn)
-  if core.current_task() then
-    error(core.errors.InvalidOperation("main inside a task would block the event loop: call the function"), 0)
-  end
-  local task = core.spawn(fn, ...)
+-- What the program ends with.
+local function exit_code(task)
   core.watch_signals(true)
   local ok, result = pcall(core.await, task)
   core.watch_signals(false)
@@ -32,6 +23,22 @@ function flow.main(fn, ...)
   io.stderr:write(core.error_text(result), "\n")
   if task.is_completed then io.stderr:write(task:traceback(), "\n") end
   return 1
+end
+
+---Runs `fn` as a program. SIGINT and SIGTERM cancel its ambient token, so that it can clean up; a second one
+---ends the process. An error is written to standard error with its async traceback; errors of tasks that nobody has
+---observed, and nobody can any more, are reported before it returns.
+---Use: `os.exit(flow.main(main), true)`.
+---@param fn function
+---@return integer exit code: 0, 1, 128 + the signal, or the integer that `fn` returned; 0 if that was something else
+function flow.main(fn, ...)
+  core.check_function(1, fn)
+  if core.current_task() then
+    error(core.errors.InvalidOperation("main inside a task would block the event loop: call the function"), 0)
+  end
+  local code = exit_code(core.spawn(fn, ...))
+  core.report_garbage() -- with the state left open, nobody would
+  return code
 end
 
 return flow
