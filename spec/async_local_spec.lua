@@ -326,6 +326,18 @@ describe("AsyncLocal:with", function()
     assert.equal("before", loc.value)
   end))
 
+  it("keeps what it has put back no longer, though somebody has the handle", in_task(function()
+    local values = weak()
+    values[1] = {}
+    loc.value = values[1]
+    local handle = loc:with("inside")
+    handle:dispose()
+    assert.equal(values[1], loc.value)
+    loc.value = nil
+    assert.equal(0, alive(values))
+    handle:dispose()
+  end))
+
   it("puts back nothing when there was nothing", in_task(function()
     local empty = capture()
     do

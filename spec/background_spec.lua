@@ -518,6 +518,24 @@ describe("BackgroundQueue", function()
     end, { runs = helper.many(100, 3) })
   end)
 
+  it("says nothing of jobs that merely stand when the state closes", function()
+    for _, exit in ipairs { "", "os.exit(0, true)" } do
+      assert.equal("closed", helper.output(([[
+        local flow = require "coflow"
+        local queue = flow.BackgroundQueue()
+        flow.run(function()
+          queue:fire_and_forget(function()
+            local _ <close> = setmetatable({}, { __close = function() io.write "closed" end })
+            flow.sleep(10)
+          end)
+          queue:fire_and_forget(print, "never started")
+          flow.sleep(0.001)
+          %s
+        end)
+      ]]):format(exit)))
+    end
+  end)
+
   it("stays whole while finalizers of users use it", in_task(function()
     local queue <close> = flow.BackgroundQueue { capacity = 3, workers = 2 }
     local ran, handed_in = 0, 0

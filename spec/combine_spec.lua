@@ -52,6 +52,7 @@ describe("when_all", function()
   it("counts an array by its n", in_task(function()
     local task = after(1, "a")
     assert.same({ n = 1, "a" }, flow.when_all({ n = 1, task, flow.current_task() }):await())
+    assert.same({ n = 1, "a" }, flow.when_all({ n = 1.0, task, flow.current_task() }):await())
     assert.same({ n = 0 }, flow.when_all({ n = 0 }):await())
     assert.same({ n = 1, "a" }, flow.when_all(table.pack(task)):await())
   end))
@@ -291,6 +292,15 @@ describe("when_each", function()
     end
     assert.same({ "2 b true", "3 c true", "1 a true" }, log)
     assert.equal(flow.when_each, Task.when_each)
+  end))
+
+  it("ends for all that pull from the same iterator", in_task(function()
+    local keys, next, completed = {}, flow.when_each { after(1, "a"), after(2, "b"), after(3, "c") }
+    local function pull()
+      for _, key in next, completed do keys[#keys + 1] = key end
+    end
+    flow.await_all(flow.spawn(pull), flow.spawn(pull))
+    assert.same({ 1, 2, 3 }, keys)
   end))
 
   it("gives first those that are complete, in input order, without suspending", in_task(function()

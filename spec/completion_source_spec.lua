@@ -172,6 +172,17 @@ describe("TaskCompletionSource", function()
     assert.equal("it", waiter:await())
   end))
 
+  it("refuses what is no token, also when it is complete", in_task(function()
+    local source = flow.TaskCompletionSource()
+    for _ = 1, 2 do
+      local err = helper.raised(function() source:set_canceled(5) end)
+      assert.truthy(tostring(err):find("bad argument #1 to 'set_canceled'", 1, true), err)
+      err = helper.raised(function() source:try_set_canceled(5) end)
+      assert.truthy(tostring(err):find("bad argument #1 to 'try_set_canceled'", 1, true), err)
+      source:try_set_result()
+    end
+  end))
+
   it("drops what it completed with once the task is gone", in_task(function()
     local weak = setmetatable({}, { __mode = "v" })
     local function scope()

@@ -244,6 +244,18 @@ describe("ctx:enter", function()
     assert.equal("captured", context:get(loc))
   end))
 
+  it("keeps the context it has put back no longer, though somebody has the handle", in_task(function()
+    local context, values = context_with("captured"), support.weak()
+    values[1] = {}
+    loc.value = values[1]
+    local handle = context:enter()
+    handle:dispose()
+    assert.equal(values[1], loc.value)
+    loc.value = nil
+    assert.equal(0, support.alive(values))
+    handle:dispose()
+  end))
+
   it("is left by an error too", in_task(function()
     local context, problem = context_with("captured"), {}
     local _, err = pcall(function()

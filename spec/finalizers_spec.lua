@@ -876,6 +876,42 @@ describe("after the end of the library", function()
     ]])
   end)
 
+  it("whatever is used that was open before harms nothing", function()
+    ended([[
+      local net = flow.net
+      local listener, socket, file, watcher, stream, child
+      flow.run(function()
+        listener, socket = net.listen("127.0.0.1", 0), net.udp()
+        stream, file, watcher = net.connect("127.0.0.1", listener.port), flow.fs.open(path), flow.fs.watch "."
+        child = flow.process.spawn { args = { "true" }, stdout = "pipe" }
+      end)
+      local source, periodic = flow.CancellationTokenSource(100), flow.PeriodicTimer(1)
+      local timer, channel = flow.Timer(print, 1, 1), flow.Channel.bounded(1)
+      local sleeper = flow.spawn(flow.sleep, 100)
+      things = {
+        function() flow.loop.run() end, function() flow.loop.stop() end, function() flow.loop.timeout() end,
+        function() flow.sleep(1) end, function() flow.yield() end, function() sleeper:await() end,
+        function() sleeper:cancel() end, function() sleeper:wait(1) end, function() source.token:wait() end,
+        function() source:try_reset() end, function() source:cancel() end, function() timer:change(1, 1) end,
+        function() periodic.period = 2 end, function() periodic:wait_for_next_tick() end, function() channel:read() end,
+        function() flow.channel.select { { channel, "read" }, timeout = 1 } end,
+        function() flow.with_timeout(1, flow.sleep, 2) end, function() flow.task_group(print) end,
+        function() flow.testing.run(print) end, function() flow.main(print) end,
+        function() stream:write "x" end, function() stream:read() end, function() stream:close() end,
+        function() socket:send("x", "127.0.0.1", 9) end, function() socket:receive() end, function() socket:close() end,
+        function() listener:accept() end, function() listener:serve(print) end, function() listener:stop() end,
+        function() file:read() end, function() file:close() end, function() watcher:next() end,
+        function() child:wait() end, function() child:kill() end, function() child:close() end,
+      }
+    ]], [[
+      io.stderr:close() -- flow.main tells of errors
+      for _, use in ipairs(things) do
+        pcall(use)
+        pcall(flow.run, use)
+      end
+    ]], { "" })
+  end)
+
   it("a task from before may run, in a coroutine that is dropped", function()
     ended("", "assert(not pcall(flow.Task.new, print))")
     ended("things.task = flow.Task.new(function() return 1 end)", [[

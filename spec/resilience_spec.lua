@@ -1230,6 +1230,58 @@ describe("hedging", function()
     raises("OperationCanceled", execute_canceled, strategy, fail)
   end))
 
+  -- The end of its own wait beats a token, so that it took no notice of the token, and span for ever.
+  it("ends when it is canceled in the turn in which an attempt fails", in_task(function()
+    for turns = 0, 3 do
+      local gate, calls = flow.TaskCompletionSource(), 0
+      local strategy = resilience.hedging { delay = math.huge }
+      local task = strategy:execute_async(function()
+        calls = calls + 1
+        if calls == 1 then gate.task:await() end
+        flow.sleep(100)
+      end)
+      flow.sleep(1)
+      gate:set_exception("failed")
+      for _ = 1, turns do flow.yield() end
+      task:cancel()
+      raises("OperationCanceled", flow.await, task)
+    end
+    assert.equal(4, now())
+  end))
+
+  it("ends when it is canceled in the turn in which its delay has passed", in_task(function()
+    for turns = 0, 3 do
+      local strategy = resilience.hedging { delay = 1 }
+      local task = strategy:execute_async(flow.sleep, 100)
+      flow.sleep(1)
+      for _ = 1, turns do flow.yield() end
+      task:cancel()
+      raises("OperationCanceled", flow.await, task)
+    end
+    assert.equal(4, now())
+  end))
+
+  it("ends when its own should_handle cancels it", in_task(function()
+    local task
+    local strategy = resilience.hedging {
+      delay = math.huge,
+      should_handle = function()
+        task:cancel()
+        return true
+      end,
+    }
+    task = strategy:execute_async(function()
+      flow.yield()
+      error("failed", 0)
+    end)
+    raises("OperationCanceled", flow.await, task)
+  end))
+
+  it("takes the largest of integers for the number of attempts", in_task(function()
+    local strategy = resilience.hedging { delay = math.huge, max_hedged_attempts = math.maxinteger }
+    assert.equal("called", strategy:execute(function() return "called" end))
+  end))
+
   it("runs each attempt in the caller's context, and keeps its changes apart", in_task(function()
     local loc, seen = flow.AsyncLocal(), {}
     loc.value = "caller"
