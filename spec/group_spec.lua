@@ -799,6 +799,17 @@ describe("first_success", function()
     assert.same({ "a" }, inner(raised(flow.task_group, function(group) group:spawn(fail, "a") end, options)))
   end))
 
+  it("fails with a body that fails before any child has succeeded", in_task(function()
+    assert.equal("body", raised(flow.task_group, function(group)
+      group:spawn(function()
+        pcall(flow.sleep, 9)
+        return "too late"
+      end)
+      flow.yield()
+      error("body", 0)
+    end, options))
+  end))
+
   it("returns the body's values when there are no children", in_task(function()
     assert.equal("body", flow.task_group(function() return "body" end, options))
   end))
@@ -1179,6 +1190,25 @@ describe("race", function()
     assert.same({ n = 0 }, table.pack(flow.race { function() end }))
   end))
 
+  it("calls nothing under an ambient token that has been canceled", in_task(function()
+    local ran = false
+    local task = flow.spawn(function()
+      flow.current_task():cancel("enough")
+      flow.race { function() ran = true end }
+    end)
+    assert.equal("enough", raises("OperationCanceled", flow.await, task).reason)
+    assert.is_false(ran)
+  end))
+
+  it("tells the token that it was given in a coroutine that dies of it, too", in_task(function()
+    local source <close> = flow.CancellationTokenSource(1)
+    local co = flow.coroutine.create(function()
+      flow.race({ function() flow.sleep(9) end }, { token = source.token })
+    end)
+    local _, err = flow.coroutine.resume(co)
+    assert.equal(source.token, helper.is_error("OperationCanceled", err).token)
+  end))
+
   it("raises an Aggregate when all failed", in_task(function()
     local err = raised(flow.race, { function() fail("b", 2) end, function() fail("a", 1) end })
     assert.same({ "a", "b" }, inner(err))
@@ -1237,7 +1267,7 @@ describe("misuse", function()
       bad_argument(2, "task_group", function() flow.task_group(f, { limit = limit }) end, "limit")
       bad_argument(2, "race", function() flow.race({ f }, { limit = limit }) end, "limit")
     end
-    for _, policy in ipairs { "x", 1, true } do
+    for _, policy in ipairs { "x", 1, true, false } do
       bad_argument(2, "task_group", function() flow.task_group(f, { policy = policy }) end, "policy")
     end
     for _, grace in ipairs { -1, 0 / 0, "1" } do

@@ -47,6 +47,42 @@ describe("Host", function()
       "stopped 6.0" }, log)
   end))
 
+  it("says nothing of services that merely stand when the state closes", function()
+    assert.equal("", helper.output [[
+      local flow = require "coflow"
+      flow.run(function()
+        host = flow.Host { failure = "ignore" }
+        host:add(flow.BackgroundService(function() flow.sleep(10) end))
+        host:start()
+        flow.sleep(0.001)
+      end)
+    ]])
+  end)
+
+  it("raises the ambient token's error when that cancels its start", in_task(function()
+    local host, token = flow.Host(), nil
+    host:add { start = function() flow.sleep(9) end }
+    local task = flow.spawn(function()
+      token = flow.cancellation_token()
+      host:start()
+    end)
+    flow.sleep(1)
+    task:cancel("enough")
+    local err = raises("OperationCanceled", flow.await, task)
+    assert.same({ token, "enough" }, { err.token, err.reason })
+    host:stop()
+  end))
+
+  it("is done with a start in which a coroutine has died: it can be stopped", in_task(function(clock)
+    local log, note = recorder()
+    local host = flow.Host():add(service(note, "a")):add { start = function() flow.sleep(9) end }
+    local co = flow.coroutine.create(function() flow.with_timeout(1, host.start, host) end)
+    helper.is_error("Timeout", select(2, flow.coroutine.resume(co)))
+    assert.same({}, reports(function() host:stop() end))
+    assert.same({ "start a 0.0", "stop a 1.0" }, log)
+    assert.equal(1, clock:now())
+  end))
+
   it("takes services with a start or a stop only, and each once", in_task(function()
     local log, note = recorder()
     local host = flow.Host()
@@ -554,6 +590,26 @@ describe("BackgroundService", function()
 end)
 
 describe("host:run", function()
+  it("runs once, also when the start has failed", in_task(function()
+    local host = flow.Host():add { start = function() error("no start", 0) end }
+    assert.equal("no start", raised(host.run, host))
+    helper.is_error("InvalidOperation", raised(host.run, host), "has run already")
+    host:stop()
+    helper.is_error("InvalidOperation", raised(host.run, host), "has been stopped")
+  end))
+
+  it("is over, and leaves nothing open, when a coroutine dies of it", in_task(function()
+    local log, note = recorder()
+    local host = flow.Host():add {
+      start = function() error("no start", 0) end,
+      dispose = function() note("disposed") end,
+    }
+    local co = flow.coroutine.create(function() host:run() end)
+    assert.same({ false, "no start" }, { flow.coroutine.resume(co) })
+    assert.same({ "disposed" }, log)
+    helper.is_error("InvalidOperation", raised(host.run, host), "has run already")
+  end))
+
   it("starts, waits for a token, stops, disposes, and returns", in_task(function()
     local log, note = recorder()
     local a = service(note, "a")

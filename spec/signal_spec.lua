@@ -127,6 +127,20 @@ describe("signal.wait", function()
     ]])
   end)
 
+  it("lets go of the signal when a coroutine dies in it", function()
+    local kept = {}
+    for i, library in ipairs { coroutine, flow.coroutine } do
+      flow.run(function()
+        local source = flow.CancellationTokenSource()
+        flow.spawn(source.cancel, source)
+        kept[i] = library.create(function() flow.signal.wait("SIGUSR1", source.token) end)
+        assert.is_false((library.resume(kept[i])))
+        flow.yield()
+      end)
+      assert.is_false(flow.loop.is_alive(), i)
+    end
+  end)
+
   it("closes what was forgotten", live(function()
     local core = require "coflow.core"
     do

@@ -657,6 +657,48 @@ describe("a stream", function()
   end))
 end)
 
+describe("a coroutine that dies", function()
+  local libraries = { coroutine, flow.coroutine }
+
+  it("in a pull ends the iteration, which is in use no more", in_task(function()
+    for _, library in ipairs(libraries) do
+      local log, note = recorder()
+      local it = counter(3, nil, note):map(function() error("map", 0) end):iterate()
+      local co = library.create(function() it() end)
+      assert.same({ false, "map" }, { library.resume(co) })
+      assert.same({ "counter starts", "counter closed OperationCanceled true" }, log)
+      assert.is_nil(it())
+      it:dispose()
+    end
+  end))
+
+  it("in the function of reduce or for_each closes the producer", in_task(function()
+    for _, method in ipairs { "reduce", "for_each" } do
+      local log, note = recorder()
+      local co = flow.coroutine.create(function()
+        local s = counter(3, nil, note)
+        s[method](s, function() error(method, 0) end)
+      end)
+      assert.same({ false, method }, { flow.coroutine.resume(co) })
+      assert.same({ "counter starts", "counter closed OperationCanceled true" }, log)
+    end
+  end))
+
+  it("as it disposes of an iteration closes the producer all the same", in_task(function()
+    local log, note = recorder()
+    local it = stream.new(function(emit, token)
+      local _ <close> = closing(function() note("closed") end)
+      token:register(function() error("in a callback", 0) end)
+      emit(1)
+    end):iterate()
+    it()
+    local co = flow.coroutine.create(function() it:dispose() end)
+    local _, err = flow.coroutine.resume(co)
+    assert.same({ "in a callback" }, helper.inner(err))
+    assert.same({ "closed" }, log)
+  end))
+end)
+
 describe("a stream's token", function()
   it("that is canceled before starts nothing", in_task(function()
     local log, note = recorder()
@@ -672,6 +714,24 @@ describe("a stream's token", function()
     task:cancel()
     task:await()
     assert.same({ "counter starts", "counter closed nil false" }, log)
+  end))
+
+  it("that is not canceled is not that of the error when the ambient one is", in_task(function()
+    for name, s in pairs {
+      producer = counter(9, 9), buffer = counter(9, 9):buffer(2), merge = counter(9, 9):merge(counter(9, 9)),
+      flat_map = stream.from({ 1 }):flat_map(function() return counter(9, 9) end),
+    } do
+      local ambient
+      local task = flow.spawn(function()
+        ambient = flow.cancellation_token()
+        s:to_table(Source().token)
+      end)
+      flow.sleep(1)
+      task:cancel("enough")
+      local err = raises("OperationCanceled", flow.await, task)
+      assert.equal(ambient, err.token, name)
+      assert.equal("enough", err.reason)
+    end
   end))
 
   it("ends the iteration where the producer waits, at once", in_task(function(clock)
@@ -814,6 +874,8 @@ end)
 describe("stream.from", function()
   it("takes a list, also one with false and n", in_task(function()
     assert.same({ 1, false, 3 }, stream.from({ 1, false, 3, n = 3 }):to_table())
+    assert.same({ 1, 2 }, stream.from({ 1, 2, 3, n = 2 }):to_table())
+    assert.same({}, stream.from({ 1, n = 0 }):to_table())
     assert.same({}, stream.from({}):to_table())
     is_error("InvalidOperation", raised(drain, stream.from({ 1, nil, 3, n = 3 })), "element 2")
   end))
@@ -857,6 +919,34 @@ describe("stream.from", function()
     local s = stream.from { iterate = function() error("closed", 0) end }
     assert.equal("closed", raised(drain, s))
     assert.equal("closed", raised(drain, stream.from({ 1 }):flat_map(function() return s end)))
+  end))
+end)
+
+describe("a list", function()
+  it("has as many items for stream.from as for parallel.map", in_task(function()
+    local function size(n) return setmetatable({ 1, 2, 3 }, { __len = function() return n end }) end
+    local lists = { {}, { 1, 2, 3 }, { 1, 2, 3, n = 2 }, { 1, 2, 3, n = "2" }, { 1, n = 0 }, size(2), size(0) }
+    for _, items in ipairs(lists) do
+      local all = flow.parallel.map(items, function(item) return item end)
+      assert.equal(all.n, #stream.from(items):to_table())
+    end
+  end))
+
+  it("with a hole in it has an item that is nil, which is told", in_task(function()
+    for _, items in ipairs { { 1, nil, 3 }, { 1, nil, 3, n = 3 }, { 1, n = 2 } } do
+      assert.is_true(flow.parallel.map(items, function(item) return item end).n >= 2)
+      local seen = {}
+      is_error("InvalidOperation", raised(function()
+        stream.from(items):for_each(function(item) seen[#seen + 1] = item end)
+      end), "element 2")
+      assert.same({ 1 }, seen)
+    end
+  end))
+
+  it("may grow while it is iterated over", in_task(function()
+    local items = { 1 }
+    stream.from(items):for_each(function(item) if item < 5 then items[#items + 1] = item + 1 end end)
+    assert.same({ 1, 2, 3, 4, 5 }, items)
   end))
 end)
 

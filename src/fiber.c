@@ -704,12 +704,24 @@ static int l_current_task(lua_State *L) {
   return 1;
 }
 
+/* name_after(task, fn): one that has not started is named after that function */
+static int l_name_after(lua_State *L) {
+  struct task *t = task_check(L, 1);
+  lua_settop(L, 2);
+  if (!lua_isfunction(L, 2) || !task_is(t, KIND_FIBER) || task_done(t) || t->flags & TASK_STARTED)
+    return 0;
+  struct fiber *f = (struct fiber *)t;
+  if (f->co != NULL) fiber_name(L, f);
+  return 0;
+}
+
 static const luaL_Reg functions[] = {{"spawn", l_spawn},
                                      {"async", l_async},
                                      {"new", l_new},
                                      {"start", l_start},
                                      {"run_synchronously", l_run_synchronously},
                                      {"current_task", l_current_task},
+                                     {"name_after", l_name_after},
                                      {NULL, NULL}};
 
 void fiber_open(lua_State *L) {

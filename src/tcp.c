@@ -238,17 +238,6 @@ static int l_is_address(lua_State *L) {
   return 1;
 }
 
-/* name_after(task, fn): one that has not started is named after that function */
-static int l_name_after(lua_State *L) {
-  struct task *t = task_check(L, 1);
-  lua_settop(L, 2);
-  if (!lua_isfunction(L, 2) || !task_is(t, KIND_FIBER) || task_done(t) || t->flags & TASK_STARTED)
-    return 0;
-  struct fiber *f = (struct fiber *)t;
-  if (f->co != NULL) fiber_name(L, f);
-  return 0;
-}
-
 /* report_failure(error): to the handler of unobserved exceptions, while the running task goes on */
 static int l_report_failure(lua_State *L) {
   lua_settop(L, 1);
@@ -258,10 +247,11 @@ static int l_report_failure(lua_State *L) {
 
 static const luaL_Reg operations[] = {
     {"connect_address", l_connect_address}, {"connect_pipe", l_connect_pipe}, {NULL, NULL}};
-static const luaL_Reg plain[] = {
-    {"listen_address", l_listen_address}, {"listen_pipe", l_listen_pipe},
-    {"is_address", l_is_address},         {"name_after", l_name_after},
-    {"report_failure", l_report_failure}, {NULL, NULL}};
+static const luaL_Reg plain[] = {{"listen_address", l_listen_address},
+                                 {"listen_pipe", l_listen_pipe},
+                                 {"is_address", l_is_address},
+                                 {"report_failure", l_report_failure},
+                                 {NULL, NULL}};
 
 /* open_net() -> the functions that coflow.net is made of; makes the classes */
 static int l_open_net(lua_State *L) {

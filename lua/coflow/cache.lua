@@ -112,6 +112,7 @@ function AsyncCache:get_or_add(key, factory, token)
     core.throw_if_canceled(token)
     local made = { key = key }
     made.flight = flight.new(make, function() drop(self, made) end, self, made, factory)
+    core.name_after(made.flight.task, factory)
     entry = self._entries[key]
     if not entry then
       entry = made

@@ -6,6 +6,7 @@
 --
 -- SPDX-License-Identifier: MIT
 
+local closing = require "coflow.closing"
 local core = require "coflow.core"
 
 local Flight = {}
@@ -22,16 +23,19 @@ function leaving.__close(place)
   if not ok then core.report(err) end
 end
 
+local function wait(flight, token)
+  flight.callers = flight.callers + 1
+  local _ <close> = setmetatable({ flight = flight }, leaving)
+  return core.await_with(flight.task, token)
+end
+
 ---Waits for the value, or raises what the factory raised.
 ---Cancellation: ends this caller's wait.
 ---@param token? coflow.CancellationToken
 function Flight:join(token)
   local task = self.task
   if task.is_completed then return task:results() end
-  core.check_here() -- where it cannot wait it is no caller: what dies there closes nothing
-  self.callers = self.callers + 1
-  local _ <close> = setmetatable({ flight = self }, leaving)
-  return core.await_with(task, token)
+  return closing(wait, self, token)
 end
 
 ---Calls the factory. Not done by `new`, which creates things: a finalizer that asks meanwhile for the same value

@@ -136,6 +136,15 @@ local function task_group(fn, options)
   return closing(call_plainly, group, fn)
 end
 
+local function run_race(fns, n, limit, token)
+  local _ <close> = under.blame(token)
+  local _ <close> = under.open(token)
+  core.throw_if_canceled()
+  return task_group(function(group)
+    for i = 1, n do group:spawn(fns[i]) end
+  end, { policy = "first_success", limit = limit })
+end
+
 local race_options = { limit = true, token = true }
 
 ---Runs the functions as children and returns the values of the first one that succeeds, once the others, which
@@ -169,12 +178,7 @@ local function race(fns, options)
     error(errors.InvalidOperation(
       "race outside every task: run the program with flow.run(fn), and use it in there"), 0)
   end
-  local _ <close> = under.blame(token)
-  local _ <close> = under.open(token)
-  core.throw_if_canceled()
-  return task_group(function(group)
-    for i = 1, n do group:spawn(fns[i]) end
-  end, { policy = "first_success", limit = limit })
+  return closing(run_race, fns, n, limit, token)
 end
 
 return { task_group = task_group, race = race }

@@ -20,6 +20,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local closing = require "coflow.closing"
 local under = require "coflow.under_token"
 
 local errors = core.errors
@@ -314,7 +315,7 @@ function Host:start(token)
   core.check_here()
   if not core.current_task() then return core.run(Host.start, self, token) end
   core.throw_if_canceled(token)
-  start(self, token)
+  closing(start, self, token)
 end
 
 Host.start_async = arguments.twin(Host.start, check_wait)
@@ -448,6 +449,7 @@ end
 -- The end of a run, when the catcher has been closed.
 local ending_run = {}
 function ending_run.__close(guard)
+  guard.host._running = false
   guard.host:dispose()
   pcall(function() -- in a task that is being abandoned nobody can wait
     local _ <close> = core.open_shield()
@@ -455,26 +457,7 @@ function ending_run.__close(guard)
   end)
 end
 
----Starts the host, unless it has been started, waits until it is to stop, stops it, and disposes of it. It is to
----stop when SIGINT or SIGTERM comes, when a background service fails, when somebody calls `host:stop()`, and when
----`token` or the ambient token is canceled: however it was asked, and also while it starts, the stopping takes its
----time, out of reach of these tokens, bounded by the shutdown timeout of each service. A second signal ends the
----process.
----Cancellation: a request to stop, after which it returns. Canceled before the call: raises, and starts nothing.
----Raises: what the start of a service raised (then background services are canceled, nobody else is stopped); what
----services raised that failed, as `host:stop()`. InvalidOperation while it runs already, and when it has been
----stopped: a host runs once.
----@param token? coflow.CancellationToken
-function Host:run(token)
-  check_wait(self, token)
-  core.check_here()
-  if not core.current_task() then return core.run(Host.run, self, token) end
-  core.throw_if_canceled(token)
-  if self._state == "stopped" then
-    error(errors.InvalidOperation("the host has been stopped: a host runs once"), 0)
-  elseif self._running then
-    error(errors.InvalidOperation("the host runs already"), 0)
-  end
+local function run(self, token)
   self._running = true
   local guard <close> = setmetatable({ host = self }, ending_run)
   local catcher <close> = core.catch(true, core.signals.SIGINT, core.signals.SIGTERM)
@@ -495,6 +478,31 @@ function Host:run(token)
     local _ <close> = core.open_shield()
     core.await(task)
   end
+end
+
+---Starts the host, unless it has been started, waits until it is to stop, stops it, and disposes of it. It is to
+---stop when SIGINT or SIGTERM comes, when a background service fails, when somebody calls `host:stop()`, and when
+---`token` or the ambient token is canceled: however it was asked, and also while it starts, the stopping takes its
+---time, out of reach of these tokens, bounded by the shutdown timeout of each service. A second signal ends the
+---process.
+---Cancellation: a request to stop, after which it returns. Canceled before the call: raises, and starts nothing.
+---Raises: what the start of a service raised (then background services are canceled, nobody else is stopped); what
+---services raised that failed, as `host:stop()`. InvalidOperation while it runs already, when it has run, also if
+---its start has failed, and when it has been stopped: a host runs once.
+---@param token? coflow.CancellationToken
+function Host:run(token)
+  check_wait(self, token)
+  core.check_here()
+  if not core.current_task() then return core.run(Host.run, self, token) end
+  core.throw_if_canceled(token)
+  if self._state == "stopped" then
+    error(errors.InvalidOperation("the host has been stopped: a host runs once"), 0)
+  elseif self._running then
+    error(errors.InvalidOperation("the host runs already"), 0)
+  elseif self._running == false then
+    error(errors.InvalidOperation("the host has run already: a host runs once"), 0)
+  end
+  closing(run, self, token)
 end
 
 Host.run_async = arguments.twin(Host.run, check_wait)
@@ -525,6 +533,7 @@ local function new_host(options)
     _asked = core.TaskCompletionSource(), -- to stop
     _starting = core.call_source(nil), -- canceled when it is to stop, for who starts it
     _start_over = core.TaskCompletionSource(),
+    _running = nil, -- true during `run`, then false
     _start = nil, -- the last start of a service: { service =, task = }
   }, host_class)
 end

@@ -5,6 +5,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local closing = require "coflow.closing"
 local under = require "coflow.under_token"
 local resolve = require("coflow.dns").resolve -- now: later there may be no descriptor to read it with
 local task_group = require("coflow.group").task_group
@@ -13,7 +14,7 @@ require "coflow.scope"
 local net = core.open_net()
 
 local connect_address, listen_address, listen_pipe = net.connect_address, net.listen_address, net.listen_pipe
-local is_address, name_after, report_failure = net.is_address, net.name_after, net.report_failure
+local is_address, report_failure, name_after = net.is_address, net.report_failure, core.name_after
 local Stream, Listener = core.methods "coflow.Stream", core.methods "coflow.Listener"
 
 local BACKLOG = 1024
@@ -171,7 +172,7 @@ function net.listen_pipe(path, options)
 end
 
 net.connect_address, net.connect_address_async, net.listen_address = nil, nil, nil
-net.is_address, net.name_after, net.report_failure = nil, nil, nil
+net.is_address, net.report_failure = nil, nil
 
 -- Streams ------------------------------------------------------------------------------------------
 
@@ -323,8 +324,8 @@ local function serve(listener, fn, max, grace, on_error, token)
   core.check_here()
   if not core.current_task() then return core.run(serve, listener, fn, max, grace, on_error, token) end
   core.throw_if_canceled(token)
-  if not token then return serve_all(listener, fn, max, grace, on_error) end
-  under.call(token, function() serve_all(listener, fn, max, grace, on_error) end)
+  if not token then return closing(serve_all, listener, fn, max, grace, on_error) end
+  closing(under.call, token, function() serve_all(listener, fn, max, grace, on_error) end)
 end
 
 local serve_options = { max_connections = true, grace = true, on_error = true }

@@ -9,6 +9,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local closing = require "coflow.closing"
 local iteration = require "coflow.stream.iteration"
 local sources = require "coflow.stream.source"
 local task_group = require("coflow.group").task_group
@@ -96,7 +97,7 @@ end
 
 -- Outside every task the loop is a task of its own, where there can be one.
 local function drive(loop, ...)
-  if core.current_task() then return run(loop, ...) end
+  if core.current_task() then return closing(run, loop, ...) end
   return core.run(run, loop, ...)
 end
 
@@ -132,7 +133,7 @@ end
 
 -- What both functions take: a stream of the items, or nil where they are a list, and its length.
 local function source_of(items)
-  if sources.is_list(items) then return nil, math.tointeger(rawget(items, "n")) or #items end
+  if sources.is_list(items) then return nil, sources.count(items) end
   local made, wrong = sources.as_stream(items)
   return made, nil, wrong
 end

@@ -8,6 +8,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local closing = require "coflow.closing"
 local under = require "coflow.under_token"
 require "coflow.net" -- pipes are streams
 local task_group = require("coflow.group").task_group
@@ -137,10 +138,14 @@ local giving_up = {
   end,
 }
 
-local function wait(self, token)
-  core.throw_if_canceled(token)
+local function wait_here(self, token)
   local _ <close> = setmetatable({ process = self }, giving_up)
   return native.ended(self, token)
+end
+
+local function wait(self, token)
+  core.throw_if_canceled(token)
+  return closing(wait_here, self, token)
 end
 
 ---Waits for its end. Any number of tasks may wait, also when it has ended.
@@ -226,8 +231,7 @@ local function feed(stream, input)
   if not (is_error(err, "IO") and (err.code == "EPIPE" or err.code == "ECANCELED")) then error(err, 0) end
 end
 
-local function run(args, input, options, token)
-  core.check_here()
+local function run_here(args, input, options, token)
   local _ <close> = under.blame(token)
   local _ <close> = under.open(token)
   core.throw_if_canceled()
@@ -243,6 +247,11 @@ local function run(args, input, options, token)
   return output.result, code, errors and errors.result, signal
 end
 
+local function run(args, input, options, token)
+  core.check_here()
+  return closing(run_here, args, input, options, token)
+end
+
 local run_async = core.async(run)
 
 local run_options = { cwd = true, env = true, clear_env = true, stderr = true, grace = true, max = true }
@@ -256,7 +265,7 @@ local function wrong_run(args, input, options, token)
     return 1, wrong
   elseif input ~= nil and type(input) ~= "string" then
     return 2, "input must be a string"
-  elseif max ~= nil and max ~= math.huge and not (math.type(max) == "integer" and max > 0) then
+  elseif max ~= nil and max ~= math.huge and not (math.type(max) and math.tointeger(max) and max > 0) then
     return 3, "max: number of bytes expected"
   elseif token ~= nil and not core.is_token(token) then
     return 4, "token must be a CancellationToken"

@@ -8,6 +8,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local closing = require "coflow.closing"
 
 local signal = {}
 
@@ -56,6 +57,11 @@ local function next_of(catcher, token)
   end
 end
 
+local function wait(numbers, token)
+  local catcher <close> = core.catch(false, table.unpack(numbers))
+  return next_of(catcher, token)
+end
+
 ---Waits for a signal, and returns its name. From the call to the return its default action is off.
 ---Cancellation: ends the wait.
 ---Raises: IO if the system refuses to tell of it.
@@ -66,8 +72,7 @@ function signal.wait(which, token)
   local numbers = check_wait(which, token)
   core.throw_if_canceled(token)
   core.check_here()
-  local catcher <close> = core.catch(false, table.unpack(numbers))
-  return next_of(catcher, token)
+  return closing(wait, numbers, token)
 end
 
 signal.wait_async = arguments.twin(signal.wait, check_wait)

@@ -22,6 +22,7 @@
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local closing = require "coflow.closing"
 local iteration = require "coflow.stream.iteration"
 local source = require "coflow.stream.source"
 require "coflow.stream.operators"
@@ -55,14 +56,7 @@ local function check_reduce(self, fn, _, token)
   check_token(4, token)
 end
 
----`fn(…fn(fn(initial, item1), item2)…)`. Without `initial` (nil) the first item takes its place.
----Raises: InvalidOperation if there is neither an initial value nor an item.
----@param fn fun(accumulated: any, item: any, second: any): any
----@param initial any
----@param token? coflow.CancellationToken
----@return any
-function Stream:reduce(fn, initial, token)
-  check_reduce(self, fn, initial, token)
+local function reduce(self, fn, initial, token)
   local result, empty = initial, initial == nil
   for value, second in iterate(self, token) do
     if empty then
@@ -73,6 +67,18 @@ function Stream:reduce(fn, initial, token)
       result = fn(result, value, second)
     end
   end
+  return empty, result
+end
+
+---`fn(…fn(fn(initial, item1), item2)…)`. Without `initial` (nil) the first item takes its place.
+---Raises: InvalidOperation if there is neither an initial value nor an item.
+---@param fn fun(accumulated: any, item: any, second: any): any
+---@param initial any
+---@param token? coflow.CancellationToken
+---@return any
+function Stream:reduce(fn, initial, token)
+  check_reduce(self, fn, initial, token)
+  local empty, result = closing(reduce, self, fn, initial, token)
   if empty then error(core.errors.InvalidOperation("reduce: no items, and no initial value"), 2) end
   return result
 end
@@ -85,14 +91,18 @@ local function check_for_each(self, fn, token)
   check_token(3, token)
 end
 
+local function for_each(self, fn, token)
+  for value, second in iterate(self, token) do
+    if second == nil then fn(value) else fn(value, second) end
+  end
+end
+
 ---Calls `fn(item)` for each item, one after the other; `fn(item, second)` for one of two values.
 ---@param fn fun(item: any, second: any)
 ---@param token? coflow.CancellationToken for the items; `fn` is not under it
 function Stream:for_each(fn, token)
   check_for_each(self, fn, token)
-  for value, second in iterate(self, token) do
-    if second == nil then fn(value) else fn(value, second) end
-  end
+  closing(for_each, self, fn, token)
 end
 
 Stream.for_each_async = arguments.twin(Stream.for_each, check_for_each)

@@ -91,6 +91,16 @@ end
 
 local advancing = { __close = function(guard) guard.provider._target = nil end }
 
+local function advance(self, seconds)
+  self._target = core.loop.now() + seconds
+  local _ <close> = setmetatable({ provider = self }, advancing)
+  self:settle()
+  repeat
+    while core.testing.step(self._target) do self:settle() end
+    self:settle()
+  until core.loop.now() >= self._target -- what ran last may have asked for more
+end
+
 ---Moves the time on: what is ready runs; then the clock steps to each time at which something is due, up to
 ---and including the target, and all that becomes ready there runs; then it stands at the target, and settles.
 ---So whatever runs reads its own due time. Called while another `advance` of this clock is under way (in what
@@ -108,14 +118,7 @@ function FakeTimeProvider:advance(seconds)
     self._target = self._target + seconds
     return
   end
-  core.check_here()
-  self._target = core.loop.now() + seconds
-  local _ <close> = setmetatable({ provider = self }, advancing)
-  self:settle()
-  repeat
-    while core.testing.step(self._target) do self:settle() end
-    self:settle()
-  until core.loop.now() >= self._target -- what ran last may have asked for more
+  closing(advance, self, seconds)
 end
 
 ---A new fake clock, to be installed by `testing.run(fn, { time_provider = p })`.

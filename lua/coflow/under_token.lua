@@ -53,10 +53,11 @@ end
 local blaming = {}
 function blaming.__close(given, err)
   local token = given[1]
-  if token and token ~= NONE and is_error(err, "OperationCanceled") then core.throw_if_canceled(token) end
+  if token ~= NONE and is_error(err, "OperationCanceled") then core.throw_if_canceled(token) end
 end
 
----To be closed around that scope: whoever gave the token is told that it was that.
+---To be closed around that scope: whoever gave the token, if there is one, is told that it was that, or else the
+---ambient one.
 function under.blame(token) return setmetatable({ token }, blaming) end
 
 return under

@@ -130,7 +130,7 @@ function Iteration:dispose()
   if self._busy then
     error(errors.InvalidOperation("the iteration is in use: somebody waits for its next item"), 2)
   end
-  finish(self)
+  closing(finish, self)
 end
 
 -- What the streams of one iteration share.

@@ -107,13 +107,18 @@ end
 
 -- What is there already ---------------------------------------------------------------------------
 
+-- How many elements a list has.
+local function count(list) return math.tointeger(rawget(list, "n")) or #list end
+
 local function open_list(list, run)
-  local i, n = 0, math.tointeger(rawget(list, "n"))
+  local i = 0
   return function()
     if run.closed then return nil end
+    local n = count(list) -- now: a list may grow
+    if i >= n then return nil end
     i = i + 1
     local value = list[i]
-    if value == nil and n and i <= n then
+    if value == nil then
       error(errors.InvalidOperation(("nil is not an item: element %d of the list of %d is nil"):format(i, n)), 0)
     end
     return value
@@ -187,11 +192,12 @@ end
 ---A stream of the elements of a list, or of what an iterator gives, or of the items of a channel: of anything that has
 ---a method `iterate`. Of an iterator it takes what `for` takes (`stream.from(pairs(t))`: keys and values), the
 ---to-be-closed value too; two values are one item. Where that state is used up, a second iteration finds nothing.
----Raises: InvalidOperation, when it comes to it, for an element that is nil although the list's `n` counts it.
+---A list has as many elements as its `n` says, or else `#list`.
+---Raises: InvalidOperation, when it comes to it, for an element of a list that is nil.
 ---@param source table|function|coflow.Stream|coflow.Channel
 ---@return coflow.Stream
 local function from(source, state, control, closing)
   return (check_stream(1, source, state, control, closing)) -- no tail call: this is the function to be blamed
 end
 
-return { new = new, from = from, is_list = is_list, as_stream = as_stream, check_stream = check_stream }
+return { new = new, from = from, is_list = is_list, count = count, as_stream = as_stream, check_stream = check_stream }
