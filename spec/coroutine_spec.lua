@@ -1931,3 +1931,47 @@ describe("Lua's own coroutine.yield in a coroutine of ours", function()
     assert.is_nil(seen:get())
   end))
 end)
+
+describe("a coroutine that dies of an error in a call of the library", function()
+  local seen = flow.AsyncLocal()
+  local function fail() error("boom", 0) end
+  local function dies(lib, options, fn, ...)
+    assert.same({ false, "boom" }, { lib.resume(lib.create(fn, options), ...) })
+  end
+
+  local checks = {
+    ["gives a lock back"] = function()
+      local lock = flow.Lock()
+      for _, lib in ipairs { co, coroutine } do
+        dies(lib, nil, lock.run, lock, fail)
+        assert(lock:try_lock(), "it is held"):dispose()
+      end
+    end,
+    ["gives a place in a bulkhead back"] = function()
+      local bulkhead = flow.resilience.bulkhead { max_concurrency = 1 }
+      for _, lib in ipairs { co, coroutine } do
+        dies(lib, nil, bulkhead.execute, bulkhead, fail)
+        assert.equal("in", bulkhead:execute(function() return "in" end))
+      end
+    end,
+    ["puts its caller's context back"] = function()
+      local other = flow.ExecutionContext.capture()
+      seen.value = "before"
+      local caller = { context = "caller" }
+      dies(co, caller, seen.run, seen, "run", fail)
+      assert.equal("before", seen.value)
+      dies(co, caller, flow.call, function()
+        seen.value = "call"
+        fail()
+      end)
+      assert.equal("before", seen.value)
+      dies(co, caller, other.run, other, fail)
+      assert.equal("before", seen.value)
+      seen.value = nil
+    end,
+  }
+  for name, check in pairs(checks) do
+    it(name, in_task(check))
+    if not name:find("bulkhead") then it(name .. ", outside every task", check) end
+  end
+end)

@@ -987,3 +987,62 @@ describe("after the end of the library", function()
     ]])
   end)
 end)
+
+describe("a task that a finalizer completes", function()
+  it("while a select polls its channels ends that select", in_order(function()
+    sweep(function(at) -- the channel is to be full when it is asked first, and to shrink when it is asked again
+      local N = 2000
+      local channel, completion = flow.Channel.bounded(N), flow.TaskCompletionSource()
+      for i = 1, N do channel:write(i) end
+      local read, write = channel.try_read, channel.try_write
+      local complete, task = completion.set_result, completion.task
+      local other = flow.async(task.await)(task) -- the second waiter takes a table
+      local select = at({
+        function()
+          for _ = 1, N do read(channel) end
+          write(channel, 1)
+          read(channel)
+        end,
+        function()
+          for i = 1, N do write(channel, i) end
+          complete(completion, "done")
+        end,
+      }, flow.channel.select_async, { task, { channel, "write", "x" } })
+      flow.yield()
+      assert.is_true(select.is_completed or not task.is_completed)
+      select:cancel()
+      completion:try_set_result()
+      other:await()
+    end)
+  end))
+end)
+
+describe("the end of a group", function()
+  it("that a finalizer brings about is told who is about to wait for its stop", in_order(function()
+    flow.on_unobserved_exception(false)
+    sweep(function(at)
+      local group, co, began
+      local completion = flow.TaskCompletionSource()
+      local owner = flow.async(function()
+        co = coroutine.running()
+        flow.task_group(function(g)
+          group = g
+          completion.task:await()
+        end)
+      end)()
+      local close, wait = coroutine.close, group.wait_stopping
+      local waiter = flow.async(function()
+        at(function()
+          if not began then close(co) end
+        end, wait, group)
+      end)()
+      began = true
+      completion:set_result()
+      local ok, err = waiter:try_await()
+      assert.is_false(ok)
+      helper.is_error("InvalidOperation", err, "it will never be stopped")
+      owner:try_await()
+    end)
+    flow.on_unobserved_exception(nil)
+  end))
+end)

@@ -1367,3 +1367,48 @@ describe("a child", function()
     assert.is_true(failed > 0 and failed < 9)
   end)
 end)
+
+describe("a group deep down, in a coroutine that dies of an error", function()
+  -- Calls fn(g) in a group, in the coroutine, below more others than catch errors; returns the group.
+  local function dead_group(fn)
+    local group
+    local function nest(n)
+      if n > 0 then return flow.task_group(function() return nest(n - 1) end) end
+      local co = flow.coroutine.create(function()
+        flow.task_group(function(g)
+          group = g
+          if fn then fn(g) end
+          error("boom", 0)
+        end)
+      end)
+      assert.same({ false, "boom" }, { flow.coroutine.resume(co) })
+    end
+    nest(33)
+    collectgarbage()
+    collectgarbage()
+    return group
+  end
+
+  it("is closed: none of its tasks outlives it", in_task(function()
+    local child
+    dead_group(function(g) child = g:spawn(flow.sleep, 1) end)
+    assert.is_true(child.is_canceled)
+    assert.equal(0, flow.loop.now())
+  end))
+
+  it("has ended, for all that know it", in_task(function()
+    local group = dead_group()
+    raises("InvalidOperation", group.spawn, group, error, "it has run")
+    assert.is_true(group.token.is_cancellation_requested)
+    group:stop()
+    group:cancel()
+  end))
+
+  it("can be collected, and its token after it", in_task(function()
+    local token = dead_group().token
+    collect()
+    assert.is_true(token.is_cancellation_requested)
+    token = nil -- luacheck: ignore 311
+    collect()
+  end))
+end)

@@ -144,6 +144,96 @@ describe("closing a task's coroutine", function()
   end))
 end)
 
+describe("what only the stack held that a stranger has closed", function()
+  before_each(function() flow.on_unobserved_exception(false) end)
+  after_each(function() flow.on_unobserved_exception(nil) end)
+
+  local function never() return flow.TaskCompletionSource().task end
+  local function collect() -- with no turn of the loop
+    collectgarbage()
+    collectgarbage()
+  end
+
+  -- A task that waits, in a coroutine of ours within scope(), for such a thing; that coroutine is closed now.
+  local function start(scope)
+    local inner
+    local task = flow.async(scope)(flow.coroutine.wrap(function()
+      inner = coroutine.running()
+      never():await()
+    end))
+    assert.is_true(coroutine.close(inner))
+    return task
+  end
+
+  it("is waited for no more by a task that is canceled", in_order(function()
+    local task = start(flow.call)
+    collect()
+    assert.is_true(task:cancel())
+    told(task:try_await())
+  end))
+
+  it("is waited for no more by a task that is out of time", in_order(function()
+    local task = start(function(wait) flow.with_timeout(1, wait) end)
+    collect()
+    told(task:try_await())
+    assert.equal(1, flow.loop.now())
+  end))
+
+  it("is waited for no more by a task that is collected", in_order(function()
+    local unwound = false
+    start(function(wait)
+      local _ <close> = helper.closing(function() unwound = true end)
+      wait()
+    end)
+    helper.collect()
+    assert.is_true(unwound)
+  end))
+
+  it("is looked for in no circle of tasks, and in no report of a hang", function()
+    local task = start(flow.call)
+    collect()
+    assert.truthy(task:traceback():find("(waiting)", 1, true))
+    local root = flow.async(function()
+      local waits <const> = flow.current_task()
+      flow.async(function() waits:await() end)() -- else nobody looks
+      task:await()
+    end)()
+    helper.is_error("InvalidOperation", select(2, pcall(flow.await, root)), "deadlock")
+  end)
+
+  local ways = {
+    ["leaves a group"] = function(body) flow.task_group(body) end,
+    ["cancels itself as it is closed"] = function(body)
+      local me <const> = flow.current_task()
+      local _ <close> = helper.closing(function()
+        collect()
+        me:cancel()
+      end)
+      body()
+    end,
+    ["waited for any of them"] = function()
+      flow.task_group(function()
+        local _ <close> = helper.closing(collect)
+        flow.await_any(never(), never())
+      end)
+    end,
+  }
+  for name, way in pairs(ways) do
+    it("is waited for no more by a task that " .. name, in_order(function()
+      local co
+      local task = flow.async(function()
+        co = coroutine.running()
+        way(function()
+          local _ <close> = helper.closing(collect)
+          never():await()
+        end)
+      end)()
+      coroutine.close(co)
+      told(task:try_await())
+    end))
+  end
+end)
+
 describe("a finalizer that closes a coroutine of flow.coroutine", function()
   it("which has failed leaves its error as it was", function()
     helper.output [[ -- by itself: here little else is allocated

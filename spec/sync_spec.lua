@@ -1251,6 +1251,30 @@ describe("Condition", function()
     key:dispose()
   end)
 
+  it("has the lock again outside every task when nobody can notify it, whatever token it was given", function()
+    local none <const> = flow.CancellationToken.none
+    local function stopped()
+      flow.spawn(function()
+        flow.yield()
+        flow.loop.stop()
+      end)
+    end
+    for _, token in ipairs { false, none, flow.CancellationTokenSource().token } do
+      for _, prepare in ipairs { function() end, stopped } do
+        local lock = flow.Lock()
+        local condition = flow.Condition(lock)
+        local key = lock:lock()
+        prepare()
+        raises("InvalidOperation", condition.wait, condition, token or nil)
+        assert.equal(0, condition:notify())
+        assert.is_nil(lock:try_lock())
+        key:dispose()
+        flow.run(flow.yield)
+        assert(lock:try_lock(), "nobody has the key"):dispose()
+      end
+    end
+  end)
+
   it("is the place where a consumer waits for producers", in_task(function()
     local lock = flow.Lock()
     local filled = flow.Condition(lock)
