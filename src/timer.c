@@ -321,8 +321,8 @@ static void let_go(lua_State *L, struct runtime *rt, struct fiber *f, struct tok
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);
-  if (k !=
-      NULL) { /* in whose list f will be, when this stack may be gone: somebody closes the coroutine */
+  /* f is in the list of the token until the nap ends, also when somebody closes the coroutine and this stack is gone */
+  if (k != NULL) {
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
     lua_pushvalue(L, 2);
     lua_rawseti(L, -2, f->task.slot);
