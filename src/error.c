@@ -264,8 +264,8 @@ void error_report(lua_State *L, int error, int task) {
   else
     lua_pushnil(L);
   rt->reports++;
-  if (schedule_call_outside(L, rt, 2) !=
-      LUA_OK) { /* it is not part of the task that happens to run now */
+  /* outside: it is not part of the task that happens to run now */
+  if (schedule_call_outside(L, rt, 2) != LUA_OK) {
     const char *text = push_text(L, -1);
     fprintf(stderr, "coflow: error in the handler of unobserved exceptions: %s\n", text);
   }

@@ -184,9 +184,8 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
   struct task *outer = rt->lands;
   rt->land_busy = true;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LANDER);
-  if (lua_pcall(L, 0, 0, 0) !=
-      LUA_OK) { /* out of memory, which is not to be told to who completed something */
-    lua_pop(L, 1);
+  if (lua_pcall(L, 0, 0, 0) != LUA_OK) {
+    lua_pop(L, 1); /* out of memory, which is not to be told to who completed something */
     land_again(rt);
   }
   rt->land_busy = false;
