@@ -403,7 +403,7 @@ enum runtime_uservalue {
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
   RUNTIME_HAND,       /* the function that hands a task over */
-  RUNTIME_GIVEN,      /* slot -> the token that a fiber naps with */
+  RUNTIME_GIVEN,      /* fiber -> the token that it naps with, weak keys */
   RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
   RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
