@@ -183,7 +183,7 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   n->given = false;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
   task_push(L, &f->task);
-  if (!lua_isnil(L, -1)) { /* else somebody is closing its coroutine: for as long as it lives, then */
+  if (!lua_isnil(L, -1)) { /* else its coroutine is being closed: held as long as it lives */
     lua_pushnil(L);
     lua_rawset(L, -3);
     lua_pushnil(L);
