@@ -394,4 +394,29 @@ describe("a request for memory that fails", function()
       flow.run(scenario)
     end)
   end
+
+  it("does not keep open what is collected in a test", function()
+    local function deep(n) return n == 0 and 0 or 1 + deep(n - 1) end
+    finally(function()
+      fail()
+      collectgarbage("restart")
+    end)
+    local ok, err = pcall(flow.testing.run, function()
+      for n = 1, 20 do
+        collectgarbage("stop")
+        local port = flow.net.listen("127.0.0.1", 0).port
+        flow.yield()
+        deep(50) -- Lua has room for the calls of finalizers
+        fail(n)
+        pcall(collectgarbage)
+        fail()
+        collectgarbage("restart")
+        helper.collect()
+        flow.yield()
+        flow.net.listen("127.0.0.1", port):close()
+      end
+    end)
+    assert.is_false(ok)
+    helper.is_error("InvalidOperation", err, "that was open when it was collected") -- most of them
+  end)
 end)

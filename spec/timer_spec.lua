@@ -588,6 +588,27 @@ describe("a wait for a token", function()
       assert.equal("true at 1000", ended)
     end))
   end
+
+  it("is given up with that, whatever its callbacks refer to", in_order(function()
+    for name, wait in pairs {
+      sleep = waits[1][2],
+      wait_for_next_tick = function(token) flow.PeriodicTimer(math.huge):wait_for_next_tick(token) end,
+    } do
+      support.with_reports(function(reports)
+        flow.spawn(function()
+          local source, me = Source(), flow.current_task()
+          source.token:register(function() return me end)
+          wait(source.token)
+        end)
+        for _ = 1, 3 do
+          flow.yield()
+          support.collect()
+        end
+        assert.equal(1, #reports, name)
+        assert.is_true(is(reports[1].err, "TaskAbandoned"))
+      end)
+    end
+  end))
 end)
 
 describe("flow.loop", function()

@@ -76,32 +76,41 @@ static bool push_method(lua_State *L, int fn) {
   return false;
 }
 
-void blame_push_name(lua_State *L) {
-  int fn = lua_gettop(L);
-  bool found = push_public_name(L);
+/* [-0, +1, m] "module.f" of the function at fn, the last value, which a loaded module has in its table; or false */
+static bool push_module_name(lua_State *L, int fn) {
+  bool found = false;
+  luaL_checkstack(L, 10, NULL);
+  luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
+  for (lua_pushnil(L); !found && lua_next(L, fn + 1);) { /* loaded name module */
+    if (lua_type(L, fn + 2) == LUA_TSTRING && lua_istable(L, fn + 3))
+      for (lua_pushnil(L); !found && lua_next(L, fn + 3);) { /* … key value */
+        found = lua_type(L, fn + 4) == LUA_TSTRING && lua_rawequal(L, -1, fn);
+        if (!found) lua_pop(L, 1);
+      }
+    if (!found) lua_settop(L, fn + 2);
+  }
   if (!found) {
     lua_settop(L, fn);
-    found = push_method(L, fn);
+    return false;
   }
-  if (!found) {
-    luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
-    for (lua_pushnil(L); !found && lua_next(L, fn + 1);) { /* loaded name module */
-      if (lua_type(L, fn + 2) == LUA_TSTRING && lua_istable(L, fn + 3))
-        for (lua_pushnil(L); !found && lua_next(L, fn + 3);) { /* … key value */
-          found = lua_type(L, fn + 4) == LUA_TSTRING && lua_rawequal(L, -1, fn);
-          if (!found) lua_pop(L, 1);
-        }
-      if (!found) lua_settop(L, fn + 2);
-    }
-    if (found && strcmp(lua_tostring(L, fn + 2), LUA_GNAME) == 0)
-      lua_pushvalue(L, fn + 4);
-    else if (found)
-      lua_pushfstring(L, "%s.%s", lua_tostring(L, fn + 2), lua_tostring(L, fn + 4));
-    else
-      lua_pushliteral(L, "[C]");
-  }
-  lua_copy(L, -1, fn + 1);
+  if (strcmp(lua_tostring(L, fn + 2), LUA_GNAME) == 0)
+    lua_pushvalue(L, fn + 4);
+  else
+    lua_pushfstring(L, "%s.%s", lua_tostring(L, fn + 2), lua_tostring(L, fn + 4));
+  lua_replace(L, fn + 1);
   lua_settop(L, fn + 1);
+  return true;
+}
+
+void blame_push_name(lua_State *L) {
+  int fn = lua_gettop(L);
+  if (push_public_name(L)) {
+    lua_replace(L, fn + 1);
+    lua_settop(L, fn + 1);
+    return;
+  }
+  lua_settop(L, fn);
+  if (!push_method(L, fn) && !push_module_name(L, fn)) lua_pushliteral(L, "[C]");
 }
 
 /* [-0, +1, m] what the user calls the function at fn, which is that of `ar`; "?": that is not known. A class that is
@@ -121,7 +130,11 @@ static bool push_known_name(lua_State *L, lua_Debug *ar, int fn, int class) {
   bool variable = ar->nparams == 0 && !lua_iscfunction(L, fn); /* the arguments have no names */
   bool is_method = lua_getlocal(L, ar, variable ? -1 : 1) != NULL && lua_getmetatable(L, top + 1) &&
                    push_method_of(L, top + 2, fn);
-  if (!is_method) lua_pushliteral(L, "?");
+  if (!is_method) { /* of a module that is no field of ours yet */
+    lua_settop(L, top);
+    lua_pushvalue(L, fn);
+    if (!push_module_name(L, top + 1)) lua_pushliteral(L, "?");
+  }
   lua_insert(L, top + 1);
   lua_settop(L, top + 1);
   return is_method;

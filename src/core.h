@@ -403,7 +403,7 @@ enum runtime_uservalue {
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
   RUNTIME_HAND,       /* the function that hands a task over */
-  RUNTIME_GIVEN,      /* slot -> the token that a fiber naps with */
+  RUNTIME_GIVEN,      /* fiber -> the token that it naps with, weak keys */
   RUNTIME_COROUTINES, /* coroutine made by coflow.coroutine -> its record, weak keys */
   RUNTIME_LEAVER,     /* the function that records where an error has left a coroutine */
   RUNTIME_WRAP_MAIN,  /* the body of coroutines made by wrap */
@@ -412,6 +412,7 @@ enum runtime_uservalue {
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
   RUNTIME_OPENED, /* … PeriodicTimer, File or Watcher made in it -> where, or true; weak keys. And a
                       ** list of what was collected while it was open, in words */
+  RUNTIME_LOSSES,    /* the function that notes that */
   RUNTIME_TIMERS,    /* index of a deadline -> the armed Timer that it is part of, or false */
   RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
   RUNTIME_SPARE,     /* a blank fiber for the next tick of a Timer, or nil */
@@ -1264,7 +1265,7 @@ static inline void testing_opened(lua_State *L, struct runtime *rt) {
   if (rt->births != NULL) testing_note_opened(L, rt);
 }
 void testing_note_lost(lua_State *L, int i);
-/* [-0, +0, m] the open object at i, of these or of handle.c's, has been collected: its test has left it */
+/* [-0, +0, -] the open object at i, of these or of handle.c's, has been collected: its test has left it */
 static inline void testing_lost(lua_State *L, struct runtime *rt, int i) {
   if (rt->births != NULL) testing_note_lost(L, i);
 }

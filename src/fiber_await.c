@@ -343,7 +343,6 @@ static int try_await_with_k(lua_State *L, int status, lua_KContext ctx) {
   runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
   if (!task_done(t)) return task_push_outcome(L, 1, on); /* raises the cancellation */
   on->flags |= TASK_OBSERVED;
-  on->flags |= TASK_OBSERVED;
   lua_remove(L, 1);
   return try_await_k(L, LUA_OK, (lua_KContext)t);
 }

@@ -531,7 +531,7 @@ static void runtime_new(lua_State *L) {
   runtime_table(L, RUNTIME_TOKENS, "k");
   runtime_table(L, RUNTIME_PLANS, "k");
   runtime_table(L, RUNTIME_HANDED, "v");
-  runtime_table(L, RUNTIME_GIVEN, NULL);
+  runtime_table(L, RUNTIME_GIVEN, "k");
   runtime_table(L, RUNTIME_COROUTINES, "k");
   runtime_table(L, RUNTIME_TIMERS, NULL);
   lua_getiuservalue(L, -1, RUNTIME_ANCHORS);

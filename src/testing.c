@@ -492,20 +492,25 @@ static void push_opening(lua_State *L, int i) {
     lua_pushnil(L);
 }
 
-/* Its weak key is there until its finalizer has run. What calls this runs in the midst of anything, but a traversal
-** of that table. */
-void testing_note_lost(lua_State *L, int i) {
-  int top = lua_gettop(L);
-  luaL_checkstack(L, 10, NULL);
-  push_opening(L, i);
-  if (lua_toboolean(L, top + 1) &&
-      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) { /* place list */
-    lua_pushfstring(L, "a %s that was open when it was collected", luaL_tolstring(L, i, NULL));
-    if (lua_isstring(L, top + 1))
-      lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, top + 1));
-    lua_rawseti(L, top + 2, (lua_Integer)lua_rawlen(L, top + 2) + 1);
+/* note_lost(object). Its weak key is there until its finalizer has run. What calls this runs in the midst of anything, but a
+** traversal of that table. */
+static int note_lost(lua_State *L) {
+  push_opening(L, 1);
+  if (lua_toboolean(L, 2) &&
+      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) { /* object place list */
+    lua_pushfstring(L, "a %s that was open when it was collected", luaL_tolstring(L, 1, NULL));
+    if (lua_isstring(L, 2))
+      lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 2));
+    lua_rawseti(L, 3, (lua_Integer)lua_rawlen(L, 3) + 1);
   }
-  lua_settop(L, top);
+  return 0;
+}
+
+void testing_note_lost(lua_State *L, int i) {
+  lua_pushvalue(L, i);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LOSSES);
+  lua_insert(L, -2);
+  if (lua_pcall(L, 1, 0, 0) != LUA_OK) lua_pop(L, 1); /* no memory: it is not missed */
 }
 
 /* lost() -> a list of what was made in the test and has been collected while it was open, in words; each is told once */
@@ -624,6 +629,8 @@ static const luaL_Reg functions[] = {
     {"lost", l_lost},     {NULL, NULL}};
 
 void testing_open(lua_State *L) {
+  module_push_function(L, note_lost);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LOSSES);
   lua_newtable(L);
   module_functions(L, functions);
   lua_setfield(L, -2, "testing");

@@ -318,9 +318,21 @@ static void let_go(lua_State *L, struct runtime *rt, struct fiber *f, struct tok
   fiber_park(L, f, false, false);
 }
 
+/* [-0, +0, m] The token at index 2, in whose list f will be, lives as long as f naps: this stack may be gone then, for
+** somebody closes the coroutine. It is no more than a key that holds it, lest what the token knows of held f. */
+static void keep_given(lua_State *L, struct runtime *rt, struct fiber *f) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
+  bool held = fiber_push_me(L, rt, f);
+  lua_pushvalue(L, 2);
+  lua_rawset(L, -3);
+  lua_pop(L, 1);
+  fiber_park(L, f, true, held);
+}
+
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);
+<<<<<<< HEAD
   /* f is in the list of the token until the nap ends, also when somebody closes the coroutine and this stack is gone */
   if (k != NULL) {
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
@@ -328,6 +340,9 @@ void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double
     lua_rawseti(L, -2, f->task.slot);
     lua_pop(L, 1);
   }
+=======
+  if (k != NULL) keep_given(L, rt, f);
+>>>>>>> 07ba8e8708360433a599dd9ac2e6542db86d9712
   f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .given = k != NULL};
   f->task.state = TASK_WAITING;
   if (deaf) f->task.flags |= TASK_DEAF;

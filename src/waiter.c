@@ -182,9 +182,13 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   if (!n->given) return;
   n->given = false;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
-  lua_pushnil(L);
-  lua_rawseti(L, -2, f->task.slot);
-  lua_pop(L, 1);
+  task_push(L, &f->task);
+  if (!lua_isnil(L, -1)) { /* else its coroutine is being closed: held as long as it lives */
+    lua_pushnil(L);
+    lua_rawset(L, -3);
+    lua_pushnil(L);
+  }
+  lua_pop(L, 2);
 }
 
 bool waiter_push_name(lua_State *L, struct fiber *f) {
