@@ -332,17 +332,7 @@ static void keep_given(lua_State *L, struct runtime *rt, struct fiber *f) {
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due) {
   struct runtime *rt = runtime(L);
   deadline_reserve(L, rt);
-<<<<<<< HEAD
-  /* f is in the list of the token until the nap ends, also when somebody closes the coroutine and this stack is gone */
-  if (k != NULL) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
-    lua_pushvalue(L, 2);
-    lua_rawseti(L, -2, f->task.slot);
-    lua_pop(L, 1);
-  }
-=======
   if (k != NULL) keep_given(L, rt, f);
->>>>>>> 07ba8e8708360433a599dd9ac2e6542db86d9712
   f->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .given = k != NULL};
   f->task.state = TASK_WAITING;
   if (deaf) f->task.flags |= TASK_DEAF;
