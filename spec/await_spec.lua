@@ -785,6 +785,15 @@ describe("await and try_await with a token", function()
     assert.is_true(awaiter:start(ran):await())
   end))
 
+  it("refuse a source in its place", in_task(function()
+    local delay = flow.delay(1)
+    for _, await in ipairs { flow.await, flow.try_await, delay.await, delay.try_await } do
+      local err = raised(await, delay, Source())
+      assert.truthy(err:find("CancellationToken expected, got coflow.CancellationTokenSource", 1, true), err)
+    end
+    delay:await()
+  end))
+
   it("take no notice of what else a call has returned", in_task(function()
     local function two() return flow.delay(1), 5, "x" end
     flow.await(two())

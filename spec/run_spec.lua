@@ -318,6 +318,21 @@ describe("flow.main", function()
     end
   end)
 
+  it("is canceled by a signal though tasks are ready all the time", function()
+    local result = main [[
+      io.popen("kill -TERM $PPID"):close()
+      while true do flow.yield() end
+    ]]
+    assert.equal(143, result.code)
+  end)
+
+  it("tells of a deadlock as run does", function()
+    local result = main [[
+      flow.TaskCompletionSource().task:await()
+    ]]
+    assert.equal(1, select(2, result.err:gsub("\n\ttask ", "")), result.err)
+  end)
+
   it("reports what nobody has observed though the state is not closed", function()
     local result = child [[
       local flow = require "coflow"

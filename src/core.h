@@ -1229,8 +1229,8 @@ void poll_watch_signals(struct runtime *rt, bool on);
 
 /* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
 void deadlock_push_wait(lua_State *L, int i);
-void deadlock_push(lua_State *L,
-                   struct runtime *rt); /* [-0, +1, m] the error that nothing can go on */
+/* [-0, +1, m] the error that nothing can go on, for whoever runs the loop; f: for that operation at the top level, or NULL */
+void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f);
 
 /* ---- shutdown.c: the end of the state ---- */
 

@@ -35,8 +35,16 @@ void deadlock_push_wait(lua_State *L, int i) {
   lua_settop(L, top + 1);
 }
 
-/* [-0, +1, m] what waits where, a line each */
-static void push_report(lua_State *L) {
+/* f, by which the top level awaits a task, is told of by that task */
+static bool is_told(lua_State *L, struct fiber *f) {
+  if (f->task.state != TASK_WAITING || fiber_naps(f) || !fiber_push_awaited(L, f)) return false;
+  const struct task *on = (const struct task *)lua_touserdata(L, -1);
+  lua_pop(L, 1);
+  return task_is(on, KIND_FIBER) && on->flags & TASK_STARTED && on->state == TASK_WAITING;
+}
+
+/* [-0, +1, m] what waits where, a line each; f: an operation at the top level, or NULL */
+static void push_report(lua_State *L, struct fiber *f) {
   enum { LINES = 30 };
   int lines = 0, more = 0;
   luaL_checkstack(L, 20, NULL);
@@ -51,6 +59,7 @@ static void push_report(lua_State *L) {
     if (t == NULL || !task_is(t, KIND_FIBER)) continue;
     if (!(t->traits & TRAIT_HANDED) && !(t->flags & TASK_STARTED && t->state == TASK_WAITING))
       continue;
+    if (f != NULL && t == &f->task && is_told(L, f)) continue;
     task_push(L, t);
     if (lua_isnil(L, -1)) continue; /* somebody is closing its coroutine */
     if (++lines > LINES) {
@@ -76,8 +85,8 @@ static void push_report(lua_State *L) {
   lua_remove(L, list);
 }
 
-void deadlock_push(lua_State *L, struct runtime *rt) {
-  push_report(L);
+void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f) {
+  push_report(L, f);
   if (rt->clock == CLOCK_HELD && deadline_any(rt))
     error_push(L, ERROR_OPERATION,
                "deadlock: no task is ready, and the fake clock never advances: it stands at "

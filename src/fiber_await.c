@@ -297,6 +297,11 @@ static int await_other(lua_State *L, bool try) {
   return luaL_typeerror(L, 1, "Task or awaitable");
 }
 
+/* [-0, +0, v] a source in place of its token would cancel nothing, without a word */
+static void refuse_source(lua_State *L) {
+  if (object_test(L, 2, TAG_SOURCE) != NULL) luaL_typeerror(L, 2, "coflow.CancellationToken");
+}
+
 int fiber_await_value(lua_State *L) {
   struct task *t = (struct task *)object_test(L, 1, TAG_TASK);
   if (t == NULL) return await_other(L, false);
@@ -306,6 +311,7 @@ int fiber_await_value(lua_State *L) {
   struct fiber *me = fiber_here(L, rt);
   if (lua_gettop(L) != 1) {
     if (object_test(L, 2, TAG_TOKEN) != NULL) return timer_await_with(L);
+    refuse_source(L);
     lua_settop(L, 1); /* whatever else a call has returned */
   }
   if (me == NULL) return fiber_outside(L, fiber_await_value);
@@ -376,9 +382,10 @@ static int l_try_await(lua_State *L) {
   task_refuse_state(L, 1, t);
   struct fiber *me = fiber_here(L, rt);
   if (lua_gettop(L) != 1) {
-    if (object_test(L, 2, TAG_TOKEN) == NULL)
+    if (object_test(L, 2, TAG_TOKEN) == NULL) {
+      refuse_source(L);
       lua_settop(L, 1);
-    else if (me != NULL)
+    } else if (me != NULL)
       return try_await_with(L, me);
   }
   if (me == NULL) return fiber_outside(L, l_try_await);

@@ -430,7 +430,7 @@ static int run(lua_State *L, bool operation) {
     lua_setfield(L, 1, "name");
   }
   if (end == DRIVE_DEAD)
-    deadlock_push(L, rt);
+    deadlock_push(L, rt, operation ? root : NULL);
   else if (end == DRIVE_SIGNALED) {
     error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
     lua_pushinteger(L, rt->signaled);

@@ -49,8 +49,12 @@ static void run_uv(struct runtime *rt, uv_run_mode mode) {
   if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
 }
 
+/* libuv looks at nothing while nothing keeps its loop alive. The signals that end a program do not: here they count. */
 void poll_events(struct runtime *rt) {
-  if (rt->loop_open) run_uv(rt, UV_RUN_NOWAIT); /* else nothing can have happened */
+  if (!rt->loop_open) return; /* nothing can have happened */
+  for (int i = 0; rt->signals_open && i < 2; i++) uv_ref((uv_handle_t *)&rt->signals[i]);
+  run_uv(rt, UV_RUN_NOWAIT);
+  for (int i = 0; rt->signals_open && i < 2; i++) uv_unref((uv_handle_t *)&rt->signals[i]);
 }
 
 /* until libuv has something to tell, or the first deadline */
