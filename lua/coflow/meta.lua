@@ -44,17 +44,21 @@ function flow.spawn(fn, ...) end
 function flow.async(fn) end
 
 ---Waits until `x` is complete. A complete task returns at once, without suspending.
+---Cancellation: ends the wait, not the task.
 ---Raises: the task's error, the same value each time. InvalidOperation if the task would await itself, directly or
 ---round a circle; the message has the names.
 ---@param x coflow.Awaitable
+---@param token? coflow.CancellationToken
 ---@return any ... the task's values
-function flow.await(x) end
+function flow.await(x, token) end
 
 ---Waits as `await` does, and returns the outcome instead of raising it. Counts as observing a failure.
+---Cancellation: ends the wait, and is raised.
 ---@param x coflow.Awaitable
+---@param token? coflow.CancellationToken
 ---@return boolean ok
 ---@return any ... the task's values, or its error
-function flow.try_await(x) end
+function flow.try_await(x, token) end
 
 ---`pcall`, except that it lets an OperationCanceled through while the ambient token is canceled.
 ---For loops that go on after errors: with plain `pcall` such a loop would not end when its scope is canceled.
@@ -178,14 +182,16 @@ function flow.await_any(...) end
 ---@field configure_await fun(self: coflow.Task, captures: boolean): coflow.ConfiguredTask see task.lua
 local Task = {}
 
----Waits for it: `flow.await(task)`.
+---Waits for it: `flow.await(task, token)`.
+---@param token? coflow.CancellationToken
 ---@return any ... its values
-function Task:await() end
+function Task:await(token) end
 
----Waits for its outcome: `flow.try_await(task)`.
+---Waits for its outcome: `flow.try_await(task, token)`.
+---@param token? coflow.CancellationToken
 ---@return boolean ok
 ---@return any ... its values, or its error
-function Task:try_await() end
+function Task:try_await(token) end
 
 ---All its values.
 ---Raises: what `await` raises; InvalidOperation while it is not complete. It never waits.
@@ -761,13 +767,15 @@ flow.channel = {}
 ---Raises: what its clause would: a failed task's error, ChannelClosed of a write to a complete channel.
 ---Source: Go's select; the order among what is ready is that of the list.
 ---@param clauses table with `timeout` and `token` beside the list
+---@param token? coflow.CancellationToken if the table has none
 ---@return integer? index of the clause; nil after the timeout
 ---@return any value the item, true for a write, the task's first value; "timeout"
-function flow.channel.select(clauses) end
+function flow.channel.select(clauses, token) end
 
 ---@param clauses table
+---@param token? coflow.CancellationToken
 ---@return coflow.Task
-function flow.channel.select_async(clauses) end
+function flow.channel.select_async(clauses, token) end
 -- Coordination (coflow.sync) ----------------------------------------------------------------------
 
 -- What holds for all of these. Who asks gets what is there at once, unless others wait already; else it waits its
