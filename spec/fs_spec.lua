@@ -658,6 +658,10 @@ describe("watch", function()
     assert.same({ "b" }, kept:take(1):to_table())
     assert.same({ { kind = "rename", name = "c" } }, watcher:take(1):to_table_async():await())
     helper.raises("OperationCanceled", watcher.to_table, watcher, flow.CancellationToken.canceled)
+    for name, wrong in pairs { map = 5, take = -1, reduce = 1, to_table_async = {}, merge = 5 } do
+      local _, err = pcall(load("local watcher, wrong = ... watcher:" .. name .. "(wrong)", "=user"), watcher, wrong)
+      assert.truthy(err:find("user:1: bad argument #1 to '" .. name .. "' (", 1, true), err)
+    end
   end))
 
   it("tells of contents, and of one file alone", in_task(function(dir)

@@ -13,7 +13,7 @@ for name, method in pairs(Stream) do
   if not rawget(Watcher, name) then
     Watcher[name] = function(self, ...)
       core.check_class(1, self, "coflow.Watcher")
-      return method(stream.from(self), ...)
+      return (method(stream.from(self), ...)) -- no tail call: this is the function to be blamed
     end
   end
 end
