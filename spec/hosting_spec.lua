@@ -462,6 +462,15 @@ describe("Host", function()
       host:add(1)
     end)
   end))
+
+  it("takes a service that can be called, too", in_task(function()
+    local started = 0
+    local class = setmetatable({ start = function() started = started + 1 end }, { __call = error })
+    local host = flow.Host():add(class)
+    host:start()
+    host:stop()
+    assert.equal(1, started)
+  end))
 end)
 
 describe("BackgroundService", function()

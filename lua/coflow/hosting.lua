@@ -181,7 +181,7 @@ local service_functions = { "start", "stop", "execute", "dispose" }
 
 -- What is wrong with a service, or nil.
 local function problem(service)
-  if core.is_callable(service) then
+  if type(service) == "function" then
     return "service expected, got function: BackgroundService(fn) makes one of it"
   elseif type(service) ~= "table" then
     return "service expected, got " .. type(service)
