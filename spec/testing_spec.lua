@@ -1342,6 +1342,7 @@ describe("testing.it", function()
     refuses("#2", function() testing.it("x") end)
     refuses("#2", function() testing.it("x", 1) end)
     refuses("'sed'", function() testing.it("x", { sed = 1 }, nothing) end)
+    refuses("runs", function() testing.it("x", { runs = false }, nothing) end)
     refuses("#3", function() testing.it("x", {}, 1) end)
   end)
 

@@ -304,6 +304,7 @@ function testing.it(name, options, fn)
   core.check_function(options == nil and 2 or 3, fn)
   local run = options and options.runs and testing.explore or testing.run
   core.check_options(2, options, run == testing.run and it_options or explore_options)
+  if options and options.runs == false then core.argument_error(2, "runs must be an integer > 0") end
   local it = rawget(_G, "it")
   if it == nil and package.loaded.busted then it = package.loaded.busted.it end
   if it == nil then
