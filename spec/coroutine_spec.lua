@@ -1784,6 +1784,28 @@ describe("the async traceback", function()
     end
   end))
 
+  it("has where the error was raised that something of the library held up to close itself", in_task(function()
+    local lines = {}
+    local function fails()
+      lines[1] = here(1)
+      error("broken", 0)
+    end
+    local stream, lock = flow.stream, flow.Lock()
+    for _, fn in ipairs {
+      function() stream.from({ 1 }):for_each(fails) end,
+      function() stream.from({ 1 }):map(fails):iterate()() end,
+      function() lock:run(fails) end,
+    } do
+      local task = flow.spawn(function()
+        local ok, err = co.resume(co.create(fn))
+        lines[2] = here(1)
+        if not ok then error(err, 0) end
+      end)
+      task:try_await()
+      in_order(task:traceback(), "in task", lines[1], lines[2])
+    end
+  end))
+
   it("does not mix errors up: one that was caught is not told", in_task(function()
     local task = flow.spawn(function()
       pcall(co.wrap(function() error("caught") end))
