@@ -1806,6 +1806,15 @@ describe("the async traceback", function()
     end
   end))
 
+  it("does not grow for ever where equal strings are raised in a loop", in_task(function()
+    local task = flow.spawn(function()
+      for _ = 1, 3000 do co.resume(co.create(function() error("equal", 0) end)) end
+      error("equal", 0)
+    end)
+    task:try_await()
+    assert.is_true(#task:traceback() < 100000)
+  end))
+
   it("does not mix errors up: one that was caught is not told", in_task(function()
     local task = flow.spawn(function()
       pcall(co.wrap(function() error("caught") end))

@@ -34,7 +34,7 @@ enum record_field {
   RECORD_ROOT,  /* the innermost one, or nil */
   RECORD_TASK
 };
-enum { SEGMENTS = 40, FRAMES = 30, LEVELS = 1000 };
+enum { SEGMENTS = 40, FRAMES = 30, LEVELS = 1000, LENGTH = 1 << 16 };
 
 /* ---- the stack as text ---- */
 
@@ -192,7 +192,10 @@ static void record_new(lua_State *L, lua_State *from, int level, bool body) {
       lua_pop(L, 1);
       lua_rawgeti(L, 4, RECORD_TEXT);
       lua_insert(L, -2);
-      lua_concat(L, 2);
+      if (lua_rawlen(L, -2) > LENGTH) /* a loop, more likely, that catches equal strings */
+        lua_remove(L, -2);
+      else
+        lua_concat(L, 2);
       lua_rawgeti(L, 4, RECORD_INNER);
     } else {
       lua_pop(L, 1);
