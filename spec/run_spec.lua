@@ -331,6 +331,7 @@ describe("flow.main", function()
       flow.TaskCompletionSource().task:await()
     ]]
     assert.equal(1, select(2, result.err:gsub("\n\ttask ", "")), result.err)
+    assert.is_nil(result.err:find("unobserved", 1, true), result.err)
   end)
 
   it("reports what nobody has observed though the state is not closed", function()

@@ -305,7 +305,7 @@ static int l_fault_gc(lua_State *L) {
   return 0;
 }
 
-/* report_garbage(): reports what nobody can observe any more now, before the program ends */
+/* report_garbage(task): reports what nobody can observe any more now, before the program ends; not that task */
 static int l_report_garbage(lua_State *L) {
   if (runtime(L)->faults > 0) lua_gc(L, LUA_GCCOLLECT);
   return 0;

@@ -7,7 +7,7 @@ local core = require "coflow.core"
 ---@class coflow
 local flow = {}
 
--- What the program ends with.
+-- What the program ends with; and its task, if that is left waiting: what was to be said of it has been said.
 local function exit_code(task)
   core.watch_signals(true)
   local ok, result = pcall(core.await, task)
@@ -21,8 +21,11 @@ local function exit_code(task)
   if ok then return type(result) == "number" and math.tointeger(result) or 0 end
   if signal and core.errors.is(result, "OperationCanceled") then return 128 + signal end
   io.stderr:write(core.error_text(result), "\n")
-  if task.is_completed then io.stderr:write(task:traceback(), "\n") end
-  return 1
+  if task.is_completed then
+    io.stderr:write(task:traceback(), "\n")
+    return 1
+  end
+  return 1, task
 end
 
 ---Runs `fn` as a program. SIGINT and SIGTERM cancel its ambient token, so that it can clean up; a second one
@@ -36,8 +39,8 @@ function flow.main(fn, ...)
   if core.current_task() then
     error(core.errors.InvalidOperation("main inside a task would block the event loop: call the function"), 0)
   end
-  local code = exit_code(core.spawn(fn, ...))
-  core.report_garbage() -- with the state left open, nobody would
+  local code, left = exit_code(core.spawn(fn, ...))
+  core.report_garbage(left) -- with the state left open, nobody would
   return code
 end
 
