@@ -894,12 +894,13 @@ describe("processes in virtual time", function()
   end)
 
   it("are not left behind by a test", function()
-    local pid
+    local pid, line
     local err = raises("InvalidOperation", testing.run, function()
-      pid = sh("exec sleep 100").pid
+      line = helper.here(1)
+      pid = process.spawn({ args = { "sleep", "100" } }).pid
     end)
     assert.matches("left something behind", err.message)
-    assert.matches("process " .. pid .. " runs", err.message, 1, true)
+    assert.matches("process " .. pid .. " runs, made at spec/" .. line, err.message, 1, true)
     flow.run(until_true, function() return status_of(pid) == nil end)
     testing.run(function()
       local p = sh("exec sleep 100", { detached = true })

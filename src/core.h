@@ -410,7 +410,7 @@ enum runtime_uservalue {
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
-  RUNTIME_OPENED, /* … PeriodicTimer, File or Watcher made in it -> where, or true; weak keys. And a
+  RUNTIME_OPENED, /* … PeriodicTimer, File, Watcher or process made in it -> where, or true; weak keys. And a
                       ** list of what was collected while it was open, in words */
   RUNTIME_LOSSES,    /* the function that notes that */
   RUNTIME_TIMERS,    /* index of a deadline -> the armed Timer that it is part of, or false */
@@ -1260,7 +1260,7 @@ static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t
 void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
 void testing_note_opened(lua_State *L, struct runtime *rt);
-/* [-0, +0, m] the PeriodicTimer, File or Watcher on top is to be disposed of before its test ends */
+/* [-0, +0, m] the PeriodicTimer, File or Watcher on top, or the address of a process, is to be disposed of before its test ends */
 static inline void testing_opened(lua_State *L, struct runtime *rt) {
   if (rt->births != NULL) testing_note_opened(L, rt);
 }

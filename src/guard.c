@@ -170,6 +170,7 @@ static int l_guard_close(lua_State *L) {
   if (!is_own(L, g)) {
     if (L != g->co) return refuse_stranger(L, g);
     unlink_guard(g); /* somebody else has closed that coroutine */
+    take(L, 1, GUARD_SAVED);
     return 0;
   }
   if (g->kind == GUARD_FLOW) {

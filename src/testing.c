@@ -537,6 +537,18 @@ static int l_lost(lua_State *L) {
   return 1;
 }
 
+/* [-0, +1, m] of a child that runs */
+static void push_process(lua_State *L, const uv_handle_t *h) {
+  int text = lua_gettop(L) + 1;
+  lua_pushfstring(L, "process %d runs", uv_process_get_pid((const uv_process_t *)(const void *)h));
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE &&
+      lua_rawgetp(L, -1, h) == LUA_TSTRING) {
+    lua_pushfstring(L, "%s, made at %s", lua_tostring(L, text), lua_tostring(L, -1));
+    lua_replace(L, text);
+  }
+  lua_settop(L, text);
+}
+
 /* left_open() -> the same of what is open: streams, listeners, handles of libuv */
 static int l_left_open(lua_State *L) {
   lua_Integer count = 0;
@@ -559,7 +571,7 @@ static int l_left_open(lua_State *L) {
   for (size_t i = 0; i < list.count; i++, lua_settop(L, 3)) {
     if (lua_rawgetp(L, 2, list.at[i]) != LUA_TNIL || push_watcher(L, list.at[i])) continue;
     if (process_is_child(list.at[i]))
-      lua_pushfstring(L, "process %d runs", uv_process_get_pid((uv_process_t *)list.at[i]));
+      push_process(L, list.at[i]);
     else
       lua_pushfstring(L, "an open %s handle", uv_handle_type_name(list.at[i]->type));
     lua_rawseti(L, 1, ++count);

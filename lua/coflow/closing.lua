@@ -1,8 +1,8 @@
 -- coflow.closing: calls that close what they have opened wherever they are made.
 --
--- An error that ends a coroutine of Lua's own closes nothing in it, until somebody closes the coroutine. There it is
--- held up, so that what is open here is closed, and then goes on. The async traceback still has where it was raised;
--- what the coroutine's own stack tells (debug.traceback) begins here.
+-- An error that ends a coroutine made by `create`, Lua's or ours, closes nothing in it, until somebody closes the
+-- coroutine. There it is held up, so that what is open here is closed, and then goes on. The async traceback still has
+-- where it was raised; what the coroutine's own stack tells (debug.traceback) begins here.
 --
 -- SPDX-License-Identifier: MIT
 

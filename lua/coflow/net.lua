@@ -9,7 +9,7 @@ local closing = require "coflow.closing"
 local under = require "coflow.under_token"
 local resolve = require("coflow.dns").resolve -- now: later there may be no descriptor to read it with
 local task_group = require("coflow.group").task_group
-require "coflow.scope"
+require "coflow.scope" -- now as well
 
 local net = core.open_net()
 
