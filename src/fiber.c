@@ -81,9 +81,8 @@ static bool is_idle(lua_State *co) { return lua_status(co) == LUA_YIELD; }
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
   if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) &&
-      lua_gethook(co) == lua_gethook(L) &&
-      idle_room(L, rt)) { /* one of its own is not for the next task */
-    if (held) {           /* else the slot holds it already */
+      idle_room(L, rt)) {
+    if (held) { /* else the slot holds it already */
       lua_pushthread(co);
       lua_xmove(co, L, 1);
       lua_rawseti(L, UP_ANCHORS, slot);
@@ -275,14 +274,13 @@ static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status)
   keep_name(L, rt, &f->task);
   scope_end_task(L, rt, f);
   lua_settop(L, BODY_HANDLER);
-  return lua_yieldk(L, 0, 0, start_k);
+  return lua_yieldk(L, 0, (lua_KContext)rt, start_k);
 }
 
 static int main_k(lua_State *L, int status, lua_KContext ctx) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, BODY_TASK);
-  (void)ctx;
   if (f == NULL) return luaL_error(L, "somebody has changed the stack of the task");
-  return finish(L, runtime(L), f, status);
+  return finish(L, (struct runtime *)ctx, f, status);
 }
 
 /* somebody else has resumed the coroutine, which waits for a task, or for the start of one */
@@ -290,24 +288,24 @@ static int refuse_stranger(lua_State *L, struct runtime *rt) {
   struct fiber *f = (struct fiber *)object_test(L, BODY_TASK, TAG_TASK);
   if (f != NULL && task_is(&f->task, KIND_FIBER) && f->co == L && !(f->task.flags & TASK_STARTED)) {
     lua_settop(L, BODY_RESULTS + (int)lua_tointeger(L, BODY_COUNT));
-    return lua_yieldk(L, 0, 0, start_k);
+    return lua_yieldk(L, 0, (lua_KContext)rt, start_k);
   }
   rt->meddled = true;
   lua_pushliteral(L, "cannot resume dead coroutine");
   return lua_error(L);
 }
 
+/* ctx is the runtime, here and in main_k: this is too often to ask for it */
 static int start_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
+  struct runtime *rt = (struct runtime *)ctx;
   struct fiber *f = (struct fiber *)rt->me;
-  (void)ctx;
   if (f->co != L || rt->entering == f) return refuse_stranger(L, rt);
-  status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_HANDLER, 0, main_k);
+  status = lua_pcallk(L, lua_gettop(L) - BODY_RESULTS, LUA_MULTRET, BODY_HANDLER, ctx, main_k);
   return finish(L, rt, f, status);
 }
 
 /* fiber_main(handler): the life of a coroutine */
-static int fiber_main(lua_State *L) { return lua_yieldk(L, 0, 0, start_k); }
+static int fiber_main(lua_State *L) { return lua_yieldk(L, 0, (lua_KContext)runtime(L), start_k); }
 
 /* as object_new does it, but that the compiler knows the size */
 struct fiber *fiber_blank(lua_State *L) {
@@ -345,18 +343,17 @@ static inline struct fiber *fit(lua_State *L, struct runtime *rt, struct fiber *
   f->co = co;
   f->task.slot = rt->idle[--rt->idle_count].slot;
   if (++rt->busy > rt->busy_peak) rt->busy_peak = rt->busy;
-  if (lua_gethook(co) != lua_gethook(L)) /* a new coroutine has that of who makes it */
+  if (lua_gethook(co) != lua_gethook(L)) /* as a new coroutine it has that of who makes it */
     lua_sethook(co, lua_gethook(L), lua_gethookmask(L), lua_gethookcount(L));
   scope_join(s, &f->member);
   testing_born(L, rt, f->task.slot);
   if (rt->me->flags & TASK_HAS_CONTEXT) context_inherit(L, -1, &f->task, rt->me);
-  int first = -arguments - 2;
-  lua_insert(L, first); /* task fn arguments */
-  lua_pushvalue(L, first);
-  lua_pushvalue(L, first); /* fn: it has moved up by one */
+  lua_pushvalue(L, -1);
+  lua_pushvalue(L, -arguments - 3); /* fn arguments task task fn */
   lua_xmove(L, co, 2);
   lua_pushinteger(co, arguments);
-  lua_xmove(L, co, arguments + 1);
+  lua_xmove(L, co, arguments + 2); /* and the task, which comes back: no insert, for speed */
+  lua_xmove(co, L, 1);
   return f;
 }
 
