@@ -307,6 +307,7 @@ struct scope {
   struct member member;
   struct link members;  /* fibers, operations and scopes */
   struct fiber *owner;  /* who opened it; NULL: it has ended */
+  struct runtime *rt;   /* at hand sooner than by the upvalue */
   struct scope *base;   /* the one of its owner as a task */
   struct scope *outer;  /* in which its owner was before, which it holds; of a base: NULL */
   struct scope *origin; /* canceled: the one whose cancellation it is */

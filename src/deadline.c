@@ -280,7 +280,8 @@ static void shrink(lua_State *L, struct deadlines *w) {
   w->used = 1;
 }
 
-bool deadline_has_room(lua_State *L, struct runtime *rt) {
+/* apart, so that asking whether there is room costs no more than that */
+static __attribute__((noinline)) bool make_room(lua_State *L, struct runtime *rt) {
   struct deadlines *w = rt->deadlines;
   if (rt->closed) return false;
   if (w == NULL) {
@@ -291,7 +292,13 @@ bool deadline_has_room(lua_State *L, struct runtime *rt) {
     w->used = 1;
     rt->deadlines = w;
   }
-  return w->free != 0 || w->used < w->size || grow(L, w);
+  return grow(L, w);
+}
+
+bool deadline_has_room(lua_State *L, struct runtime *rt) {
+  const struct deadlines *w = rt->deadlines;
+  if (w == NULL || rt->closed || (w->free == 0 && w->used >= w->size)) return make_room(L, rt);
+  return true;
 }
 
 void deadline_refuse(lua_State *L, const struct runtime *rt) {

@@ -130,6 +130,7 @@ static struct scope *scope_new(lua_State *L, struct runtime *rt, enum scope_kind
     lua_pop(L, 1);
   }
   link_init(&s->members);
+  s->rt = rt;
   s->outer = NULL;
   s->due = HUGE_VAL;
   s->deadline = (struct deadline){.kind = DEADLINE_SCOPE};
@@ -693,7 +694,7 @@ static int l_close(lua_State *L) {
   struct scope *s = check_scope(L, 1);
   if (s->owner == NULL || s->kind == SCOPE_BASE) return 0;
   s->closed = true;
-  if (!close_block(L, runtime(L), s, 2)) return 0;
+  if (!close_block(L, s->rt, s, 2)) return 0;
   lua_settop(L, 2);
   return lua_error(L);
 }
