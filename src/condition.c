@@ -117,6 +117,7 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   waiter_check_tokens(L, rt, CONDITION_TOKEN);
   check_held(L, CONDITION_MUTEX, CONDITION_OWNER);
   t->flags |= TASK_OBSERVED; /* we tell how it ended, if nothing worse happens */
+  op->direct = true;
   waiter_start(L, CONDITION_OPERATION, &s->waiters, CONDITION_TOKEN, scope);
   lock_lend(L, CONDITION_MUTEX, CONDITION_KEY);
   lua_remove(L, CONDITION_MUTEX);

@@ -186,6 +186,7 @@ static int wait_for(lua_State *L, struct sync *s, enum sync_what what, double se
   if (token_opt(L, 3) != NULL) { /* as an operation, whose scope is ours whatever flows to others */
     struct scope *scope = scope_ambient(L, rt);
     struct task *op = start(L, s, what, seconds, scope);
+    ((struct queued *)(void *)op)->direct = true;
     lua_settop(L, 4);
     lua_replace(L, 1);
     lua_settop(L, 1);

@@ -384,6 +384,7 @@ static int await_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
+  ((struct queued *)(void *)op)->direct = true;
   lua_replace(L, 1);
   lua_settop(L, 1);
   if (task_done(op)) return task_push_outcome(L, 1, op);
@@ -393,13 +394,26 @@ int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
 
 /* ---- handing over ---- */
 
+/* somebody has closed the coroutine that awaited it, and nobody else ever will */
+static bool is_orphan(lua_State *L, const struct queued *op) {
+  if (!op->direct) return false;
+  struct wait *w = task_waiters(&op->timed.pending.task);
+  if (w == NULL) return true;
+  bool awaited = fiber_push_awaited(L, container_of(w, struct fiber, u.wait));
+  lua_pop(L, 1);
+  return !awaited;
+}
+
 struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
   while (q->next != q) {
     struct nap *n = container_of(q->next, struct nap, link);
     push_waiter(L, holder, n);
-    if (waiter_clause(n) != NULL) {
+    struct clause *c = waiter_clause(n);
+    if (c != NULL) {
       waiter_withdraw(L, -1, true);
-      return n;
+      if (!is_orphan(L, operation_of(c))) return n;
+      lua_pop(L, 1);
+      continue;
     }
     struct fiber *f = container_of(n, struct fiber, u.nap);
     drop(L, holder, n);
