@@ -396,7 +396,6 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
     lua_settop(L, 2);
     return lua_yieldk(L, 0, ctx, wait_k);
   }
-  lua_settop(L, 2);
   if (!lua_isnil(L, 2)) return 1;
   return push_end(L, 1, (struct channel *)lua_touserdata(L, 1), (enum ask)ctx) ? lua_error(L) : 1;
 }

@@ -117,7 +117,6 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   waiter_check_tokens(L, rt, CONDITION_TOKEN);
   check_held(L, CONDITION_MUTEX, CONDITION_OWNER);
   t->flags |= TASK_OBSERVED; /* we tell how it ended, if nothing worse happens */
-  op->direct = true;
   waiter_start(L, CONDITION_OPERATION, &s->waiters, CONDITION_TOKEN, scope);
   lock_lend(L, CONDITION_MUTEX, CONDITION_KEY);
   lua_remove(L, CONDITION_MUTEX);
@@ -126,6 +125,7 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   if (me->member.scope->canceled && !deaf) return retake(L, true); /* by a finalizer */
   if (task_done(t)) return retake(L, false);                       /* the same */
   if (deaf) me->task.flags |= TASK_DEAF;
+  op->direct = true; /* only now: it would be taken for one that nobody awaits */
   return fiber_await(L, rt, me, t, condition_k);
 }
 

@@ -260,7 +260,6 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
     lua_settop(L, 2);
     return lua_yieldk(L, 0, ctx, wait_k);
   }
-  lua_settop(L, 2);
   return 1;
 }
 

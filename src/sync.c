@@ -166,7 +166,6 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
     case WAITER_EXPIRED: lua_pushboolean(L, 0); return 1;
     default: break;
   }
-  lua_settop(L, 2);
   if (ctx != SYNC_WAIT) lock_own(L, 2);
   return 1;
 }

@@ -21,7 +21,7 @@
 **     k: switch (waiter_resumed(L, rt)) {     raises if it was interrupted, or waiter_fail'ed
 **       case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, k);
 **       case WAITER_EXPIRED: …                its time is up; it is in no queue
-**       case WAITER_GRANTED: …                index 2 is the value that it was granted
+**       case WAITER_GRANTED: …                index 2 is the value that it was granted; above it is what was there
 **     }
 **
 ** With an explicit token direct style is waiter_await of the operation, started under scope_ambient after
@@ -126,7 +126,7 @@ static void drop(lua_State *L, int i, struct nap *n) {
 /* where f is suspended: in its own coroutine, or in one that it is in; NULL: nowhere, somebody has closed it */
 static lua_State *stack_of(struct fiber *f) {
   lua_State *co = f->co;
-  if (co != NULL)
+  if (co != NULL && !f->u.nap.own)
     for (lua_State *inner; (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
   return co != NULL && lua_status(co) == LUA_YIELD ? co : NULL;
 }
@@ -204,7 +204,7 @@ int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link 
   bool deaf = t->flags & TASK_DEAF;
   t->flags &= (uint16_t)~TASK_DEAF; /* should the next ones raise */
   if (seconds != HUGE_VAL) deadline_reserve(L, rt);
-  me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}};
+  me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .own = me->co == L};
   bool held = fiber_push_me(L, rt, me);
   append(L, 1, q, &me->u.nap);
   if (deaf) t->flags |= TASK_DEAF;

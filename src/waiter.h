@@ -35,7 +35,7 @@ struct clause {
 struct queued {
   struct timed timed;
   uint32_t count;
-  bool direct; /* known to nobody but the fiber that awaits it */
+  bool direct; /* known to nobody but the fiber that awaits it, from when it does */
   struct clause clauses[];
 }; /* OP_INPUT: the holder, OP_KEYS: a value of its; of a select: lists of these, one for each clause */
 
