@@ -123,16 +123,20 @@ void token_attach(struct token *k, struct scope *s) {
 
 void token_detach(struct token *k) { k->scope = NULL; }
 
+/* [-0, +1, -] the token from which the cancellation of the one at i comes: that itself, if from no other */
+static void push_cause(lua_State *L, int i) {
+  if (lua_getiuservalue(L, i, TOKEN_CAUSE) != LUA_TNIL) return;
+  lua_pop(L, 1);
+  lua_pushvalue(L, i);
+}
+
 void token_inherit(lua_State *L, int k, int from) {
   k = lua_absindex(L, k);
   from = lua_absindex(L, from);
   ((struct token *)lua_touserdata(L, k))->canceled = true;
   lua_getiuservalue(L, from, TOKEN_REASON);
   lua_setiuservalue(L, k, TOKEN_REASON);
-  if (lua_getiuservalue(L, from, TOKEN_CAUSE) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_pushvalue(L, from);
-  }
+  push_cause(L, from);
   lua_setiuservalue(L, k, TOKEN_CAUSE);
 }
 
@@ -148,10 +152,7 @@ void token_push_error(lua_State *L, int i) {
   lua_setfield(L, -2, "token");
   lua_pushvalue(L, -2);
   lua_setfield(L, -2, "reason");
-  if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_pushvalue(L, i);
-  }
+  push_cause(L, i);
   lua_setfield(L, -2, "cause");
   lua_remove(L, -2);
 }
@@ -295,11 +296,7 @@ void token_follow(lua_State *L, int k, int up) {
   }
   if (above->canceled && !token->canceled) { /* a finalizer has canceled it */
     lua_getiuservalue(L, up, TOKEN_REASON);
-    lua_getiuservalue(L, up, TOKEN_CAUSE);
-    if (lua_isnil(L, -1)) {
-      lua_pop(L, 1);
-      lua_pushvalue(L, up);
-    }
+    push_cause(L, up);
     lua_pushnil(L); /* … reason cause list */
     int list = lua_gettop(L);
     token_mark_all(L, k, list - 2, list - 1, list);
@@ -460,10 +457,7 @@ static void follow_link(lua_State *L, int i, int up) {
   clear(L, i, r);
   if (child != NULL && !child->canceled && !child->disposed) {
     lua_getiuservalue(L, up, TOKEN_REASON);
-    if (lua_getiuservalue(L, up, TOKEN_CAUSE) == LUA_TNIL) {
-      lua_pop(L, 1);
-      lua_pushvalue(L, up);
-    }
+    push_cause(L, up);
     token_mark_all(L, top + 1, top + 2, top + 3, up); /* replaces `up`, which it is above */
   }
   lua_settop(L, top);
