@@ -546,19 +546,6 @@ void token_run_reported(lua_State *L) {
   lua_pop(L, 1);
 }
 
-/* cancel_token(token, reason, first) */
-int token_cancel(lua_State *L) {
-  struct token *token = token_check(L, 1);
-  lua_settop(L, 4);
-  bool fresh = !token->canceled && !token->never;
-  if (fresh) {
-    token_mark_all(L, 1, 2, 1, 4);
-    token_run(L, lua_toboolean(L, 3));
-  }
-  lua_pushboolean(L, fresh);
-  return 1;
-}
-
 /* arguments: a list of marked tokens */
 int token_run_callbacks(lua_State *L) {
   lua_settop(L, 1);

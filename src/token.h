@@ -44,8 +44,6 @@ void token_sweep(lua_State *L, struct token *token);
 void token_drop_registrations(lua_State *L, int k); /* [-0, +0, -] all those of the token at k */
 /* [-0, +0, -] as token_mark, and its scope */
 void token_mark_all(lua_State *L, int k, int reason, int cause, int run);
-/* cancel_token(token, reason, first) -> whether it was not canceled before */
-int token_cancel(lua_State *L);
 int token_run_callbacks(lua_State *L); /* run_callbacks(list of marked tokens) */
 
 /* ---- source.c ---- */
