@@ -545,6 +545,8 @@ static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0
 }
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
+/* [-0, +0, -] memory by Lua's allocator that is no object: collects nothing; NULL: there is none, or to == 0 */
+void *module_resize(lua_State *L, void *block, size_t from, size_t to);
 /* whether that is the source (lua_Debug) of a Lua file of the library, which a user wants not to see */
 static inline bool module_is_ours(const struct runtime *rt, const char *source) {
   return rt->library_length > 0 && strncmp(source, rt->library, rt->library_length) == 0;

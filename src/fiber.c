@@ -40,11 +40,9 @@ enum {
 static bool idle_room(lua_State *L, struct runtime *rt) {
   if (rt->idle_count < rt->idle_size) return true;
   if (rt->closed) return false;
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   size_t size = rt->idle_size ? rt->idle_size * 2 : MIN_IDLE;
   struct idle *idle =
-      (struct idle *)alloc(ud, rt->idle, rt->idle_size * sizeof *idle, size * sizeof *idle);
+      (struct idle *)module_resize(L, rt->idle, rt->idle_size * sizeof *idle, size * sizeof *idle);
   if (idle == NULL) return false;
   rt->idle = idle;
   rt->idle_size = size;

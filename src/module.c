@@ -33,6 +33,12 @@ void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   return o;
 }
 
+void *module_resize(lua_State *L, void *block, size_t from, size_t to) {
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  return alloc(ud, block, from, to);
+}
+
 void module_push_table(lua_State *L, int i, int uservalue) {
   if (i < 0) i = lua_absindex(L, i);
   if (lua_getiuservalue(L, i, uservalue) != LUA_TNIL) return;

@@ -178,9 +178,7 @@ static void add_tick(lua_State *L, struct runtime *rt, struct timer *t) {
   if (tick != NULL)
     rt->idle_ticks = tick->next;
   else {
-    void *ud;
-    lua_Alloc alloc = lua_getallocf(L, &ud);
-    tick = (struct task *)alloc(ud, NULL, 0, sizeof(struct tick));
+    tick = (struct task *)module_resize(L, NULL, 0, sizeof(struct tick));
     if (tick == NULL) luaL_error(L, "not enough memory");
   }
   *(struct tick *)(void *)tick =
@@ -189,11 +187,9 @@ static void add_tick(lua_State *L, struct runtime *rt, struct timer *t) {
 }
 
 static void free_ticks(lua_State *L, struct task *list) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   while (list != NULL) {
     struct task *next = list->next;
-    if (task_is(list, KIND_TICK)) alloc(ud, list, sizeof(struct tick), 0);
+    if (task_is(list, KIND_TICK)) module_resize(L, list, sizeof(struct tick), 0);
     list = next;
   }
 }

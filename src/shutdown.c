@@ -63,9 +63,11 @@ static void *keep(void *ud, void *block, size_t old, size_t size) {
 
 /* [-0, +0, -] The memory of a state that a thread may still write to is given up, all of it, and the code
 ** that it runs stays loaded. */
-static void keep_memory(lua_State *L, lua_Alloc alloc, void *ud) {
+static void keep_memory(lua_State *L) {
   static const char anything;
   Dl_info here;
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
   if (dladdr(&anything, &here) != 0) dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
   struct keeper *k = (struct keeper *)alloc(ud, NULL, 0, sizeof *k);
   fprintf(stderr, "coflow: closed while a system call is stuck in a thread: nothing is freed\n");
@@ -80,21 +82,19 @@ void shutdown_refuse(lua_State *L) {
 }
 
 void shutdown_run(lua_State *L, struct runtime *rt) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   rt->closed = true;
   if (rt->loop_open) {
     bool clean = close_uv(rt);
     file_close_all(rt);
     if (!clean)
-      keep_memory(L, alloc, ud);
+      keep_memory(L);
     else {
       signal_free(L, rt);
       read_free(rt);
     }
     rt->loop_open = rt->timer_armed = false; /* for finalizers that are still to come */
   }
-  alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
+  module_resize(L, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   if (rt->births) testing_forget(L, rt);
   if (rt->ready || rt->idle_ticks || rt->lands) periodic_close(L, rt);
   deadline_close(L, rt);

@@ -152,12 +152,10 @@ void signal_end_all(struct runtime *rt) {
 }
 
 void signal_free(lua_State *L, struct runtime *rt) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   while (rt->caught != NULL) {
     struct caught *s = rt->caught;
     rt->caught = s->next;
-    alloc(ud, s, sizeof *s, 0);
+    module_resize(L, s, sizeof *s, 0);
   }
 }
 
@@ -166,9 +164,7 @@ void signal_free(lua_State *L, struct runtime *rt) {
 /* [-0, +0, m] there is a handle for that signal */
 static void need(lua_State *L, struct runtime *rt, int number, bool once) {
   if (find(rt, number, once) != NULL) return;
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
+  struct caught *s = (struct caught *)module_resize(L, NULL, 0, sizeof *s);
   if (s == NULL) luaL_error(L, "not enough memory");
   *s = (struct caught){.next = rt->caught, .number = number, .once = once};
   uv_signal_init(&rt->loop,

@@ -86,12 +86,6 @@ struct births {
   uint32_t heads[HEADS]; /* of the lists of places */
 };
 
-static void *resize(lua_State *L, void *block, size_t old, size_t size) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  return alloc(ud, block, old, size);
-}
-
 /* the number of its place, or 0 */
 static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
   return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
@@ -113,8 +107,8 @@ static uint32_t find_place(lua_State *L, struct births *b) {
       return n;
   if (b->place_count == b->place_size) {
     uint32_t size = b->place_size ? b->place_size * 2 : 16;
-    struct place *places =
-        (struct place *)resize(L, b->places, b->place_size * sizeof *places, size * sizeof *places);
+    struct place *places = (struct place *)module_resize(
+        L, b->places, b->place_size * sizeof *places, size * sizeof *places);
     if (places == NULL) return 0;
     b->places = places;
     b->place_size = size;
@@ -130,7 +124,8 @@ static uint32_t find_place(lua_State *L, struct births *b) {
 static void note(lua_State *L, struct births *b, enum birth of, size_t at, uint32_t place) {
   if (at >= b->sizes[of]) {
     size_t old = b->sizes[of], size = old * 2 > at ? old * 2 : at + 64;
-    uint32_t *list = (uint32_t *)resize(L, b->of[of], old * sizeof *list, size * sizeof *list);
+    uint32_t *list =
+        (uint32_t *)module_resize(L, b->of[of], old * sizeof *list, size * sizeof *list);
     if (list == NULL) return;
     memset(list + old, 0, (size - old) * sizeof *list);
     b->of[of] = list;
@@ -152,9 +147,9 @@ void testing_forget(lua_State *L, struct runtime *rt) {
   if (b == NULL) return;
   rt->births = NULL;
   for (int of = 0; of < BIRTH_COUNT; of++)
-    resize(L, b->of[of], b->sizes[of] * sizeof *b->of[of], 0);
-  resize(L, b->places, b->place_size * sizeof *b->places, 0);
-  resize(L, b, sizeof *b, 0);
+    module_resize(L, b->of[of], b->sizes[of] * sizeof *b->of[of], 0);
+  module_resize(L, b->places, b->place_size * sizeof *b->places, 0);
+  module_resize(L, b, sizeof *b, 0);
 }
 
 /* ---- what is left ---- */
@@ -366,7 +361,7 @@ static int l_begin(lua_State *L) {
   loop_check_outside(L, "testing.run");
   if (rt->clock != CLOCK_REAL)
     return error_throw(L, ERROR_OPERATION, "testing.run inside another testing.run");
-  struct births *b = (struct births *)resize(L, NULL, 0, sizeof *b);
+  struct births *b = (struct births *)module_resize(L, NULL, 0, sizeof *b);
   if (b == NULL) return luaL_error(L, "not enough memory");
   /* nothing raises from here */
   memset(b, 0, sizeof *b);
