@@ -439,7 +439,7 @@ static inline int direct(lua_State *L, enum ask what, int k, lua_CFunction f) {
   struct channel *c = check(L, half_for(what));
   struct runtime *rt = runtime(L);
   if (what == ASK_WRITE) check_item(L, 2);
-  waiter_check_tokens(L, rt, k);
+  operation_check_tokens(L, rt, k);
   enum outcome outcome = attempt(L, rt, 1, c, what, 2, 0);
   return outcome == PENDING ? wait_for(L, c, what, k, f) : give(L, c, outcome);
 }

@@ -1154,6 +1154,16 @@ bool operation_canceled(const struct token *k, const struct scope *s); /* before
 void operation_push_canceled(lua_State *L, struct token *token, int k, struct scope *s);
 
 int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s);
+/* [-0, +0, e] raises if the token at k, or the ambient one, is canceled: before what is there is looked at */
+static inline void operation_check_tokens(lua_State *L, const struct runtime *rt, int k) {
+  struct scope *s = ((const struct fiber *)rt->me)->member.scope;
+  if (lua_gettop(L) < k) {
+    if (s->canceled) scope_throw(L, s);
+    return;
+  }
+  struct token *token = token_opt(L, k);
+  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
+}
 void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
 ONCE void timer_open(lua_State *L);
 

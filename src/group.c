@@ -264,11 +264,8 @@ static void push_never_stopped(lua_State *L) {
 static int l_wait_stopping(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct group *g = check_group(L);
-  struct token *k = token_opt(L, 2);
-  struct scope *s = ((struct fiber *)rt->me)->member.scope;
+  operation_check_tokens(L, rt, 2);
   lua_settop(L, 2);
-  if ((k != NULL && token_canceled(k)) || (s->canceled && !token_none(L, 2)))
-    return operation_throw_canceled(L, k, 2, s);
   if (g->stopping) return 0;
   if (g->ended) {
     push_never_stopped(L);

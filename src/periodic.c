@@ -465,16 +465,14 @@ static int l_wait(lua_State *L) {
   struct periodic *p = check_periodic(L);
   struct token *k = token_opt(L, 2);
   bool deaf = token_none(L, 2);
-  struct fiber *me = (struct fiber *)rt->me;
   check_no_waiter(L, p);
-  if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
-    return operation_throw_canceled(L, k, 2, me->member.scope);
+  operation_check_tokens(L, rt, 2);
   double now = loop_now(rt);
   if (p->closed || has_tick(p, now)) {
     lua_pushboolean(L, take_tick(p, now));
     return 1;
   }
-  me = fiber_here(L, rt);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_wait);
   timer_nap(L, me, k, deaf, now, p->next);
@@ -518,7 +516,7 @@ static int l_wait_async(lua_State *L) {
   lua_settop(L, 2);
   struct scope *s = operation_scope(L, 2);
   struct timed *op = operation_new(L, KIND_PERIOD, OP_INPUT, HUGE_VAL);
-  if (s->canceled || (k != NULL && token_canceled(k))) {
+  if (operation_canceled(k, s)) {
     operation_push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
     return 1;

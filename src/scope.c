@@ -748,13 +748,8 @@ void scope_refuse_yield(lua_State *L) {
 
 /* throw_if_canceled(token or nil): the error of the token, or of the ambient one; `none` opts out of both */
 static int l_throw_if_canceled(lua_State *L) {
-  struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
-  const struct token *k = token_opt(L, 1);
-  if (k != NULL && token_canceled(k)) {
-    token_push_error(L, 1);
-    return lua_error(L);
-  }
-  return s->canceled && !token_none(L, 1) ? scope_throw(L, s) : 0;
+  operation_check_tokens(L, runtime(L), 1);
+  return 0;
 }
 
 /* ---- Lua face ---- */

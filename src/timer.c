@@ -361,11 +361,9 @@ static int l_sleep(lua_State *L) {
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   bool deaf = token_none(L, 2);
-  struct fiber *me = (struct fiber *)rt->me;
-  if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
-    return operation_throw_canceled(L, k, 2, me->member.scope);
+  operation_check_tokens(L, rt, 2);
   if (seconds == 0) return 0;
-  me = fiber_here(L, rt);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
   double now = loop_now(rt);

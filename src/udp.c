@@ -398,10 +398,7 @@ static int l_try_send(lua_State *L) {
   struct sockaddr_storage to;
   bool addressed = !lua_isnil(L, 3);
   if (addressed) to = check_address(L, 3, 1);
-  struct token *token = token_opt(L, 5);
-  struct scope *scope = ((struct fiber *)u->handle.rt->me)->member.scope;
-  if (token != NULL ? operation_canceled(token, scope) : scope->canceled && !token_none(L, 5))
-    return operation_throw_canceled(L, token, 5, scope);
+  operation_check_tokens(L, u->handle.rt, 5);
   int status = UV_EAGAIN;
   if (addressed) map(u, &to);
   if (lua_toboolean(L, 6) || !waiter_any(&u->senders))

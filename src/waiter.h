@@ -46,16 +46,6 @@ void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-
 static inline void holder_drop(struct link *q) { /* in the finalizer of the holder */
   while (q->next != q) link_drop(q->next);
 }
-/* [-0, +0, e] raises if the token at k, or the ambient one, is canceled: before what is there is looked at */
-static inline void waiter_check_tokens(lua_State *L, const struct runtime *rt, int k) {
-  struct scope *s = ((const struct fiber *)rt->me)->member.scope;
-  if (lua_gettop(L) < k) {
-    if (s->canceled) scope_throw(L, s);
-    return;
-  }
-  struct token *token = token_opt(L, k);
-  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
-}
 static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
