@@ -583,7 +583,7 @@ static void push_promise(lua_State *L) {
   const struct token *k = token_check(L, 1);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) return;
   lua_pop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) { /* by a finalizer */
     lua_remove(L, -2);
     return;

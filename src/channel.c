@@ -611,7 +611,7 @@ static int l_completion(lua_State *L) {
   struct channel *c = check(L, TAG_READER);
   lua_settop(L, 1);
   if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1;
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1; /* by a finalizer */
   lua_settop(L, 3);
   lua_pushvalue(L, 3);

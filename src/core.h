@@ -689,6 +689,9 @@ static inline void task_refuse_state(lua_State *L, int i, const struct task *t) 
 struct task *task_awaitable(lua_State *L, int i);
 /* [-0, +1, m] mortal: it may die before it lands */
 struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool mortal);
+static inline struct task *task_new_promise(lua_State *L) { /* [-0, +1, m] to be settled by hand */
+  return task_new(L, KIND_PROMISE, sizeof(struct task), TASK_WAITERS, false);
+}
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */

@@ -278,7 +278,7 @@ void error_report_caught(lua_State *L) {
   int error = lua_gettop(L), stand_in = error + 3;
   task_push(L, rt->me);
   task_push_name(L, error + 1);
-  struct task *t = task_new(L, KIND_PROMISE, sizeof *t, 2, false); /* error me name task */
+  struct task *t = task_new_promise(L); /* error me name task */
   lua_pushvalue(L, error + 2);
   lua_setfield(L, stand_in, "name");
   t->flags |= TASK_OBSERVED; /* it is told here */

@@ -167,7 +167,7 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool w
 }
 
 void group_child_lost(lua_State *L, struct runtime *rt, struct group *g) {
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* stands for it */
+  task_new_promise(L); /* stands for it */
   error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of a task of the group");
   task_settle_faulted(L, rt, lua_gettop(L) - 1, 0);
   child_failed(L, g);
@@ -273,7 +273,7 @@ static int l_wait_stopping(lua_State *L) {
   }
   if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
     lua_pop(L, 1);
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
     lua_pushvalue(L, -2);
     lua_pushliteral(L, "wait_stopping");
@@ -324,7 +324,7 @@ static int join(lua_State *L, struct group *g) {
   struct fiber *me = (struct fiber *)rt->me;
   while (g->running > 0 && fiber_can_suspend(L, rt)) { /* else it is being abandoned */
     lua_settop(L, 1);
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     if (g->running == 0) break; /* a finalizer … */
     lua_pushvalue(L, -1);
     lua_setiuservalue(L, 1, GROUP_IDLE);

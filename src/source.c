@@ -172,7 +172,7 @@ static int l_source_cancel_async(lua_State *L) {
   lua_settop(L, 2);
   struct token *token = source_token(L, false); /* source reason token */
   if (token->disposed) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
     task_settle_faulted(L, rt, 4, 0);
     return 1;
@@ -185,7 +185,7 @@ static int l_source_cancel_async(lua_State *L) {
     token_mark_all(L, 3, 2, 3, 4);
   }
   if (lua_isnil(L, 4)) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     task_settle(L, rt, 5, 0);
     return 1;
   }

@@ -565,7 +565,7 @@ static int l_operation_gc(lua_State *L) {
 static int l_from_result(lua_State *L) {
   struct runtime *rt = runtime(L);
   int n = lua_gettop(L);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   lua_insert(L, 1);
   task_settle(L, rt, 1, n);
   return 1;
@@ -574,7 +574,7 @@ static int l_from_result(lua_State *L) {
 static int l_from_exception(lua_State *L) { /* nil is a legal error value */
   struct runtime *rt = runtime(L);
   lua_settop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   lua_insert(L, 1);
   task_settle_faulted(L, rt, 1, 0);
   return 1;
@@ -589,7 +589,7 @@ static int l_from_canceled(lua_State *L) {
     return error_throw(L, ERROR_ARGUMENT,
                        "from_canceled needs a token whose cancellation has been requested");
   lua_settop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   token_push_error(L, 1);
   task_settle_canceled(L, rt, 2);
   return 1;
@@ -608,7 +608,7 @@ static int l_completion_new(lua_State *L) {
   if (lua_gettop(L) > 0 && !lua_isnil(L, 1))
     return luaL_argerror(L, 1, "a TaskCompletionSource takes no arguments");
   object_new(L, TAG_COMPLETION, sizeof(uint32_t), 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   lua_setiuservalue(L, -2, COMPLETION_TASK);
   return 1;
 }
