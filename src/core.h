@@ -1188,7 +1188,8 @@ ONCE void periodic_open(lua_State *L);
 
 uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
 uv_loop_t *loop_check_uv(lua_State *L); /* [-0, +0, e] … or raises */
-double loop_now(struct runtime *rt);
+static inline double loop_real_now(void) { return (double)uv_hrtime() / 1e9; }
+double loop_now(struct runtime *rt);                          /* the same, or virtual */
 static inline double loop_after(double now, double seconds) { /* later, however short that is */
   double due = now + seconds;
   return due > now || seconds <= 0 ? due : nextafter(now, HUGE_VAL);

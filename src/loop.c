@@ -32,7 +32,7 @@ enum { SLICE = 256, LOOK = 16 };
 /* ---- time ---- */
 
 double loop_now(struct runtime *rt) {
-  return rt->clock != CLOCK_REAL ? rt->virtual_now : (double)uv_hrtime() / 1e9;
+  return rt->clock != CLOCK_REAL ? rt->virtual_now : loop_real_now();
 }
 
 /* ---- libuv's loop ---- */
@@ -243,7 +243,7 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
       if (rt->ready != NULL) testing_choose(rt);
       continue;
     }
-    double now = (double)uv_hrtime() / 1e9;
+    double now = loop_real_now();
     if (start == 0)
       start = now;
     else if (now - start > SLICE_SECONDS)
@@ -275,7 +275,7 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
     }
     timer_fire_due(L, rt);
     if (rt->ready != NULL || rt->stopping || rt->signaled) continue;
-    double now = (double)uv_hrtime() / 1e9;
+    double now = loop_real_now();
     if (now - rt->last_trim > TRIM_SECONDS) {
       fiber_trim(L);
       periodic_trim(L, rt);

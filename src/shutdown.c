@@ -21,16 +21,14 @@
 /* to send what was written, and again for threads to let go */
 #define CLOSE_SECONDS 2.0
 
-static void on_close(uv_handle_t *handle) { (void)handle; }
-
 static void close_any(uv_handle_t *handle, void *timer) {
-  if (handle != timer && !uv_is_closing(handle)) uv_close(handle, on_close);
+  if (handle != timer && !uv_is_closing(handle)) uv_close(handle, NULL);
 }
 
 /* false: a thread is stuck, so that libuv has not let go */
 static bool close_uv(struct runtime *rt) {
   uv_handle_t *timer = (uv_handle_t *)&rt->timer;
-  double start = (double)uv_hrtime() / 1e9;
+  double start = loop_real_now();
   uv_unref(timer); /* it bounds each wait, and is no reason for one */
   while (stdio_sends(rt) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   io_abort_all(rt);
@@ -38,14 +36,14 @@ static bool close_uv(struct runtime *rt) {
   uv_ref(timer);      /* nothing else may be a reason to poll for the end of children */
   process_end_all(rt);
   uv_unref(timer);
-  start = (double)uv_hrtime() / 1e9;
+  start = loop_real_now();
   handle_close_all(rt);
   watch_close_all(rt);
   signal_end_all(rt);
   uv_walk(&rt->loop, close_any, timer);
   while (uv_loop_alive(&rt->loop) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   if (uv_loop_alive(&rt->loop)) return false;
-  uv_close(timer, on_close);
+  uv_close(timer, NULL);
   uv_run(&rt->loop, UV_RUN_DEFAULT);
   return uv_loop_close(&rt->loop) == 0;
 }
