@@ -343,7 +343,7 @@ static int l_check_function(lua_State *L) {
   return blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
 }
 
-/* library(): notes where the Lua files of the library are, init.lua being the caller */
+/* library(): notes where the Lua files of the library are: beside the caller */
 static int l_library(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_Debug ar;

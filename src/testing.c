@@ -36,9 +36,6 @@
 
 enum { WINDOW = 64, PATIENCE = 256 };
 enum { HEADS = 256 };
-enum {
-  BEFORE_LIBRARY = 1
-}; /* in RUNTIME_BEFORE, besides address of handle -> true: births.library */
 
 /* ---- choice ---- */
 
@@ -77,8 +74,6 @@ struct place {
 };
 
 struct births {
-  const char *library; /* how the names of the library's own files begin, which are no places */
-  size_t library_length;
   uint32_t *of[BIRTH_COUNT]; /* -> number of its place, from 1 on; 0: from before the test */
   size_t sizes[BIRTH_COUNT];
   struct place *places;
@@ -99,7 +94,7 @@ static uint32_t find_place(lua_State *L, struct births *b) {
   do {
     if (!lua_getstack(L, level++, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
     lua_getinfo(L, "Sl", &ar);
-  } while (ar.currentline <= 0 || strncmp(ar.source, b->library, b->library_length) == 0);
+  } while (ar.currentline <= 0 || module_is_ours(runtime(L), ar.source));
   uint32_t *head = &b->heads[((unsigned)ar.currentline + ar.srclen * 31) % HEADS];
   for (uint32_t n = *head; n != 0; n = b->places[n - 1].next)
     if (b->places[n - 1].line == ar.currentline &&
@@ -339,15 +334,12 @@ static int l_idle(lua_State *L) {
 
 /* ---- Lua face ---- */
 
-/* begin(jumping, start, quiet, seed or nil, library): time is virtual from now on */
+/* begin(jumping, start, quiet, seed or nil): time is virtual from now on */
 static int l_begin(lua_State *L) {
   struct runtime *rt = runtime(L);
   double start = luaL_checknumber(L, 2), quiet = luaL_checknumber(L, 3);
-  luaL_checkstring(L, 5);
-  lua_settop(L, 5);
+  lua_settop(L, 4);
   lua_newtable(L);
-  lua_pushvalue(L, 5);
-  lua_rawseti(L, 6, BEFORE_LIBRARY);
   lua_newtable(L); /* … before opened */
   lua_createtable(L, 0, 1);
   lua_pushliteral(L, "k");
@@ -356,7 +348,7 @@ static int l_begin(lua_State *L) {
   struct handles list = list_handles(L);
   for (size_t i = 0; i < list.count; i++) { /* those that were there before */
     lua_pushboolean(L, 1);
-    lua_rawsetp(L, 6, list.at[i]);
+    lua_rawsetp(L, 5, list.at[i]);
   }
   loop_check_outside(L, "testing.run");
   if (rt->clock != CLOCK_REAL)
@@ -365,9 +357,8 @@ static int l_begin(lua_State *L) {
   if (b == NULL) return luaL_error(L, "not enough memory");
   /* nothing raises from here */
   memset(b, 0, sizeof *b);
-  b->library = lua_tolstring(L, 5, &b->library_length);
   rt->births = b;
-  lua_settop(L, 7);
+  lua_settop(L, 6);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_OPENED);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
   timer_shift(rt, loop_now(rt), start); /* deadlines from before have the same time left */
