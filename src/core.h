@@ -576,6 +576,10 @@ void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
 /* [-0, +1, m] that of the function of C on top: "string.rep" */
 void blame_push_name(lua_State *L);
+/* ar: the innermost line from that level of `at` on that is not the library's; false: there is none */
+bool blame_find_line(lua_State *L, lua_State *at, int level, lua_Debug *ar);
+/* [-0, +1, m] "file:line" of it, on the stack of L */
+void blame_push_place(lua_State *L, int level);
 /* for a public function in Lua, which calls us: its argument */
 int blame(lua_State *L, int n, const char *message);
 int blame_type(lua_State *L, int n, const char *expected, int i);
@@ -933,9 +937,6 @@ void coroutine_close_inner(lua_State *L, struct runtime *rt, lua_State *co);
 bool coroutine_has_body(lua_State *L, struct runtime *rt);
 /* [-0, +0, e] to yield: out of that scope */
 void coroutine_refuse(lua_State *L, const char *place);
-/* [-0, +1, m] "file:line" there, outside this library */
-void coroutine_push_place(lua_State *L, int level);
-
 ONCE void coroutine_open(lua_State *L);
 
 /* ---- cancel.c: sources, tokens, registrations ---- */

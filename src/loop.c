@@ -426,7 +426,7 @@ static int run(lua_State *L, bool operation) {
   if (end == DRIVE_DONE) return task_push_outcome(L, 1, &root->task);
   root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
   if (operation) {                   /* it is known by who asked for it */
-    coroutine_push_place(L, 1);
+    blame_push_place(L, 1);
     lua_setfield(L, 1, "name");
   }
   if (end == DRIVE_DEAD)

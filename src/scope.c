@@ -723,9 +723,7 @@ static void push_opening(lua_State *L, lua_State *co, const struct scope *s) {
   lua_Debug ar;
   for (int level = co == L; lua_getstack(co, level, &ar); level++) {
     if (!holds(co, &ar, s)) continue;
-    do lua_getinfo(co, "Sl", &ar); /* … and by whom of the user's that was called */
-    while ((ar.currentline <= 0 || module_is_ours(runtime(L), ar.source)) &&
-           lua_getstack(co, ++level, &ar));
+    if (!blame_find_line(L, co, level, &ar)) break; /* by whom of the user's that was called */
     lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
     return;
   }

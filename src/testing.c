@@ -90,11 +90,7 @@ static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
 ** that one was. 0: none, or no memory */
 static uint32_t find_place(lua_State *L, struct births *b) {
   lua_Debug ar;
-  int level = 0;
-  do {
-    if (!lua_getstack(L, level++, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
-    lua_getinfo(L, "Sl", &ar);
-  } while (ar.currentline <= 0 || module_is_ours(runtime(L), ar.source));
+  if (!blame_find_line(L, L, 0, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
   uint32_t *head = &b->heads[((unsigned)ar.currentline + ar.srclen * 31) % HEADS];
   for (uint32_t n = *head; n != 0; n = b->places[n - 1].next)
     if (b->places[n - 1].line == ar.currentline &&
