@@ -239,9 +239,8 @@ struct task {
   struct wait *waiters; /* the last one of a circular list; NULL, or one with another `on`: none */
   int32_t slot;         /* in the anchors; 0: none */
   uint32_t label : 24;  /* of a fiber: index of "file:line" in the labels */
-  uint32_t
-      mark : 7; /* of the combinator that last waited for it in direct style, or 0 (direct.c) */
-  uint32_t keeps : 1; /* TASK_WAITERS holds the combinator of t->waiters, list or no list */
+  uint32_t mark : 7;    /* of the await_all or await_any that last waited for it, or 0 (direct.c) */
+  uint32_t keeps : 1;   /* TASK_WAITERS holds the combinator of t->waiters, list or no list */
 };
 
 /* What can be interrupted: fibers and operations begin so. The link is in the list of the token that the
@@ -397,8 +396,8 @@ enum runtime_uservalue {
   RUNTIME_MODULE,        /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,    /* the body of every coroutine of ours */
   RUNTIME_FIBER_HANDLER, /* the message handler around their functions */
-  RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
-                  ** made in a scope (periodic.c) */
+  /* address -> what may die: a parked operation, the token of a scope, the last origin made in a scope (periodic.c) */
+  RUNTIME_WEAK,
   RUNTIME_TOKENS,     /* task -> { address of a scope of its = token }, weak keys */
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
@@ -410,8 +409,9 @@ enum runtime_uservalue {
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
-  RUNTIME_OPENED, /* … PeriodicTimer, File, Watcher or process made in it -> where, or true; weak keys. And a
-                      ** list of what was collected while it was open, in words */
+  /* … PeriodicTimer, File, Watcher or process made in it -> where, or true; weak keys. And a list of what was
+  ** collected while it was open, in words */
+  RUNTIME_OPENED,
   RUNTIME_LOSSES,    /* the function that notes that */
   RUNTIME_TIMERS,    /* index of a deadline -> the armed Timer that it is part of, or false */
   RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
@@ -737,10 +737,6 @@ ONCE void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: their coroutines, start, run ---- */
 
-struct token;
-bool token_armed(const struct token *k);
-int scope_throw(lua_State *L, struct scope *s);
-
 enum { FIBER_MAX_DEPTH = 16 }; /* how deep fibers run on top of each other on the C stack */
 enum { FIBER_WATCHED = 1 };    /* user value of the watch: its coroutine */
 
@@ -784,6 +780,8 @@ void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fib
 ONCE void fiber_open(lua_State *L);
 
 /* ---- fiber_await.c: where a task may suspend, and how it waits ---- */
+
+int scope_throw(lua_State *L, struct scope *s); /* raises the OperationCanceled of s */
 
 /* L belongs to the running task: its own coroutine, or the innermost one of ours that it is in */
 static inline bool fiber_on_top(lua_State *L, struct runtime *rt) {
@@ -914,8 +912,8 @@ ONCE void guard_open(lua_State *L);
 
 /* ---- coroutine.c: the coroutine library, with awaits that pass through ---- */
 
-static inline int coroutine_reset(lua_State *co,
-                                  lua_State *from) { /* runs its `<close>` variables */
+/* runs its `<close>` variables */
+static inline int coroutine_reset(lua_State *co, lua_State *from) {
 #if LUA_VERSION_RELEASE_NUM >= 50406
   return lua_closethread(co, from);
 #else
@@ -939,7 +937,7 @@ bool coroutine_has_body(lua_State *L, struct runtime *rt);
 void coroutine_refuse(lua_State *L, const char *place);
 ONCE void coroutine_open(lua_State *L);
 
-/* ---- cancel.c: sources, tokens, registrations ---- */
+/* ---- cancel.c: tokens, registrations ---- */
 
 struct token;
 struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, nothing and `none` */
@@ -964,11 +962,14 @@ void token_rearmed(lua_State *L, struct token *k); /* [-0, +0, -] it is armed no
 /* [-0, +0, m] it is canceled with the one at `up` */
 void token_follow(lua_State *L, int k, int up);
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
+ONCE void cancel_open(lua_State *L);
+
+/* ---- source.c: the right to cancel; the deadline of a token ---- */
+
 /* [-0, +0, m] the expiry at i is due: its token is canceled */
 void expiry_fire(lua_State *L, struct runtime *rt, int i);
 void expiry_land(lua_State *L, int i); /* [-0, +0, -] the callbacks of that token */
 void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
-ONCE void cancel_open(lua_State *L);
 ONCE void source_open(lua_State *L);
 
 /* ---- scope.c: the tree of ambient cancellation ---- */
@@ -1019,7 +1020,6 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope
 void scope_expire(lua_State *L, struct runtime *rt, struct scope *s);
 void scope_land(lua_State *L, int i);            /* [-0, +0, -] callbacks of the expired one at i */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
-int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
 /* a cancellation that leaves the running t now becomes a Timeout on its way: of a block of its own */
 bool scope_times_out(const struct task *t);
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
@@ -1207,8 +1207,8 @@ static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the en
     rt->ready_last->next = t;
   rt->ready_last = t;
 }
-static inline void loop_unready(struct runtime *rt,
-                                struct task *t) { /* the first one of the list */
+/* the first one of the list */
+static inline void loop_unready(struct runtime *rt, struct task *t) {
   rt->ready = t->next;
   t->next = NULL;
   t->flags &= (uint16_t)~TASK_LINKED;
@@ -1226,8 +1226,8 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t);
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
 /* the function at index 1 as a root task, with the arguments above it */
 int loop_run(lua_State *L);
-int loop_run_operation(
-    lua_State *L); /* … which is one of ours: when it fails to end, it is withdrawn */
+/* … which is one of ours: when it fails to end, it is withdrawn */
+int loop_run_operation(lua_State *L);
 
 ONCE void loop_init(struct runtime *rt);
 ONCE void loop_open(lua_State *L);

@@ -14,23 +14,22 @@
 
 /* ---- io.c: operations that libuv has in hands ---- */
 
-enum {
-  IO_PATH = OP_INPUT,
-  IO_FIRST
-}; /* of those on libuv: what errors call .path, or nil; then their own */
+/* user values of those on libuv: what errors call .path, or nil; then their own */
+enum { IO_PATH = OP_INPUT, IO_FIRST };
 
 struct io;
 struct io_class {
   const char *name;    /* of the task: "fs.open" */
   const char *syscall; /* of its errors, unless op->syscall tells another one */
-  int (*land)(
-      lua_State *L,
-      struct io *op); /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what
-                              ** it gives away last of all, and only if it is not done by then. */
-  void (*abort)(struct io *op); /* asks libuv to stop; io_end(op) if it has stopped at once */
-  void (*release)(
-      struct io *op); /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
-  void (*fail)(lua_State *L, struct io *op); /* or NULL: [-0, +1, m] the error for op->status < 0 */
+  /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what it gives away last of all, and only if
+  ** it is not done by then. */
+  int (*land)(lua_State *L, struct io *op);
+  /* asks libuv to stop; io_end(op) if it has stopped at once. No Lua. */
+  void (*abort)(struct io *op);
+  /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
+  void (*release)(struct io *op);
+  /* or NULL: [-0, +1, m] the error for op->status < 0 */
+  void (*fail)(lua_State *L, struct io *op);
 };
 struct io {
   struct pending pending;
@@ -87,13 +86,13 @@ struct handle;
 struct request;
 struct handle_class {
   const char *name; /* "stream" */
-  bool (*changed)(
-      struct handle *h); /* a waiter came or went, or it has landed. Is it in use? No Lua. */
+  /* a waiter came or went, or it has landed. Is it in use? No Lua. */
+  bool (*changed)(struct handle *h);
   void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
   void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
   uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
-  int64_t (*left)(struct handle *h);
   /* or NULL: who waited has given up: what its error tells as .written, or -1. No Lua. */
+  int64_t (*left)(struct handle *h);
 };
 struct handle {
   struct holder holder;
@@ -118,10 +117,10 @@ enum look {
 struct verb {
   const char *name;
   enum look (*look)(lua_State *L, int i, struct handle *h, struct request *r); /* [-0, +0/1, e] */
-  void (*take)(lua_State *L, int i, struct handle *h,
-               struct request *r); /* or NULL: [-0, +0, -] what `look` has shown */
-  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
+  /* or NULL: [-0, +0, -] what `look` has shown */
+  void (*take)(lua_State *L, int i, struct handle *h, struct request *r);
   /* [-0, +0, -] who asked is about to wait; false: look again */
+  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
   struct link *(*queue)(struct handle *h);
 };
 struct request {

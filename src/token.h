@@ -12,8 +12,7 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  bool
-      told; /* what those linked to it know of its being armed: once canceled, it stays as it was */
+  bool told; /* what those linked to it know: it is armed. Once canceled, it stays as it was */
   int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
   unsigned swept;   /* rt->unregistered when none of the list was dead */
