@@ -731,8 +731,7 @@ static int l_ambient_gc(lua_State *L) {
   struct token *k = (struct token *)object_test(L, 1, TAG_TOKEN);
   if (k == NULL || k->scope == NULL) return 0;
   struct scope *s = k->scope;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  if (lua_rawgetp(L, -1, k) != LUA_TNIL) return 0; /* called by hand */
+  if (task_push_weak(L, k)) return 0; /* called by hand */
   token_unfollow(L, 1);
   k->scope = NULL;
   if (s->token != k) return 0;

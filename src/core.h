@@ -700,6 +700,8 @@ void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor h
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
+/* [-0, +1, -] what has that address, and may die; false, and nil: it has */
+bool task_push_weak(lua_State *L, const void *p);
 /* [-0, +0, m] the operation at i may die while it is parked */
 void task_weaken(lua_State *L, int i);
 /* [-0, +0, -] the address p means nothing now */

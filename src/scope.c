@@ -254,10 +254,7 @@ static bool push_known_token(lua_State *L, const struct scope *s) {
     lua_pushnil(L);
     return false;
   }
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  lua_rawgetp(L, -1, s->token);
-  lua_remove(L, -2);
-  return !lua_isnil(L, -1);
+  return task_push_weak(L, s->token);
 }
 
 /* [-0, +0, -] what goes on in s is under the scope above it only */

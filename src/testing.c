@@ -205,21 +205,17 @@ static bool is_left_open(const struct runtime *rt, const struct handle *h) {
 /* [-0, +0 or +1, -] the same, if the running test has left it */
 static bool push_left_open(lua_State *L, const struct handle *h) {
   if (!is_left_open(runtime(L), h)) return false;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  bool alive = lua_rawgetp(L, -1, h) != LUA_TNIL; /* else its finalizer is about to run */
-  lua_remove(L, -2);
-  if (!alive) lua_pop(L, 1);
-  return alive;
+  if (task_push_weak(L, h)) return true;
+  lua_pop(L, 1); /* its finalizer is about to run */
+  return false;
 }
 
 /* [-0, +0 or +1, -] the open watcher of files with that handle, if it was made in a test */
 static bool push_watcher(lua_State *L, const uv_handle_t *h) {
   if (h->type != UV_FS_EVENT || uv_is_closing(h)) return false;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  bool found = lua_rawgetp(L, -1, h) != LUA_TNIL;
-  lua_remove(L, -2);
-  if (!found) lua_pop(L, 1);
-  return found;
+  if (task_push_weak(L, h)) return true;
+  lua_pop(L, 1);
+  return false;
 }
 
 struct open {
@@ -500,22 +496,21 @@ static int l_lost(lua_State *L) {
   struct runtime *rt = runtime(L);
   bool pending = false; /* a finalizer that has not run yet */
   lua_settop(L, 0);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
   for (struct link *l = rt->handles.next; l != &rt->handles && !pending; l = l->next) {
     struct handle *h = container_of(l, struct handle, link);
-    pending = is_left_open(rt, h) && lua_rawgetp(L, 1, h) == LUA_TNIL;
-    lua_settop(L, 1);
+    pending = is_left_open(rt, h) && !task_push_weak(L, h);
+    lua_settop(L, 0);
   }
   if (pending) lua_gc(L, LUA_GCCOLLECT);
-  lua_newtable(L); /* weak list opened */
+  lua_newtable(L); /* list opened */
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE)
-    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 3); n > 0; n--) {
-      lua_rawgeti(L, 3, n);
-      lua_rawseti(L, 2, n);
+    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 2); n > 0; n--) {
+      lua_rawgeti(L, 2, n);
+      lua_rawseti(L, 1, n);
       lua_pushnil(L);
-      lua_rawseti(L, 3, n);
+      lua_rawseti(L, 2, n);
     }
-  lua_settop(L, 2);
+  lua_settop(L, 1);
   return 1;
 }
 
