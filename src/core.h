@@ -1149,8 +1149,8 @@ void pending_hold(lua_State *L, struct pending *p, bool hold);
 /* [-0, +0, m] the operation at i, by hand */
 bool operation_cancel(lua_State *L, int i, int reason);
 /* What all operations share. k: index of the token that it was given, or of nil. */
-/* [-0, +1, m] */
-struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds);
+/* [-0, +1, m] one with no deadline (HUGE_VAL) is mortal: with one it is held until that passes */
+struct timed *operation_new(lua_State *L, int kind, size_t size, int uservalues, double seconds);
 struct scope *operation_scope(lua_State *L, int k); /* [-0, +0, m] that of a new one */
 /* [-0, +0, m] in flight */
 void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope *s);

@@ -515,7 +515,7 @@ static int l_wait_async(lua_State *L) {
   check_no_waiter(L, p);
   lua_settop(L, 2);
   struct scope *s = operation_scope(L, 2);
-  struct timed *op = operation_new(L, KIND_PERIOD, OP_INPUT, HUGE_VAL);
+  struct timed *op = operation_new(L, KIND_PERIOD, sizeof *op, OP_INPUT, HUGE_VAL);
   if (operation_canceled(k, s)) {
     operation_push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
