@@ -108,13 +108,8 @@ static int connect_land(lua_State *L, struct io *op) {
   return 1;
 }
 
-static void connect_fail(lua_State *L, struct io *op) {
-  lua_getiuservalue(L, 1, IO_PATH);
-  io_push_error(L, (int)op->status, "connect", lua_tostring(L, -1));
-}
-
 static const struct io_class connect_class = {"net.connect", "connect",       connect_land,
-                                              connect_abort, connect_release, connect_fail};
+                                              connect_abort, connect_release, NULL};
 
 /* [-0, +1, e] to what is named at i, given the token at k; NULL: canceled before */
 static struct connect_op *begin(lua_State *L, enum stream_kind kind, int i, int k, int *status) {
