@@ -57,6 +57,7 @@ int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that 
 /* [-0, +0/1, -] An argument that stands before the token, at i, may be left out: then the token stands in its place, and
 ** nil is put before it. */
 void io_token_last(lua_State *L, int i);
+const char *io_check_path(lua_State *L, int i); /* [-0, +0, v] a string that C takes whole */
 /* [-0, +0, m] into the table on top: as x_async and x */
 void io_functions(lua_State *L, const luaL_Reg *functions);
 /* [-0, +0, m] … of a class */

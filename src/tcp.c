@@ -162,11 +162,8 @@ static int l_connect_address(lua_State *L) {
 
 /* [-0, +0, v] */
 static const char *check_path(lua_State *L, int i) {
-  size_t n;
-  luaL_checktype(L, i, LUA_TSTRING);
-  const char *path = lua_tolstring(L, i, &n);
-  luaL_argcheck(L, n > 0 && memchr(path, '\0', n) == NULL, i,
-                n == 0 ? "a path is not empty" : "a path has no zero bytes");
+  const char *path = io_check_path(L, i);
+  luaL_argcheck(L, *path != '\0', i, "a path is not empty");
   return path;
 }
 
