@@ -670,7 +670,7 @@ static int push_inert(lua_State *L, int k) {
 static int register_callback(lua_State *L, bool capture) {
   struct runtime *rt = runtime(L);
   struct token *token = token_check(L, 1);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   int n = lua_gettop(L) - 1;
   if (n > 1) {
     lua_createtable(L, n, 1);

@@ -412,11 +412,8 @@ static int l_local_new(lua_State *L) {
     lua_getfield(L, 1, "value_changed");
     lua_getfield(L, 1, "flow");
     luaL_argcheck(L, lua_isnil(L, 2) || lua_type(L, 2) == LUA_TSTRING, 1, "name must be a string");
-    if (!lua_isnil(L, 4) && !lua_isfunction(L, 4)) {
-      luaL_argcheck(L, luaL_getmetafield(L, 4, "__call") != LUA_TNIL, 1,
-                    "value_changed must be a function");
-      lua_pop(L, 1);
-    }
+    luaL_argcheck(L, lua_isnil(L, 4) || module_is_callable(L, 4), 1,
+                  "value_changed must be a function");
     if (!lua_isnil(L, 5)) {
       const char *name = lua_type(L, 5) == LUA_TSTRING ? lua_tostring(L, 5) : "";
       while (flows[flow] && strcmp(flows[flow], name) != 0) flow++;

@@ -562,11 +562,10 @@ void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
 /* [-0, +0, m] into the table on top */
 void module_functions(lua_State *L, const luaL_Reg *functions);
-double module_seconds(lua_State *L, int i);  /* [-0, +0, v] >= 0, no NaN */
-void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
-static inline void module_check_callable(lua_State *L, int i) {
-  if (!lua_isfunction(L, i)) module_check_call(L, i);
-}
+double module_seconds(lua_State *L, int i);   /* [-0, +0, v] >= 0, no NaN */
+bool module_is_callable(lua_State *L, int i); /* [-0, +0, -] a function, or it has __call */
+/* [-0, +0, v] it is argument n of a public function in Lua (blame_type) */
+void module_check_function(lua_State *L, int n, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
@@ -607,6 +606,9 @@ static inline const char *argument_string(lua_State *L, int i, size_t *length) {
   const char *s = lua_tolstring(L, i, length);
   if (s == NULL) blame_argument_type(L, i, "string");
   return s;
+}
+static inline void argument_callable(lua_State *L, int i) { /* [-0, +0, v] */
+  if (!lua_isfunction(L, i) && !module_is_callable(L, i)) blame_argument_type(L, i, "function");
 }
 static inline void argument_type(lua_State *L, int i, int type) {
   if (lua_type(L, i) != type) blame_argument_type(L, i, lua_typename(L, type));

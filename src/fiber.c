@@ -572,7 +572,7 @@ void fiber_wake(lua_State *L, struct runtime *rt, struct fiber *f) {
 
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   loop_queue(rt, f);
   return 1;
@@ -622,7 +622,7 @@ static int async_call(lua_State *L) {
 }
 
 static int l_async(lua_State *L) {
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
   lua_pushvalue(L, 1);
@@ -633,7 +633,7 @@ static int l_async(lua_State *L) {
 /* Task.new(fn, ...): cold */
 static int l_new(lua_State *L) {
   struct runtime *rt = runtime(L);
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   fiber_make_cold(L, 1, f);
   return 1;

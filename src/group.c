@@ -197,7 +197,7 @@ static struct group *check_group(lua_State *L) {
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct group *g = check_group(L);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   if (g->ended)
     return error_throw(L, ERROR_OPERATION,
                        "the task group has ended: no task can be started in it any more");

@@ -447,7 +447,7 @@ int loop_run_operation(lua_State *L) { return run(L, true); }
 /* ---- Lua face ---- */
 
 static int l_run(lua_State *L) {
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   return loop_run(L);
 }
 

@@ -158,9 +158,15 @@ double module_seconds(lua_State *L, int i) {
   return (double)s;
 }
 
-void module_check_call(lua_State *L, int i) {
-  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) luaL_typeerror(L, i, "function");
+bool module_is_callable(lua_State *L, int i) {
+  if (lua_isfunction(L, i)) return true;
+  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) return false;
   lua_pop(L, 1);
+  return true;
+}
+
+void module_check_function(lua_State *L, int n, int i) {
+  if (!module_is_callable(L, i)) blame_type(L, n, "function", i);
 }
 
 /* [-0, +1, m] the message for the key on top, which is none of these n names */
@@ -339,8 +345,8 @@ static int l_type_error(lua_State *L) {
 /* check_function(n, value) */
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
-  if (lua_isfunction(L, 2) || luaL_getmetafield(L, 2, "__call") != LUA_TNIL) return 0;
-  return blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
+  module_check_function(L, (int)luaL_checkinteger(L, 1), 2);
+  return 0;
 }
 
 /* library(): notes where the Lua files of the library are: beside the caller */
@@ -360,7 +366,7 @@ static int l_library(lua_State *L) {
 /* is_callable(value) */
 static int l_is_callable(lua_State *L) {
   luaL_checkany(L, 1);
-  lua_pushboolean(L, lua_isfunction(L, 1) || luaL_getmetafield(L, 1, "__call") != LUA_TNIL);
+  lua_pushboolean(L, module_is_callable(L, 1));
   return 1;
 }
 

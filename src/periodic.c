@@ -299,7 +299,7 @@ static double opt_period(lua_State *L, int i) {
 /* Timer(fn, due, period) */
 static int l_timer_new(lua_State *L) {
   struct runtime *rt = runtime(L);
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   double due = module_seconds(L, 2), period = opt_period(L, 3);
   struct scope *s = scope_flowing(L, rt);
   struct timer *t = (struct timer *)object_new(L, TAG_TIMER, sizeof *t, TIMER_ORIGIN);

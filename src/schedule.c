@@ -547,7 +547,7 @@ static int l_is_scheduler(lua_State *L) {
 static int l_spawn_on(lua_State *L) {
   struct runtime *rt = runtime(L);
   schedule_check(L, 1);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 2, scope_flowing(L, rt)); /* scheduler task */
   fiber_make_cold(L, 2, f); /* should anything raise */
   if (schedule_give(L, 2, 1))
@@ -565,7 +565,7 @@ static int l_spawn_on(lua_State *L) {
 static int l_detached(lua_State *L) {
   struct runtime *rt = runtime(L);
   luaL_checktype(L, 1, LUA_TTABLE);
-  module_check_callable(L, 3);
+  argument_callable(L, 3);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 3, rt->root); /* home named task */
   fiber_make_cold(L, 3, f);                                        /* should anything raise */
   need_plan(L, 3);

@@ -603,17 +603,10 @@ static double opt_seconds(lua_State *L, int i) {
   return s;
 }
 
-/* [-0, +0, v] the callable at i, argument n of a public function in Lua */
-static void check_function(lua_State *L, int n, int i) {
-  if (lua_isfunction(L, i)) return;
-  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) blame_type(L, n, "function", i);
-  lua_pop(L, 1);
-}
-
 /* open_timeout(seconds or nil, fn) -> scope; checks the arguments of with_timeout */
 static int l_open_timeout(lua_State *L) {
   double seconds = opt_seconds(L, 1);
-  check_function(L, 2, 2);
+  module_check_function(L, 2, 2);
   if (seconds == 0) {
     struct runtime *rt = runtime(L);
     check_inside(L, rt, "with_timeout");
@@ -635,7 +628,7 @@ static int l_open_shield(lua_State *L) {
 /* open_linked(token, fn) -> scope, which is canceled with the token; checks for with_cancellation */
 static int l_open_linked(lua_State *L) {
   if (object_test(L, 1, TAG_TOKEN) == NULL) blame_type(L, 1, "coflow.CancellationToken", 1);
-  check_function(L, 2, 2);
+  module_check_function(L, 2, 2);
   struct token *k = token_opt(L, 1);
   lua_settop(L, 1);
   if (k != NULL && token_canceled(k)) {
