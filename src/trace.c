@@ -167,10 +167,10 @@ static void record_new(lua_State *L, lua_State *from, int level, bool body) {
   if (same) {
     lua_rawgeti(L, 3, RECORD_TASK);
     if (lua_touserdata(L, 4) == me) { /* recorded where it was caught to clean up; it goes on */
-      for (int field = RECORD_NAME; field <= RECORD_TASK; field += RECORD_TASK - RECORD_NAME) {
-        lua_pushnil(L);
-        lua_rawseti(L, 3, field);
-      }
+      lua_pushnil(L);
+      lua_rawseti(L, 3, RECORD_NAME);
+      lua_pushnil(L);
+      lua_rawseti(L, 3, RECORD_TASK);
       lua_settop(L, 3);
       lua_insert(L, 2);
       return;
