@@ -180,7 +180,16 @@ int listener_adopt(struct listener *l, int fd, const char *path);
 
 void listener_open(lua_State *L);
 bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
-enum { ADDRESS_SIZE = 80 }; /* of an address of IPv6, '%' and an interface */
+/* of either family: what the system is told of its length; its port, in the order of the net */
+static inline socklen_t address_length(const struct sockaddr_storage *a) {
+  return a->ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+}
+static inline in_port_t *address_port(struct sockaddr_storage *a) {
+  return a->ss_family == AF_INET ? &((struct sockaddr_in *)(void *)a)->sin_port
+                                 : &((struct sockaddr_in6 *)(void *)a)->sin6_port;
+}
+int address_socket(int family, int type); /* a descriptor, or an error of libuv. No Lua. */
+enum { ADDRESS_SIZE = 80 };               /* of an address of IPv6, '%' and an interface */
 /* the link-local ones with their interface, "fe80::1%eth0", without which they are nobody's. No Lua. */
 bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]);
 /* [-0, +0/1, m] "host:port" */

@@ -65,15 +65,20 @@ bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]) {
   return true;
 }
 
-/* a socket of ours that listens, or an error of libuv */
-static int listen_at(const struct sockaddr *address, socklen_t n, bool reuse_port, int backlog) {
+int address_socket(int family, int type) {
 #ifdef SOCK_CLOEXEC
-  int on = 1, fd = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  int fd = socket(family, type | SOCK_CLOEXEC, 0);
 #else
-  int on = 1, fd = socket(address->sa_family, SOCK_STREAM, 0);
+  int fd = socket(family, type, 0);
   if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
 #endif
-  if (fd < 0) return uv_translate_sys_error(errno);
+  return fd >= 0 ? fd : uv_translate_sys_error(errno);
+}
+
+/* a socket of ours that listens, or an error of libuv */
+static int listen_at(const struct sockaddr *address, socklen_t n, bool reuse_port, int backlog) {
+  int on = 1, fd = address_socket(address->sa_family, SOCK_STREAM);
+  if (fd < 0) return fd;
   if (address->sa_family != AF_UNIX) setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
   if ((!reuse_port || setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on) == 0) &&
       bind(fd, address, n) == 0 && listen(fd, backlog) == 0)
@@ -204,10 +209,8 @@ static int l_listen_address(lua_State *L) {
   bool reuse_port = lua_toboolean(L, 4);
   lua_settop(L, 1);
   address_push(L, &at);
-  return listen_on(L, STREAM_TCP, (struct sockaddr *)&at,
-                   at.ss_family == AF_INET6 ? sizeof(struct sockaddr_in6)
-                                            : sizeof(struct sockaddr_in),
-                   lua_tostring(L, 2), reuse_port, backlog);
+  return listen_on(L, STREAM_TCP, (struct sockaddr *)&at, address_length(&at), lua_tostring(L, 2),
+                   reuse_port, backlog);
 }
 
 /* listen_pipe(path, backlog) */
