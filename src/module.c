@@ -448,7 +448,8 @@ static const struct {
   void (*open)(lua_State *L); /* [-0, +0, m] into the module on top, functions last */
 } parts[] = {
     {"Timer PeriodicTimer", periodic_open},
-    {"open_group join_group group_ended take_group_state on_group_close", group_open},
+    {"open_group join_group group_ended take_group_state on_group_close closed_by_user",
+     group_open},
     {"channel_new channel_version check_batch", channel_open},
     {"select select_async", select_open},
     {"sync condition_wait check_condition enter_lock", sync_open},
