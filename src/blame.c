@@ -142,6 +142,22 @@ static bool push_known_name(lua_State *L, lua_Debug *ar, int fn, int class) {
 
 /* ---- of whom ---- */
 
+bool blame_find_line(lua_State *L, lua_State *at, int level, lua_Debug *ar) {
+  for (; lua_getstack(at, level, ar); level++) {
+    lua_getinfo(at, "Sl", ar);
+    if (ar->currentline > 0 && !module_is_ours(runtime(L), ar->source)) return true;
+  }
+  return false;
+}
+
+void blame_push_place(lua_State *L, int level) {
+  lua_Debug ar;
+  if (blame_find_line(L, L, level, &ar))
+    lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
+  else
+    lua_pushliteral(L, "a tail call");
+}
+
 static bool is_ours_at(lua_State *L, int level) {
   lua_Debug ar;
   return lua_getstack(L, level, &ar) && lua_getinfo(L, "S", &ar) &&

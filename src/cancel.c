@@ -123,16 +123,20 @@ void token_attach(struct token *k, struct scope *s) {
 
 void token_detach(struct token *k) { k->scope = NULL; }
 
+/* [-0, +1, -] the token from which the cancellation of the one at i comes: that itself, if from no other */
+static void push_cause(lua_State *L, int i) {
+  if (lua_getiuservalue(L, i, TOKEN_CAUSE) != LUA_TNIL) return;
+  lua_pop(L, 1);
+  lua_pushvalue(L, i);
+}
+
 void token_inherit(lua_State *L, int k, int from) {
   k = lua_absindex(L, k);
   from = lua_absindex(L, from);
   ((struct token *)lua_touserdata(L, k))->canceled = true;
   lua_getiuservalue(L, from, TOKEN_REASON);
   lua_setiuservalue(L, k, TOKEN_REASON);
-  if (lua_getiuservalue(L, from, TOKEN_CAUSE) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_pushvalue(L, from);
-  }
+  push_cause(L, from);
   lua_setiuservalue(L, k, TOKEN_CAUSE);
 }
 
@@ -148,10 +152,7 @@ void token_push_error(lua_State *L, int i) {
   lua_setfield(L, -2, "token");
   lua_pushvalue(L, -2);
   lua_setfield(L, -2, "reason");
-  if (lua_getiuservalue(L, i, TOKEN_CAUSE) == LUA_TNIL) {
-    lua_pop(L, 1);
-    lua_pushvalue(L, i);
-  }
+  push_cause(L, i);
   lua_setfield(L, -2, "cause");
   lua_remove(L, -2);
 }
@@ -295,11 +296,7 @@ void token_follow(lua_State *L, int k, int up) {
   }
   if (above->canceled && !token->canceled) { /* a finalizer has canceled it */
     lua_getiuservalue(L, up, TOKEN_REASON);
-    lua_getiuservalue(L, up, TOKEN_CAUSE);
-    if (lua_isnil(L, -1)) {
-      lua_pop(L, 1);
-      lua_pushvalue(L, up);
-    }
+    push_cause(L, up);
     lua_pushnil(L); /* … reason cause list */
     int list = lua_gettop(L);
     token_mark_all(L, k, list - 2, list - 1, list);
@@ -460,10 +457,7 @@ static void follow_link(lua_State *L, int i, int up) {
   clear(L, i, r);
   if (child != NULL && !child->canceled && !child->disposed) {
     lua_getiuservalue(L, up, TOKEN_REASON);
-    if (lua_getiuservalue(L, up, TOKEN_CAUSE) == LUA_TNIL) {
-      lua_pop(L, 1);
-      lua_pushvalue(L, up);
-    }
+    push_cause(L, up);
     token_mark_all(L, top + 1, top + 2, top + 3, up); /* replaces `up`, which it is above */
   }
   lua_settop(L, top);
@@ -552,19 +546,6 @@ void token_run_reported(lua_State *L) {
   lua_pop(L, 1);
 }
 
-/* cancel_token(token, reason, first) */
-int token_cancel(lua_State *L) {
-  struct token *token = token_check(L, 1);
-  lua_settop(L, 4);
-  bool fresh = !token->canceled && !token->never;
-  if (fresh) {
-    token_mark_all(L, 1, 2, 1, 4);
-    token_run(L, lua_toboolean(L, 3));
-  }
-  lua_pushboolean(L, fresh);
-  return 1;
-}
-
 /* arguments: a list of marked tokens */
 int token_run_callbacks(lua_State *L) {
   lua_settop(L, 1);
@@ -602,7 +583,7 @@ static void push_promise(lua_State *L) {
   const struct token *k = token_check(L, 1);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) return;
   lua_pop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) { /* by a finalizer */
     lua_remove(L, -2);
     return;
@@ -689,7 +670,7 @@ static int push_inert(lua_State *L, int k) {
 static int register_callback(lua_State *L, bool capture) {
   struct runtime *rt = runtime(L);
   struct token *token = token_check(L, 1);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   int n = lua_gettop(L) - 1;
   if (n > 1) {
     lua_createtable(L, n, 1);
@@ -750,8 +731,7 @@ static int l_ambient_gc(lua_State *L) {
   struct token *k = (struct token *)object_test(L, 1, TAG_TOKEN);
   if (k == NULL || k->scope == NULL) return 0;
   struct scope *s = k->scope;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  if (lua_rawgetp(L, -1, k) != LUA_TNIL) return 0; /* called by hand */
+  if (task_push_weak(L, k)) return 0; /* called by hand */
   token_unfollow(L, 1);
   k->scope = NULL;
   if (s->token != k) return 0;

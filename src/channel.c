@@ -438,7 +438,7 @@ static inline int direct(lua_State *L, enum ask what, int k, lua_CFunction f) {
   struct channel *c = check(L, half_for(what));
   struct runtime *rt = runtime(L);
   if (what == ASK_WRITE) check_item(L, 2);
-  waiter_check_tokens(L, rt, k);
+  operation_check_tokens(L, rt, k);
   enum outcome outcome = attempt(L, rt, 1, c, what, 2, 0);
   return outcome == PENDING ? wait_for(L, c, what, k, f) : give(L, c, outcome);
 }
@@ -610,7 +610,7 @@ static int l_completion(lua_State *L) {
   struct channel *c = check(L, TAG_READER);
   lua_settop(L, 1);
   if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1;
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1; /* by a finalizer */
   lua_settop(L, 3);
   lua_pushvalue(L, 3);

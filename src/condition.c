@@ -98,7 +98,7 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   luaL_checkstack(L, 30, NULL); /* another waiter may get the lock while all this is on it */
   lua_settop(L, CONDITION_OWNER);
   lua_getiuservalue(L, CONDITION_SELF, CONDITION_LOCK);
-  waiter_check_tokens(L, rt, CONDITION_TOKEN);
+  operation_check_tokens(L, rt, CONDITION_TOKEN);
   check_held(L, CONDITION_MUTEX, CONDITION_OWNER);
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) {
@@ -114,7 +114,7 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   struct task *t = &op->timed.pending.task;
   lock_push_stand_in(L, CONDITION_MUTEX);
   sync_check_live(L, s); /* once more, since finalizers were here */
-  waiter_check_tokens(L, rt, CONDITION_TOKEN);
+  operation_check_tokens(L, rt, CONDITION_TOKEN);
   check_held(L, CONDITION_MUTEX, CONDITION_OWNER);
   t->flags |= TASK_OBSERVED; /* we tell how it ended, if nothing worse happens */
   waiter_start(L, CONDITION_OPERATION, &s->waiters, CONDITION_TOKEN, scope);

@@ -37,11 +37,16 @@ enum { LOCAL_NAME = 1, LOCAL_DEFAULT, LOCAL_HANDLER };
 
 /* ---- what a task holds ---- */
 
+/* the value at i of some TASK_CONTEXT, if it is a pair; NULL: a map, or nil */
+static const struct pair *to_pair(lua_State *L, int i) {
+  const struct pair *p = (const struct pair *)lua_touserdata(L, i);
+  return p != NULL && p->tag == TAG_PAIR ? p : NULL;
+}
+
 /* [-0, +1, -] the map in which l lives, of the value at i of some TASK_CONTEXT; nil when empty */
 static void push_half(lua_State *L, int i, const struct local *l) {
-  const struct pair *p = (const struct pair *)lua_touserdata(L, i);
   bool none = l->flow == FLOW_NONE;
-  if (p != NULL && p->tag == TAG_PAIR)
+  if (to_pair(L, i) != NULL)
     lua_getiuservalue(L, i, none ? PAIR_PRIVATE : PAIR_FLOWING);
   else if (none)
     lua_pushnil(L);
@@ -85,8 +90,8 @@ static inline bool local_get(lua_State *L, struct local *l) {
 
 static bool is_watched(lua_State *L, int i) {
   const struct map *c = (const struct map *)lua_touserdata(L, i);
-  if (c == NULL) return false;
-  return c->tag == TAG_PAIR ? ((const struct pair *)(const void *)c)->watched : c->watched;
+  const struct pair *p = to_pair(L, i);
+  return p != NULL ? p->watched : c != NULL && c->watched;
 }
 
 void context_give(lua_State *L, int i, struct task *t) {
@@ -108,8 +113,7 @@ void context_push_flowing(lua_State *L, struct task *t) {
     return;
   }
   push_of(L, t);
-  const struct pair *p = (const struct pair *)lua_touserdata(L, -1);
-  if (p->tag == TAG_PAIR) {
+  if (to_pair(L, -1) != NULL) {
     lua_getiuservalue(L, -1, PAIR_FLOWING);
     lua_remove(L, -2);
   }
@@ -177,7 +181,7 @@ static bool push_seen(lua_State *L, int i, int l) {
   return false;
 }
 
-/* [-0, +0, -] the context on top of `old` became current: tell the handlers that see a difference.
+/* [-0, +0, -] the context at `new` is current, after that at `old`: tells the handlers that see a difference.
 ** Those of the old context first, in the order the locals were made, then those only in the new. */
 static void tell_switch(lua_State *L, int old, int new) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WATCHED);
@@ -277,7 +281,7 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
   push_half(L, context, o); /* context previous map */
   map_put(L, o->rt, lua_gettop(L), &o->key, v);
   lua_remove(L, -2); /* context previous map' */
-  bool pair = lua_touserdata(L, context) && *(uint32_t *)lua_touserdata(L, context) == TAG_PAIR;
+  bool pair = to_pair(L, context) != NULL;
   if (o->flow == FLOW_NONE) {
     if (pair)
       lua_getiuservalue(L, context, PAIR_FLOWING);
@@ -412,11 +416,8 @@ static int l_local_new(lua_State *L) {
     lua_getfield(L, 1, "value_changed");
     lua_getfield(L, 1, "flow");
     luaL_argcheck(L, lua_isnil(L, 2) || lua_type(L, 2) == LUA_TSTRING, 1, "name must be a string");
-    if (!lua_isnil(L, 4) && !lua_isfunction(L, 4)) {
-      luaL_argcheck(L, luaL_getmetafield(L, 4, "__call") != LUA_TNIL, 1,
-                    "value_changed must be a function");
-      lua_pop(L, 1);
-    }
+    luaL_argcheck(L, lua_isnil(L, 4) || module_is_callable(L, 4), 1,
+                  "value_changed must be a function");
     if (!lua_isnil(L, 5)) {
       const char *name = lua_type(L, 5) == LUA_TSTRING ? lua_tostring(L, 5) : "";
       while (flows[flow] && strcmp(flows[flow], name) != 0) flow++;

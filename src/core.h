@@ -239,9 +239,8 @@ struct task {
   struct wait *waiters; /* the last one of a circular list; NULL, or one with another `on`: none */
   int32_t slot;         /* in the anchors; 0: none */
   uint32_t label : 24;  /* of a fiber: index of "file:line" in the labels */
-  uint32_t
-      mark : 7; /* of the combinator that last waited for it in direct style, or 0 (direct.c) */
-  uint32_t keeps : 1; /* TASK_WAITERS holds the combinator of t->waiters, list or no list */
+  uint32_t mark : 7;    /* of the await_all or await_any that last waited for it, or 0 (direct.c) */
+  uint32_t keeps : 1;   /* TASK_WAITERS holds the combinator of t->waiters, list or no list */
 };
 
 /* What can be interrupted: fibers and operations begin so. The link is in the list of the token that the
@@ -400,8 +399,8 @@ enum runtime_uservalue {
   RUNTIME_MODULE,        /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,    /* the body of every coroutine of ours */
   RUNTIME_FIBER_HANDLER, /* the message handler around their functions */
-  RUNTIME_WEAK, /* address -> what may die: a parked operation, the token of a scope, the last origin
-                  ** made in a scope (periodic.c) */
+  /* address -> what may die: a parked operation, the token of a scope, the last origin made in a scope (periodic.c) */
+  RUNTIME_WEAK,
   RUNTIME_TOKENS,     /* task -> { address of a scope of its = token }, weak keys */
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
   RUNTIME_HANDED,     /* slot -> task in the hands of a scheduler or context, weak values */
@@ -413,8 +412,9 @@ enum runtime_uservalue {
   RUNTIME_WRAP_TRACE, /* the message handler around their functions */
   RUNTIME_WRAP_START, /* the Lua function that calls these */
   RUNTIME_BEFORE,     /* while a test runs: the handles from before */
-  RUNTIME_OPENED, /* … PeriodicTimer, File, Watcher or process made in it -> where, or true; weak keys. And a
-                      ** list of what was collected while it was open, in words */
+  /* … PeriodicTimer, File, Watcher or process made in it -> where, or true; weak keys. And a list of what was
+  ** collected while it was open, in words */
+  RUNTIME_OPENED,
   RUNTIME_LOSSES,    /* the function that notes that */
   RUNTIME_TIMERS,    /* index of a deadline -> the armed Timer that it is part of, or false */
   RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
@@ -548,6 +548,8 @@ static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0
 }
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
+/* [-0, +0, -] memory by Lua's allocator that is no object: collects nothing; NULL: there is none, or to == 0 */
+void *module_resize(lua_State *L, void *block, size_t from, size_t to);
 /* whether that is the source (lua_Debug) of a Lua file of the library, which a user wants not to see */
 static inline bool module_is_ours(const struct runtime *rt, const char *source) {
   return rt->library_length > 0 && strncmp(source, rt->library, rt->library_length) == 0;
@@ -563,11 +565,10 @@ void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
 /* [-0, +0, m] into the table on top */
 void module_functions(lua_State *L, const luaL_Reg *functions);
-double module_seconds(lua_State *L, int i);  /* [-0, +0, v] >= 0, no NaN */
-void module_check_call(lua_State *L, int i); /* [-0, +0, v] it has __call */
-static inline void module_check_callable(lua_State *L, int i) {
-  if (!lua_isfunction(L, i)) module_check_call(L, i);
-}
+double module_seconds(lua_State *L, int i);   /* [-0, +0, v] >= 0, no NaN */
+bool module_is_callable(lua_State *L, int i); /* [-0, +0, -] a function, or it has __call */
+/* [-0, +0, v] it is argument n of a public function in Lua (blame_type) */
+void module_check_function(lua_State *L, int n, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
@@ -577,6 +578,10 @@ void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
 
 /* [-0, +1, m] that of the function of C on top: "string.rep" */
 void blame_push_name(lua_State *L);
+/* ar: the innermost line from that level of `at` on that is not the library's; false: there is none */
+bool blame_find_line(lua_State *L, lua_State *at, int level, lua_Debug *ar);
+/* [-0, +1, m] "file:line" of it, on the stack of L */
+void blame_push_place(lua_State *L, int level);
 /* for a public function in Lua, which calls us: its argument */
 int blame(lua_State *L, int n, const char *message);
 int blame_type(lua_State *L, int n, const char *expected, int i);
@@ -604,6 +609,9 @@ static inline const char *argument_string(lua_State *L, int i, size_t *length) {
   const char *s = lua_tolstring(L, i, length);
   if (s == NULL) blame_argument_type(L, i, "string");
   return s;
+}
+static inline void argument_callable(lua_State *L, int i) { /* [-0, +0, v] */
+  if (!lua_isfunction(L, i) && !module_is_callable(L, i)) blame_argument_type(L, i, "function");
 }
 static inline void argument_type(lua_State *L, int i, int type) {
   if (lua_type(L, i) != type) blame_argument_type(L, i, lua_typename(L, type));
@@ -690,10 +698,15 @@ static inline void task_refuse_state(lua_State *L, int i, const struct task *t) 
 struct task *task_awaitable(lua_State *L, int i);
 /* [-0, +1, m] mortal: it may die before it lands */
 struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool mortal);
+static inline struct task *task_new_promise(lua_State *L) { /* [-0, +1, m] to be settled by hand */
+  return task_new(L, KIND_PROMISE, sizeof(struct task), TASK_WAITERS, false);
+}
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
+/* [-0, +1, -] what has that address, and may die; false, and nil: it has */
+bool task_push_weak(lua_State *L, const void *p);
 /* [-0, +0, m] the operation at i may die while it is parked */
 void task_weaken(lua_State *L, int i);
 /* [-0, +0, -] the address p means nothing now */
@@ -730,10 +743,6 @@ void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
 ONCE void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: their coroutines, start, run ---- */
-
-struct token;
-bool token_armed(const struct token *k);
-int scope_throw(lua_State *L, struct scope *s);
 
 enum { FIBER_MAX_DEPTH = 16 }; /* how deep fibers run on top of each other on the C stack */
 enum { FIBER_WATCHED = 1 };    /* user value of the watch: its coroutine */
@@ -778,6 +787,8 @@ void fiber_label(lua_State *L, int i); /* [-0, +0, m] finds the label of the fib
 ONCE void fiber_open(lua_State *L);
 
 /* ---- fiber_await.c: where a task may suspend, and how it waits ---- */
+
+int scope_throw(lua_State *L, struct scope *s); /* raises the OperationCanceled of s */
 
 /* L belongs to the running task: its own coroutine, or the innermost one of ours that it is in */
 static inline bool fiber_on_top(lua_State *L, struct runtime *rt) {
@@ -908,8 +919,8 @@ ONCE void guard_open(lua_State *L);
 
 /* ---- coroutine.c: the coroutine library, with awaits that pass through ---- */
 
-static inline int coroutine_reset(lua_State *co,
-                                  lua_State *from) { /* runs its `<close>` variables */
+/* runs its `<close>` variables */
+static inline int coroutine_reset(lua_State *co, lua_State *from) {
 #if LUA_VERSION_RELEASE_NUM >= 50406
   return lua_closethread(co, from);
 #else
@@ -931,12 +942,9 @@ void coroutine_close_inner(lua_State *L, struct runtime *rt, lua_State *co);
 bool coroutine_has_body(lua_State *L, struct runtime *rt);
 /* [-0, +0, e] to yield: out of that scope */
 void coroutine_refuse(lua_State *L, const char *place);
-/* [-0, +1, m] "file:line" there, outside this library */
-void coroutine_push_place(lua_State *L, int level);
-
 ONCE void coroutine_open(lua_State *L);
 
-/* ---- cancel.c: sources, tokens, registrations ---- */
+/* ---- cancel.c: tokens, registrations ---- */
 
 struct token;
 struct token *token_opt(lua_State *L, int i); /* the token at i; NULL for nil, nothing and `none` */
@@ -961,11 +969,14 @@ void token_rearmed(lua_State *L, struct token *k); /* [-0, +0, -] it is armed no
 /* [-0, +0, m] it is canceled with the one at `up` */
 void token_follow(lua_State *L, int k, int up);
 void token_unfollow(lua_State *L, int k); /* [-0, +0, -] … no longer */
+ONCE void cancel_open(lua_State *L);
+
+/* ---- source.c: the right to cancel; the deadline of a token ---- */
+
 /* [-0, +0, m] the expiry at i is due: its token is canceled */
 void expiry_fire(lua_State *L, struct runtime *rt, int i);
 void expiry_land(lua_State *L, int i); /* [-0, +0, -] the callbacks of that token */
 void expiry_drop(lua_State *L, int i); /* [-0, +0, -] it will not come, for a token that lives on */
-ONCE void cancel_open(lua_State *L);
 ONCE void source_open(lua_State *L);
 
 /* ---- scope.c: the tree of ambient cancellation ---- */
@@ -1016,7 +1027,6 @@ void scope_adopt(lua_State *L, struct runtime *rt, struct fiber *f, struct scope
 void scope_expire(lua_State *L, struct runtime *rt, struct scope *s);
 void scope_land(lua_State *L, int i);            /* [-0, +0, -] callbacks of the expired one at i */
 void scope_rearm(lua_State *L, struct scope *s); /* [-0, +0, -] what arms it has come or gone */
-int scope_throw(lua_State *L, struct scope *s);  /* raises the OperationCanceled of s */
 /* a cancellation that leaves the running t now becomes a Timeout on its way: of a block of its own */
 bool scope_times_out(const struct task *t);
 void scope_push_error(lua_State *L, struct scope *s); /* [-0, +1, m] */
@@ -1144,8 +1154,8 @@ void pending_hold(lua_State *L, struct pending *p, bool hold);
 /* [-0, +0, m] the operation at i, by hand */
 bool operation_cancel(lua_State *L, int i, int reason);
 /* What all operations share. k: index of the token that it was given, or of nil. */
-/* [-0, +1, m] */
-struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds);
+/* [-0, +1, m] one with no deadline (HUGE_VAL) is mortal: with one it is held until that passes */
+struct timed *operation_new(lua_State *L, int kind, size_t size, int uservalues, double seconds);
 struct scope *operation_scope(lua_State *L, int k); /* [-0, +0, m] that of a new one */
 /* [-0, +0, m] in flight */
 void operation_start(lua_State *L, int i, struct timed *op, int k, struct scope *s);
@@ -1155,6 +1165,16 @@ bool operation_canceled(const struct token *k, const struct scope *s); /* before
 void operation_push_canceled(lua_State *L, struct token *token, int k, struct scope *s);
 
 int operation_throw_canceled(lua_State *L, struct token *token, int k, struct scope *s);
+/* [-0, +0, e] raises if the token at k, or the ambient one, is canceled: before what is there is looked at */
+static inline void operation_check_tokens(lua_State *L, const struct runtime *rt, int k) {
+  struct scope *s = ((const struct fiber *)rt->me)->member.scope;
+  if (lua_gettop(L) < k) {
+    if (s->canceled) scope_throw(L, s);
+    return;
+  }
+  struct token *token = token_opt(L, k);
+  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
+}
 void operation_push_interruption(lua_State *L, int i); /* [-0, +1, m] of the one at i, in flight */
 ONCE void timer_open(lua_State *L);
 
@@ -1176,7 +1196,8 @@ ONCE void periodic_open(lua_State *L);
 
 uv_loop_t *loop_uv(struct runtime *rt); /* libuv's, made when it is first needed; NULL: refused */
 uv_loop_t *loop_check_uv(lua_State *L); /* [-0, +0, e] … or raises */
-double loop_now(struct runtime *rt);
+static inline double loop_real_now(void) { return (double)uv_hrtime() / 1e9; }
+double loop_now(struct runtime *rt);                          /* the same, or virtual */
 static inline double loop_after(double now, double seconds) { /* later, however short that is */
   double due = now + seconds;
   return due > now || seconds <= 0 ? due : nextafter(now, HUGE_VAL);
@@ -1193,8 +1214,8 @@ static inline void loop_ready(struct runtime *rt, struct task *t) { /* at the en
     rt->ready_last->next = t;
   rt->ready_last = t;
 }
-static inline void loop_unready(struct runtime *rt,
-                                struct task *t) { /* the first one of the list */
+/* the first one of the list */
+static inline void loop_unready(struct runtime *rt, struct task *t) {
   rt->ready = t->next;
   t->next = NULL;
   t->flags &= (uint16_t)~TASK_LINKED;
@@ -1212,8 +1233,8 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t);
 void loop_land_all(lua_State *L, struct runtime *rt); /* [-0, +0, -] what cannot, later */
 /* the function at index 1 as a root task, with the arguments above it */
 int loop_run(lua_State *L);
-int loop_run_operation(
-    lua_State *L); /* … which is one of ours: when it fails to end, it is withdrawn */
+/* … which is one of ours: when it fails to end, it is withdrawn */
+int loop_run_operation(lua_State *L);
 
 ONCE void loop_init(struct runtime *rt);
 ONCE void loop_open(lua_State *L);

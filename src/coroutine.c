@@ -97,21 +97,8 @@ bool coroutine_has_body(lua_State *L, struct runtime *rt) {
   return l == NULL || l->co != L || l->record->body;
 }
 
-void coroutine_push_place(lua_State *L, int level) {
-  const struct runtime *rt = runtime(L);
-  lua_Debug ar;
-  for (; lua_getstack(L, level, &ar); level++) {
-    lua_getinfo(L, "Sl", &ar);
-    if (ar.currentline <= 0) continue;
-    if (module_is_ours(rt, ar.source)) continue; /* called from further out */
-    lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
-    return;
-  }
-  lua_pushliteral(L, "a tail call");
-}
-
 void coroutine_refuse(lua_State *L, const char *place) {
-  coroutine_push_place(L, 1);
+  blame_push_place(L, 1);
   error_throw(
       L, ERROR_OPERATION,
       "%s: a yield here would leave the scope opened at %s, which would then be open in whoever "

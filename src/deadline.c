@@ -246,25 +246,19 @@ static void advance(struct deadlines *w, uint64_t to) {
 
 /* ---- memory ---- */
 
-static void *resize(lua_State *L, void *block, size_t from, size_t to) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  return alloc(ud, block, from, to);
-}
-
 static bool grow(lua_State *L, struct deadlines *w) {
   uint32_t size = w->size ? w->size * 2 : 16;
   if (size > MOST) return false;
-  struct near *near = (struct near *)resize(L, NULL, 0, size * sizeof *near);
-  struct node *nodes =
-      near ? (struct node *)resize(L, w->nodes, w->size * sizeof *nodes, size * sizeof *nodes)
-           : NULL;
+  struct near *near = (struct near *)module_resize(L, NULL, 0, size * sizeof *near);
+  struct node *nodes = near ? (struct node *)module_resize(L, w->nodes, w->size * sizeof *nodes,
+                                                           size * sizeof *nodes)
+                            : NULL;
   if (nodes == NULL) {
-    resize(L, near, size * sizeof *near, 0);
+    module_resize(L, near, size * sizeof *near, 0);
     return false;
   }
   if (w->end > 0) memcpy(near, w->near, w->end * sizeof *near); /* touch no more */
-  resize(L, w->near, w->size * sizeof *near, 0);
+  module_resize(L, w->near, w->size * sizeof *near, 0);
   w->near = near;
   w->nodes = nodes;
   w->size = size;
@@ -272,8 +266,8 @@ static bool grow(lua_State *L, struct deadlines *w) {
 }
 
 static void shrink(lua_State *L, struct deadlines *w) {
-  resize(L, w->nodes, w->size * sizeof *w->nodes, 0);
-  resize(L, w->near, w->size * sizeof *w->near, 0);
+  module_resize(L, w->nodes, w->size * sizeof *w->nodes, 0);
+  module_resize(L, w->near, w->size * sizeof *w->near, 0);
   w->nodes = NULL;
   w->near = NULL;
   w->size = w->free = w->end = 0;
@@ -285,7 +279,7 @@ static __attribute__((noinline)) bool make_room(lua_State *L, struct runtime *rt
   struct deadlines *w = rt->deadlines;
   if (rt->closed) return false;
   if (w == NULL) {
-    w = (struct deadlines *)resize(L, NULL, 0, sizeof *w);
+    w = (struct deadlines *)module_resize(L, NULL, 0, sizeof *w);
     if (w == NULL) return false;
     memset(w, 0, sizeof *w);
     w->rt = rt;
@@ -324,7 +318,7 @@ void deadline_close(lua_State *L, struct runtime *rt) {
   if (w == NULL) return;
   rt->deadlines = NULL;
   shrink(L, w);
-  resize(L, w, sizeof *w, 0);
+  module_resize(L, w, sizeof *w, 0);
 }
 
 /* ---- deadlines ---- */

@@ -278,7 +278,7 @@ void error_report_caught(lua_State *L) {
   int error = lua_gettop(L), stand_in = error + 3;
   task_push(L, rt->me);
   task_push_name(L, error + 1);
-  struct task *t = task_new(L, KIND_PROMISE, sizeof *t, 2, false); /* error me name task */
+  struct task *t = task_new_promise(L); /* error me name task */
   lua_pushvalue(L, error + 2);
   lua_setfield(L, stand_in, "name");
   t->flags |= TASK_OBSERVED; /* it is told here */
@@ -305,7 +305,8 @@ static int l_fault_gc(lua_State *L) {
   return 0;
 }
 
-/* report_garbage(task): reports what nobody can observe any more now, before the program ends; not that task */
+/* report_garbage(task): reports what nobody can observe any more now, before the program ends; not that task, which
+** the argument keeps alive */
 static int l_report_garbage(lua_State *L) {
   if (runtime(L)->faults > 0) lua_gc(L, LUA_GCCOLLECT);
   return 0;
@@ -372,8 +373,7 @@ static int l_error_is(lua_State *L) {
 
 static int l_on_unobserved(lua_State *L) {
   bool none = lua_isnil(L, 1) || (lua_isboolean(L, 1) && !lua_toboolean(L, 1));
-  if (!none && !lua_isfunction(L, 1) && luaL_getmetafield(L, 1, "__call") == LUA_TNIL)
-    return luaL_typeerror(L, 1, "function, false or nil");
+  if (!none && !module_is_callable(L, 1)) return luaL_typeerror(L, 1, "function, false or nil");
   lua_settop(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER);
   return 0;

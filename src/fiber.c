@@ -40,11 +40,9 @@ enum {
 static bool idle_room(lua_State *L, struct runtime *rt) {
   if (rt->idle_count < rt->idle_size) return true;
   if (rt->closed) return false;
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   size_t size = rt->idle_size ? rt->idle_size * 2 : MIN_IDLE;
   struct idle *idle =
-      (struct idle *)alloc(ud, rt->idle, rt->idle_size * sizeof *idle, size * sizeof *idle);
+      (struct idle *)module_resize(L, rt->idle, rt->idle_size * sizeof *idle, size * sizeof *idle);
   if (idle == NULL) return false;
   rt->idle = idle;
   rt->idle_size = size;
@@ -571,7 +569,7 @@ void fiber_wake(lua_State *L, struct runtime *rt, struct fiber *f) {
 
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   loop_queue(rt, f);
   return 1;
@@ -621,7 +619,7 @@ static int async_call(lua_State *L) {
 }
 
 static int l_async(lua_State *L) {
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
   lua_pushvalue(L, 1);
@@ -632,7 +630,7 @@ static int l_async(lua_State *L) {
 /* Task.new(fn, ...): cold */
 static int l_new(lua_State *L) {
   struct runtime *rt = runtime(L);
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 1, scope_flowing(L, rt));
   fiber_make_cold(L, 1, f);
   return 1;

@@ -220,7 +220,7 @@ static int l_continuation(lua_State *L) {
   struct task *on = task_check(L, 1);
   task_refuse_state(L, 1, on);
   struct token *k = token_opt(L, 3);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   lua_settop(L, 5);
   on->flags |= TASK_OBSERVED;
   lua_pushvalue(L, 2);

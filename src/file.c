@@ -381,9 +381,8 @@ static int l_next_line(lua_State *L) {
   struct file *f = check_file(L);
   const struct token *k = token_opt(L, 2);
   size_t line = f->running == NULL ? line_in(f, 0) : 0;
-  if (line == 0 || (k != NULL && token_canceled(k))) return 0;
-  if (((struct fiber *)runtime(L)->me)->member.scope->canceled)
-    return 0; /* the operation says so */
+  const struct scope *s = ((const struct fiber *)runtime(L)->me)->member.scope;
+  if (line == 0 || operation_canceled(k, s)) return 0; /* the operation says so */
   uint32_t epoch = f->epoch;
   lua_pushlstring(L, f->buffer + f->at, line - 1);
   if (f->running != NULL || f->epoch != epoch) return 0; /* a finalizer has been here */

@@ -417,20 +417,13 @@ static int land_scandir(lua_State *L, struct io *op) {
 
 /* ---- Lua face ---- */
 
-static const char *check_path(lua_State *L, int i) {
-  size_t n;
-  luaL_checktype(L, i, LUA_TSTRING);
-  const char *path = lua_tolstring(L, i, &n);
-  luaL_argcheck(L, memchr(path, '\0', n) == NULL, i, "a path has no zero bytes");
-  return path;
-}
-
 /* [-0, +0, -] what is at i is kept for the thread, and errors call it path */
 static void give_path(lua_State *L, struct job *j, int i) {
   j->path = lua_tostring(L, i);
   lua_pushvalue(L, i);
   lua_setiuservalue(L, -2, IO_PATH);
 }
+
 /* [-0, +1, e] f(path, …, token at k): the last argument, after which nothing is read */
 static struct job *begin_path(lua_State *L, int k, const struct io_class *class,
                               ssize_t (*run)(struct job *)) {
@@ -443,15 +436,15 @@ static struct job *begin_path(lua_State *L, int k, const struct io_class *class,
 
 /* most: f(path, token) */
 static int path_only(lua_State *L, const struct io_class *class, ssize_t (*run)(struct job *)) {
-  check_path(L, 1);
+  io_check_path(L, 1);
   return job_started(L, begin_path(L, 2, class, run));
 }
 
 /* f(path, other path, token) */
 static int two_paths(lua_State *L, const struct io_class *class, ssize_t (*run)(struct job *),
                      int about) {
-  check_path(L, 1);
-  check_path(L, 2);
+  io_check_path(L, 1);
+  io_check_path(L, 2);
   struct job *j = begin_path(L, 3, class, run);
   if (j != NULL) {
     give_path(L, j, about);
@@ -510,7 +503,7 @@ JOB_CLASS(copy_class, "fs.copy", "copy", job_land_nothing);
 
 /* open(path, mode, token) */
 static int l_open(lua_State *L) {
-  check_path(L, 1);
+  io_check_path(L, 1);
   io_token_last(L, 2);
   int flags = check_mode(L, 2);
   struct job *j = begin_path(L, 3, &open_class, run_open);
@@ -523,7 +516,7 @@ static int l_read_file(lua_State *L) { return path_only(L, &read_file_class, run
 /* write_file(path, data, options, token) */
 static int l_write_file(lua_State *L) {
   static const char *const options[] = {"atomic", "append", NULL};
-  check_path(L, 1);
+  io_check_path(L, 1);
   luaL_checktype(L, 2, LUA_TSTRING);
   io_token_last(L, 3);
   check_options(L, 3, options);
@@ -549,7 +542,7 @@ static int l_symlink(lua_State *L) { return two_paths(L, &symlink_class, run_sym
 
 /* access(path, how, token) */
 static int l_access(lua_State *L) {
-  check_path(L, 1);
+  io_check_path(L, 1);
   int mode = F_OK;
   io_token_last(L, 2);
   for (const char *c = luaL_optstring(L, 2, ""); *c != '\0'; c++) {
@@ -570,7 +563,7 @@ static int check_permissions(lua_State *L, int i) {
 
 /* chmod(path, mode, token) */
 static int l_chmod(lua_State *L) {
-  check_path(L, 1);
+  io_check_path(L, 1);
   int mode = check_permissions(L, 2);
   struct job *j = begin_path(L, 3, &chmod_class, run_chmod);
   if (j != NULL) j->mode = mode;
@@ -579,7 +572,7 @@ static int l_chmod(lua_State *L) {
 
 /* truncate(path, size, token) */
 static int l_truncate(lua_State *L) {
-  check_path(L, 1);
+  io_check_path(L, 1);
   int64_t size = job_check_size(L, 2);
   struct job *j = begin_path(L, 3, &truncate_class, run_truncate);
   if (j != NULL) j->offset = size;
@@ -589,7 +582,7 @@ static int l_truncate(lua_State *L) {
 /* mkdir(path, options, token) */
 static int l_mkdir(lua_State *L) {
   static const char *const options[] = {"recursive", "mode", NULL};
-  check_path(L, 1);
+  io_check_path(L, 1);
   io_token_last(L, 2);
   check_options(L, 2, options);
   lua_settop(L, 3);
@@ -611,7 +604,7 @@ static int l_mkdir(lua_State *L) {
 /* remove(path, options, token) */
 static int l_remove(lua_State *L) {
   static const char *const options[] = {"recursive", NULL};
-  check_path(L, 1);
+  io_check_path(L, 1);
   io_token_last(L, 2);
   check_options(L, 2, options);
   bool recursive = option(L, 2, "recursive");

@@ -68,7 +68,12 @@ static void append(lua_State *L, const struct group *g, int list) {
   lua_pop(L, 2);
 }
 
-static void child_failed(lua_State *L, struct group *g);
+/* [-0, +0, m] the task on top has failed */
+static void child_failed(lua_State *L, struct group *g) {
+  lua_pushvalue(L, -1);
+  append(L, g, GROUP_FAILED);
+  if (g->policy == FAIL_FAST) cancel(L, g, "a task of the group failed");
+}
 
 /* One child more runs. While any does, the group stays in the tree, though its owner may be gone: a child finds it
 ** there (group_of). */
@@ -112,13 +117,6 @@ static void start_next(lua_State *L, struct runtime *rt, struct group *g) {
   lua_pop(L, 1);
 }
 
-/* [-0, +0, m] the task on top has failed */
-static void child_failed(lua_State *L, struct group *g) {
-  lua_pushvalue(L, -1);
-  append(L, g, GROUP_FAILED);
-  if (g->policy == FAIL_FAST) cancel(L, g, "a task of the group failed");
-}
-
 /* [-0, +0, m] there is one less that runs */
 static void child_left(lua_State *L, struct runtime *rt, struct group *g) {
   bool last = --g->running == 0;
@@ -135,11 +133,13 @@ static void child_left(lua_State *L, struct runtime *rt, struct group *g) {
   if (last) scope_let_go(L, rt, &g->scope); /* of child_runs; the group may be gone now */
 }
 
-static struct group *group_of(const struct fiber *f) {
+/* the scope that it was started in */
+static struct scope *started_in(const struct fiber *f) {
   struct scope *s = f->member.scope;
-  if (s->owner == f) s = s->base->member.scope;
-  return (struct group *)s;
+  return s->owner == f ? s->base->member.scope : s;
 }
+
+static struct group *group_of(const struct fiber *f) { return (struct group *)started_in(f); }
 
 struct group *group_leave(struct fiber *f) {
   f->task.traits &= (uint8_t)~TRAIT_CHILD;
@@ -167,7 +167,7 @@ void group_child_ended(lua_State *L, struct runtime *rt, struct fiber *f, bool w
 }
 
 void group_child_lost(lua_State *L, struct runtime *rt, struct group *g) {
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* stands for it */
+  task_new_promise(L); /* stands for it */
   error_push(L, ERROR_OPERATION, "somebody has closed the coroutine of a task of the group");
   task_settle_faulted(L, rt, lua_gettop(L) - 1, 0);
   child_failed(L, g);
@@ -176,8 +176,7 @@ void group_child_lost(lua_State *L, struct runtime *rt, struct group *g) {
 }
 
 bool group_canceled(const struct fiber *f) {
-  const struct scope *s = f->member.scope;
-  if (s->owner == f) s = s->base->member.scope;
+  const struct scope *s = started_in(f);
   return s->kind != SCOPE_GROUP || s->canceled;
 }
 
@@ -198,7 +197,7 @@ static struct group *check_group(lua_State *L) {
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct group *g = check_group(L);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   if (g->ended)
     return error_throw(L, ERROR_OPERATION,
                        "the task group has ended: no task can be started in it any more");
@@ -264,11 +263,8 @@ static void push_never_stopped(lua_State *L) {
 static int l_wait_stopping(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct group *g = check_group(L);
-  struct token *k = token_opt(L, 2);
-  struct scope *s = ((struct fiber *)rt->me)->member.scope;
+  operation_check_tokens(L, rt, 2);
   lua_settop(L, 2);
-  if ((k != NULL && token_canceled(k)) || (s->canceled && !token_none(L, 2)))
-    return operation_throw_canceled(L, k, 2, s);
   if (g->stopping) return 0;
   if (g->ended) {
     push_never_stopped(L);
@@ -276,7 +272,7 @@ static int l_wait_stopping(lua_State *L) {
   }
   if (lua_getiuservalue(L, 1, GROUP_STOPPING) == LUA_TNIL) {
     lua_pop(L, 1);
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMES);
     lua_pushvalue(L, -2);
     lua_pushliteral(L, "wait_stopping");
@@ -325,15 +321,16 @@ static int join_k(lua_State *L, int status, lua_KContext ctx);
 static int join(lua_State *L, struct group *g) {
   struct runtime *rt = runtime(L);
   struct fiber *me = (struct fiber *)rt->me;
-  while (g->running > 0 && fiber_can_suspend(L, rt)) { /* else it is being abandoned */
+  if (g->running > 0 && fiber_can_suspend(L, rt)) { /* else it is being abandoned */
     lua_settop(L, 1);
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
-    if (g->running == 0) break; /* a finalizer … */
-    lua_pushvalue(L, -1);
-    lua_setiuservalue(L, 1, GROUP_IDLE);
-    lua_insert(L, 1); /* promise group */
-    me->task.flags |= TASK_DEAF;
-    return fiber_await(L, rt, me, (struct task *)lua_touserdata(L, 1), join_k);
+    struct task *idle = task_new_promise(L);
+    if (g->running > 0) { /* still: a finalizer may have ended the last one */
+      lua_pushvalue(L, -1);
+      lua_setiuservalue(L, 1, GROUP_IDLE);
+      lua_insert(L, 1); /* promise group */
+      me->task.flags |= TASK_DEAF;
+      return fiber_await(L, rt, me, idle, join_k);
+    }
   }
   lua_settop(L, 1);
   bool awaited = !g->stopping && lua_getiuservalue(L, 1, GROUP_STOPPING) != LUA_TNIL;

@@ -44,7 +44,7 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   size_t size = sizeof(struct guard), length = 0;
   bool shares = coroutine_shares(L, rt);
   if (shares) {
-    coroutine_push_place(L, 1);
+    blame_push_place(L, 1);
     length = lua_rawlen(L, -1) + 1;
   }
   struct guard *g = (struct guard *)object_new(L, TAG_GUARD, size + length, GUARD_LOCAL);

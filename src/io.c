@@ -212,6 +212,14 @@ void io_token_last(lua_State *L, int i) {
   lua_insert(L, i);
 }
 
+const char *io_check_path(lua_State *L, int i) {
+  size_t n;
+  luaL_checktype(L, i, LUA_TSTRING);
+  const char *path = lua_tolstring(L, i, &n);
+  luaL_argcheck(L, memchr(path, '\0', n) == NULL, i, "a path has no zero bytes");
+  return path;
+}
+
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);

@@ -14,23 +14,22 @@
 
 /* ---- io.c: operations that libuv has in hands ---- */
 
-enum {
-  IO_PATH = OP_INPUT,
-  IO_FIRST
-}; /* of those on libuv: what errors call .path, or nil; then their own */
+/* user values of those on libuv: what errors call .path, or nil; then their own */
+enum { IO_PATH = OP_INPUT, IO_FIRST };
 
 struct io;
 struct io_class {
   const char *name;    /* of the task: "fs.open" */
   const char *syscall; /* of its errors, unless op->syscall tells another one */
-  int (*land)(
-      lua_State *L,
-      struct io *op); /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what
-                              ** it gives away last of all, and only if it is not done by then. */
-  void (*abort)(struct io *op); /* asks libuv to stop; io_end(op) if it has stopped at once */
-  void (*release)(
-      struct io *op); /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
-  void (*fail)(lua_State *L, struct io *op); /* or NULL: [-0, +1, m] the error for op->status < 0 */
+  /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what it gives away last of all, and only if
+  ** it is not done by then. */
+  int (*land)(lua_State *L, struct io *op);
+  /* asks libuv to stop; io_end(op) if it has stopped at once. No Lua. */
+  void (*abort)(struct io *op);
+  /* or NULL: frees what is left, once, when libuv has let go. No Lua. */
+  void (*release)(struct io *op);
+  /* or NULL: [-0, +1, m] the error for op->status < 0 */
+  void (*fail)(lua_State *L, struct io *op);
 };
 struct io {
   struct pending pending;
@@ -58,6 +57,7 @@ int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that 
 /* [-0, +0/1, -] An argument that stands before the token, at i, may be left out: then the token stands in its place, and
 ** nil is put before it. */
 void io_token_last(lua_State *L, int i);
+const char *io_check_path(lua_State *L, int i); /* [-0, +0, v] a string that C takes whole */
 /* [-0, +0, m] into the table on top: as x_async and x */
 void io_functions(lua_State *L, const luaL_Reg *functions);
 /* [-0, +0, m] … of a class */
@@ -87,13 +87,13 @@ struct handle;
 struct request;
 struct handle_class {
   const char *name; /* "stream" */
-  bool (*changed)(
-      struct handle *h); /* a waiter came or went, or it has landed. Is it in use? No Lua. */
+  /* a waiter came or went, or it has landed. Is it in use? No Lua. */
+  bool (*changed)(struct handle *h);
   void (*land)(lua_State *L, struct handle *h, int i); /* [-0, +0, m] there is news from libuv */
   void (*collected)(struct handle *h);                 /* forgets its waiters. No Lua. */
   uv_close_cb on_close; /* frees what it has, then handle_closed. No Lua. */
-  int64_t (*left)(struct handle *h);
   /* or NULL: who waited has given up: what its error tells as .written, or -1. No Lua. */
+  int64_t (*left)(struct handle *h);
 };
 struct handle {
   struct holder holder;
@@ -118,10 +118,10 @@ enum look {
 struct verb {
   const char *name;
   enum look (*look)(lua_State *L, int i, struct handle *h, struct request *r); /* [-0, +0/1, e] */
-  void (*take)(lua_State *L, int i, struct handle *h,
-               struct request *r); /* or NULL: [-0, +0, -] what `look` has shown */
-  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
+  /* or NULL: [-0, +0, -] what `look` has shown */
+  void (*take)(lua_State *L, int i, struct handle *h, struct request *r);
   /* [-0, +0, -] who asked is about to wait; false: look again */
+  bool (*wait)(lua_State *L, struct handle *h, struct request *r);
   struct link *(*queue)(struct handle *h);
 };
 struct request {
@@ -180,7 +180,16 @@ int listener_adopt(struct listener *l, int fd, const char *path);
 
 void listener_open(lua_State *L);
 bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
-enum { ADDRESS_SIZE = 80 }; /* of an address of IPv6, '%' and an interface */
+/* of either family: what the system is told of its length; its port, in the order of the net */
+static inline socklen_t address_length(const struct sockaddr_storage *a) {
+  return a->ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+}
+static inline in_port_t *address_port(struct sockaddr_storage *a) {
+  return a->ss_family == AF_INET ? &((struct sockaddr_in *)(void *)a)->sin_port
+                                 : &((struct sockaddr_in6 *)(void *)a)->sin6_port;
+}
+int address_socket(int family, int type); /* a descriptor, or an error of libuv. No Lua. */
+enum { ADDRESS_SIZE = 80 };               /* of an address of IPv6, '%' and an interface */
 /* the link-local ones with their interface, "fe80::1%eth0", without which they are nobody's. No Lua. */
 bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]);
 /* [-0, +0/1, m] "host:port" */

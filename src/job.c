@@ -28,7 +28,6 @@ __attribute__((destructor)) static void leave(void) { atomic_store(&exiting, tru
 
 bool job_stops(struct job *j) { return atomic_load(&j->stop) || atomic_load(&exiting); }
 
-/* what `call` returned, as libuv's errors */
 ssize_t job_checked(struct job *j, const char *syscall, ssize_t result) {
   if (result >= 0) return result;
   j->io.syscall = syscall;
@@ -52,7 +51,6 @@ ssize_t job_read_some(int fd, char *to, size_t n, int64_t offset) {
   return got;
 }
 
-/* waits until something that is no plain file can be read, or written */
 int job_wait(struct job *j, int fd, short events) {
   struct pollfd p = {.fd = fd, .events = events};
   while (!job_stops(j)) {
@@ -63,7 +61,6 @@ int job_wait(struct job *j, int fd, short events) {
   return UV_ECANCELED;
 }
 
-/* writes all of it; offset < 0: where the system stands */
 ssize_t job_write_all(struct job *j, int fd, const char *data, size_t n, int64_t offset,
                       bool plain) {
   size_t done = 0;
@@ -85,7 +82,6 @@ ssize_t job_write_all(struct job *j, int fd, const char *data, size_t n, int64_t
   return (ssize_t)done;
 }
 
-/* reads to the end; more than `limit` bytes: EMSGSIZE */
 ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, int64_t limit,
                         bool plain) {
   struct stat s;
@@ -226,10 +222,9 @@ int job_land_stat(lua_State *L, struct io *op) {
 
 /* ---- Lua face: starting ---- */
 
-/* [-0, +1, e] begins it with the token at k; NULL: canceled before */
 struct job *job_begin(lua_State *L, int k, const struct io_class *class,
                       ssize_t (*run)(struct job *)) {
-  struct job *j = (struct job *)(void *)io_begin(L, k, class, sizeof *j, JOB_COUNT);
+  struct job *j = (struct job *)(void *)io_begin(L, k, class, sizeof *j, JOB_DATA);
   if (j == NULL) return NULL;
   j->run = run;
   j->fd = -1;
@@ -237,7 +232,6 @@ struct job *job_begin(lua_State *L, int k, const struct io_class *class,
   return j;
 }
 
-/* … and starts it, unless it was canceled; returns the task */
 int job_started(lua_State *L, struct job *j) {
   return j == NULL ? 1 : io_started(L, &j->io, job_start(j));
 }

@@ -15,12 +15,8 @@
 #pragma GCC visibility push(hidden)
 
 enum { CHUNK = 64 * 1024, BIG_CHUNK = 1 << 20, LOOK_MS = 50 };
-enum { FILE_PATH = 1 }; /* user values of files */
-enum {
-  JOB_FILE = IO_FIRST,
-  JOB_DATA,
-  JOB_COUNT = JOB_DATA
-}; /* of jobs; the second path is in JOB_DATA */
+enum { FILE_PATH = 1 };                 /* user values of files */
+enum { JOB_FILE = IO_FIRST, JOB_DATA }; /* of jobs; the second path is in JOB_DATA */
 
 struct job;
 struct file {
@@ -49,8 +45,7 @@ struct job {
   bool (*ready)(struct job *);  /* of a file's job, or NULL: it can do without a thread */
   atomic_bool stop;             /* loop writes, worker reads */
   bool started;                 /* given to libuv */
-  bool
-      certain; /* once asked for it happens: a cancellation ends the wait only, `stop` is never set */
+  bool certain; /* it happens: a cancellation ends the wait for it only, `stop` is never set */
   const char *path, *to, *data;
   size_t length;
   int flags, mode; /* mode: permissions, or the result of fstat */
@@ -74,15 +69,16 @@ static inline bool job_is_plain(mode_t mode) {
   return S_ISREG(mode) || S_ISBLK(mode) || S_ISDIR(mode);
 }
 bool job_stops(struct job *j); /* nobody wants the result any more */
-/* what `call` returned, as libuv's errors */
+/* what that call returned, with a failure as an error of libuv */
 ssize_t job_checked(struct job *j, const char *syscall, ssize_t result);
 
 bool bytes_reserve(struct bytes *b, size_t more);
-/* < 0: where the system stands */
-ssize_t job_read_some(int fd, char *to, size_t n, int64_t offset);
 int job_wait(struct job *j, int fd, short events); /* until what is not plain can be used */
+/* offset < 0, in these three: where the system stands */
+ssize_t job_read_some(int fd, char *to, size_t n, int64_t offset);
 ssize_t job_write_all(struct job *j, int fd, const char *data, size_t n, int64_t offset,
                       bool plain);
+/* UV_EMSGSIZE: more than `limit` bytes, if that is not negative */
 ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, int64_t limit,
                         bool plain);
 
@@ -91,9 +87,9 @@ ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, 
 #define JOB_CLASS(id, name, syscall, land)                                                         \
   static const struct io_class id = {name, syscall, land, job_abort, job_release, job_fail}
 
+/* [-0, +1, e] with the token at k; NULL: canceled before */
 struct job *job_begin(lua_State *L, int k, const struct io_class *class,
                       ssize_t (*run)(struct job *));
-/* [-0, +1, e] with the token at k; NULL: canceled before */
 /* [-0, +0, -] the string at i is kept for the thread */
 void job_give_data(lua_State *L, struct job *j, int i);
 int job_started(lua_State *L, struct job *j); /* … starts it, unless it was canceled; returns 1 */

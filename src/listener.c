@@ -233,9 +233,7 @@ static bool local_address(const struct listener *l, struct sockaddr_storage *add
 static int l_port(lua_State *L) {
   struct sockaddr_storage address;
   if (!local_address(check(L), &address)) return 0;
-  lua_pushinteger(L, ntohs(address.ss_family == AF_INET6
-                               ? ((struct sockaddr_in6 *)(void *)&address)->sin6_port
-                               : ((struct sockaddr_in *)(void *)&address)->sin_port));
+  lua_pushinteger(L, ntohs(*address_port(&address)));
   return 1;
 }
 

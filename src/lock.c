@@ -295,8 +295,7 @@ static int l_try_lock(lua_State *L) { return try(L, &lock_class, SYNC_LOCK); }
 /* enter_lock(lock, fn) -> key: for lock:run, of which it checks the arguments */
 static int l_enter(lua_State *L) {
   if (object_test(L, 1, TAG_LOCK) == NULL) return blame_type(L, 1, "coflow.Lock", 1);
-  if (!lua_isfunction(L, 2) && luaL_getmetafield(L, 2, "__call") == LUA_TNIL)
-    return blame_type(L, 2, "function", 2);
+  module_check_function(L, 2, 2);
   lua_settop(L, 1);
   return l_lock(L);
 }

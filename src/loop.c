@@ -32,7 +32,7 @@ enum { SLICE = 256, LOOK = 16 };
 /* ---- time ---- */
 
 double loop_now(struct runtime *rt) {
-  return rt->clock != CLOCK_REAL ? rt->virtual_now : (double)uv_hrtime() / 1e9;
+  return rt->clock != CLOCK_REAL ? rt->virtual_now : loop_real_now();
 }
 
 /* ---- libuv's loop ---- */
@@ -197,14 +197,13 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 /* An operation of libuv's, or a delay: whoever it wakes takes its place in the list, before those that became ready
 ** after it, and runs while what the landing has touched is at hand. Runs nothing of the user's but finalizers. */
 static void land_in_place(lua_State *L, struct runtime *rt, struct task *t) {
-  struct task *last = rt->ready != NULL ? rt->ready_last : NULL;
-  unsigned removals = rt->removals;
+  struct mark m = loop_mark(rt);
   land(L, rt, t);
-  if (last == NULL || rt->removals != removals || last->next == NULL) return;
+  if (m.last == NULL || m.removals != rt->removals || m.last->next == NULL) return;
   rt->ready_last->next = rt->ready;
-  rt->ready = last->next;
-  rt->ready_last = last;
-  last->next = NULL;
+  rt->ready = m.last->next;
+  rt->ready_last = m.last;
+  m.last->next = NULL;
 }
 
 static void run_one(lua_State *L, struct runtime *rt) {
@@ -227,8 +226,7 @@ static void run_one(lua_State *L, struct runtime *rt) {
 
 static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
   double start = 0;
-  int every = LOOK,
-      look = SLICE - LOOK; /* at the clock: less and less often while tasks are short */
+  int every = LOOK, look = SLICE - LOOK;  /* at the clock: less often while tasks are short */
   if (rt->clock != CLOCK_REAL) look = -1; /* never */
   if (rt->seeded && rt->ready != NULL) {
     testing_choose(rt);
@@ -243,7 +241,7 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
       if (rt->ready != NULL) testing_choose(rt);
       continue;
     }
-    double now = (double)uv_hrtime() / 1e9;
+    double now = loop_real_now();
     if (start == 0)
       start = now;
     else if (now - start > SLICE_SECONDS)
@@ -264,18 +262,13 @@ static enum drive_end drive(lua_State *L, struct runtime *rt, const struct task 
     if (until && (task_done(until) || fiber_is_lost(until))) return DRIVE_DONE;
     if (rt->stopping) return DRIVE_STOPPED;
     if (rt->signaled) return DRIVE_SIGNALED;
-    if (rt->ready != NULL) {
-      run_ready(L, rt, until);
-      if (until && task_done(until)) return DRIVE_DONE;
-      timer_fire_due(L, rt);
-      if (rt->ready != NULL) {
-        poll_events(rt);
-        continue;
-      }
-    }
+    bool ran = rt->ready != NULL;
+    if (ran) run_ready(L, rt, until);
+    if (until && task_done(until)) return DRIVE_DONE;
     timer_fire_due(L, rt);
+    if (ran && rt->ready != NULL) poll_events(rt); /* not only when nothing is ready */
     if (rt->ready != NULL || rt->stopping || rt->signaled) continue;
-    double now = (double)uv_hrtime() / 1e9;
+    double now = loop_real_now();
     if (now - rt->last_trim > TRIM_SECONDS) {
       fiber_trim(L);
       periodic_trim(L, rt);
@@ -426,7 +419,7 @@ static int run(lua_State *L, bool operation) {
   if (end == DRIVE_DONE) return task_push_outcome(L, 1, &root->task);
   root->task.flags |= TASK_OBSERVED; /* told now, not again when it is collected */
   if (operation) {                   /* it is known by who asked for it */
-    coroutine_push_place(L, 1);
+    blame_push_place(L, 1);
     lua_setfield(L, 1, "name");
   }
   if (end == DRIVE_DEAD)
@@ -447,7 +440,7 @@ int loop_run_operation(lua_State *L) { return run(L, true); }
 /* ---- Lua face ---- */
 
 static int l_run(lua_State *L) {
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   return loop_run(L);
 }
 

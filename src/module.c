@@ -33,6 +33,12 @@ void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
   return o;
 }
 
+void *module_resize(lua_State *L, void *block, size_t from, size_t to) {
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
+  return alloc(ud, block, from, to);
+}
+
 void module_push_table(lua_State *L, int i, int uservalue) {
   if (i < 0) i = lua_absindex(L, i);
   if (lua_getiuservalue(L, i, uservalue) != LUA_TNIL) return;
@@ -152,9 +158,15 @@ double module_seconds(lua_State *L, int i) {
   return (double)s;
 }
 
-void module_check_call(lua_State *L, int i) {
-  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) luaL_typeerror(L, i, "function");
+bool module_is_callable(lua_State *L, int i) {
+  if (lua_isfunction(L, i)) return true;
+  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) return false;
   lua_pop(L, 1);
+  return true;
+}
+
+void module_check_function(lua_State *L, int n, int i) {
+  if (!module_is_callable(L, i)) blame_type(L, n, "function", i);
 }
 
 /* [-0, +1, m] the message for the key on top, which is none of these n names */
@@ -333,11 +345,11 @@ static int l_type_error(lua_State *L) {
 /* check_function(n, value) */
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
-  if (lua_isfunction(L, 2) || luaL_getmetafield(L, 2, "__call") != LUA_TNIL) return 0;
-  return blame_type(L, (int)luaL_checkinteger(L, 1), "function", 2);
+  module_check_function(L, (int)luaL_checkinteger(L, 1), 2);
+  return 0;
 }
 
-/* library(): notes where the Lua files of the library are, init.lua being the caller */
+/* library(): notes where the Lua files of the library are: beside the caller */
 static int l_library(lua_State *L) {
   struct runtime *rt = runtime(L);
   lua_Debug ar;
@@ -354,7 +366,7 @@ static int l_library(lua_State *L) {
 /* is_callable(value) */
 static int l_is_callable(lua_State *L) {
   luaL_checkany(L, 1);
-  lua_pushboolean(L, lua_isfunction(L, 1) || luaL_getmetafield(L, 1, "__call") != LUA_TNIL);
+  lua_pushboolean(L, module_is_callable(L, 1));
   return 1;
 }
 
@@ -436,7 +448,8 @@ static const struct {
   void (*open)(lua_State *L); /* [-0, +0, m] into the module on top, functions last */
 } parts[] = {
     {"Timer PeriodicTimer", periodic_open},
-    {"open_group join_group group_ended take_group_state on_group_close", group_open},
+    {"open_group join_group group_ended take_group_state on_group_close closed_by_user",
+     group_open},
     {"channel_new channel_version check_batch", channel_open},
     {"select select_async", select_open},
     {"sync condition_wait check_condition enter_lock", sync_open},

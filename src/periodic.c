@@ -178,9 +178,7 @@ static void add_tick(lua_State *L, struct runtime *rt, struct timer *t) {
   if (tick != NULL)
     rt->idle_ticks = tick->next;
   else {
-    void *ud;
-    lua_Alloc alloc = lua_getallocf(L, &ud);
-    tick = (struct task *)alloc(ud, NULL, 0, sizeof(struct tick));
+    tick = (struct task *)module_resize(L, NULL, 0, sizeof(struct tick));
     if (tick == NULL) luaL_error(L, "not enough memory");
   }
   *(struct tick *)(void *)tick =
@@ -189,11 +187,9 @@ static void add_tick(lua_State *L, struct runtime *rt, struct timer *t) {
 }
 
 static void free_ticks(lua_State *L, struct task *list) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   while (list != NULL) {
     struct task *next = list->next;
-    if (task_is(list, KIND_TICK)) alloc(ud, list, sizeof(struct tick), 0);
+    if (task_is(list, KIND_TICK)) module_resize(L, list, sizeof(struct tick), 0);
     list = next;
   }
 }
@@ -303,7 +299,7 @@ static double opt_period(lua_State *L, int i) {
 /* Timer(fn, due, period) */
 static int l_timer_new(lua_State *L) {
   struct runtime *rt = runtime(L);
-  module_check_callable(L, 1);
+  argument_callable(L, 1);
   double due = module_seconds(L, 2), period = opt_period(L, 3);
   struct scope *s = scope_flowing(L, rt);
   struct timer *t = (struct timer *)object_new(L, TAG_TIMER, sizeof *t, TIMER_ORIGIN);
@@ -469,16 +465,14 @@ static int l_wait(lua_State *L) {
   struct periodic *p = check_periodic(L);
   struct token *k = token_opt(L, 2);
   bool deaf = token_none(L, 2);
-  struct fiber *me = (struct fiber *)rt->me;
   check_no_waiter(L, p);
-  if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
-    return operation_throw_canceled(L, k, 2, me->member.scope);
+  operation_check_tokens(L, rt, 2);
   double now = loop_now(rt);
   if (p->closed || has_tick(p, now)) {
     lua_pushboolean(L, take_tick(p, now));
     return 1;
   }
-  me = fiber_here(L, rt);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_wait);
   timer_nap(L, me, k, deaf, now, p->next);
@@ -521,8 +515,8 @@ static int l_wait_async(lua_State *L) {
   check_no_waiter(L, p);
   lua_settop(L, 2);
   struct scope *s = operation_scope(L, 2);
-  struct timed *op = operation_new(L, KIND_PERIOD, OP_INPUT, HUGE_VAL);
-  if (s->canceled || (k != NULL && token_canceled(k))) {
+  struct timed *op = operation_new(L, KIND_PERIOD, sizeof *op, OP_INPUT, HUGE_VAL);
+  if (operation_canceled(k, s)) {
     operation_push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
     return 1;

@@ -71,8 +71,9 @@ static void wait_for_event(struct runtime *rt) {
 }
 
 bool poll_until(struct runtime *rt, double end) {
-  double left = end - (double)uv_hrtime() / 1e9;
+  double left = end - loop_real_now();
   if (left <= 0) return false;
+  uv_update_time(&rt->loop);
   uv_timer_start(&rt->timer, on_timer, (uint64_t)ceil(left * 1e3), 0);
   uv_run(&rt->loop, UV_RUN_ONCE);
   return true;
@@ -113,7 +114,7 @@ static bool is_idle(struct runtime *rt) {
     if (!outside_alive(rt)) return true;
     struct outside o = {rt->loop.active_reqs.count > rt->patient, rt->patient > 0};
     uv_walk(&rt->loop, look_at, &o);
-    double now = (double)uv_hrtime() / 1e9;
+    double now = loop_real_now();
     if (o.work) {
       end = 0;
       run_uv(rt, UV_RUN_ONCE);
@@ -156,9 +157,7 @@ bool poll_pass_time(struct runtime *rt) {
 ** the process although the program computes for ever and nobody hears of the first. */
 
 static void on_signal(uv_signal_t *handle, int number) {
-  struct runtime *rt =
-      (struct runtime *)(void *)((char *)handle->loop - offsetof(struct runtime, loop));
-  rt->signaled = number;
+  container_of(handle->loop, struct runtime, loop)->signaled = number;
 }
 
 void poll_watch_signals(struct runtime *rt, bool on) {

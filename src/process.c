@@ -146,21 +146,10 @@ bool process_is_child(const uv_handle_t *h) {
          !container_of(uv, const struct child, uv)->detached;
 }
 
-static struct child *first_child(struct runtime *rt) {
-  return container_of(rt->children.next, struct child, link);
-}
-
-static void on_tick(uv_timer_t *timer) { uv_stop(timer->loop); }
-
 /* turns of the loop until none runs, but no longer than that */
 static void wait_for_all(struct runtime *rt, double seconds) {
-  double until = (double)uv_hrtime() / 1e9 + seconds;
-  for (double left = seconds; waiter_any(&rt->children) && left > 0;) {
-    uv_update_time(&rt->loop);
-    uv_timer_start(&rt->timer, on_tick, (uint64_t)ceil(left * 1e3), 0);
-    uv_run(&rt->loop, UV_RUN_ONCE);
-    left = until - (double)uv_hrtime() / 1e9;
-  }
+  double end = loop_real_now() + seconds;
+  while (waiter_any(&rt->children) && poll_until(rt, end)) continue;
 }
 
 /* it is not ours any more */
@@ -182,7 +171,8 @@ void process_end_all(struct runtime *rt) {
     send_signal(container_of(l, struct child, link), SIGKILL);
   }
   wait_for_all(rt, END_SECONDS);
-  while (waiter_any(&rt->children)) leave(first_child(rt)); /* the system cannot end it */
+  while (waiter_any(&rt->children)) /* the system cannot end it */
+    leave(container_of(rt->children.next, struct child, link));
 }
 
 static struct wait_op *as_wait(struct io *op) { return (struct wait_op *)(void *)op; }

@@ -418,8 +418,7 @@ void schedule_inherit(lua_State *L, struct runtime *rt, int i) {
   lua_rawgeti(L, from, PLAN_SCHEDULER);
   lua_rawgeti(L, from, PLAN_CONTEXT); /* from scheduler context */
   if (lua_toboolean(L, -1) || lua_toboolean(L, -2)) {
-    fiber_hold(L, i, f);
-    task_release(L, &f->task); /* should anything raise, it is a cold one that nobody has */
+    fiber_make_cold(L, i, f); /* should anything raise */
     need_plan(L, i);
     if (fiber_is_lost(&f->task)) fiber_settle_lost(L, i); /* a finalizer has closed its coroutine */
     if (f->task.state != TASK_CREATED) {                  /* … or has started it */
@@ -548,10 +547,9 @@ static int l_is_scheduler(lua_State *L) {
 static int l_spawn_on(lua_State *L) {
   struct runtime *rt = runtime(L);
   schedule_check(L, 1);
-  module_check_callable(L, 2);
+  argument_callable(L, 2);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 2, scope_flowing(L, rt)); /* scheduler task */
-  fiber_hold(L, 2, f);
-  task_release(L, &f->task); /* should anything raise, it is a cold one that nobody has */
+  fiber_make_cold(L, 2, f); /* should anything raise */
   if (schedule_give(L, 2, 1))
     schedule_start(L, rt, 2);
   else {
@@ -567,10 +565,9 @@ static int l_spawn_on(lua_State *L) {
 static int l_detached(lua_State *L) {
   struct runtime *rt = runtime(L);
   luaL_checktype(L, 1, LUA_TTABLE);
-  module_check_callable(L, 3);
+  argument_callable(L, 3);
   struct fiber *f = fiber_new(L, rt, lua_gettop(L) - 3, rt->root); /* home named task */
-  fiber_hold(L, 3, f);
-  task_release(L, &f->task); /* should anything raise, it is a cold one that nobody has */
+  fiber_make_cold(L, 3, f);                                        /* should anything raise */
   need_plan(L, 3);
   lua_pushvalue(L, 1);
   plan_set(L, -2, PLAN_HOME);

@@ -255,10 +255,7 @@ static bool push_known_token(lua_State *L, const struct scope *s) {
     lua_pushnil(L);
     return false;
   }
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  lua_rawgetp(L, -1, s->token);
-  lua_remove(L, -2);
-  return !lua_isnil(L, -1);
+  return task_push_weak(L, s->token);
 }
 
 /* [-0, +0, -] what goes on in s is under the scope above it only */
@@ -607,17 +604,10 @@ static double opt_seconds(lua_State *L, int i) {
   return s;
 }
 
-/* [-0, +0, v] the callable at i, argument n of a public function in Lua */
-static void check_function(lua_State *L, int n, int i) {
-  if (lua_isfunction(L, i)) return;
-  if (luaL_getmetafield(L, i, "__call") == LUA_TNIL) blame_type(L, n, "function", i);
-  lua_pop(L, 1);
-}
-
 /* open_timeout(seconds or nil, fn) -> scope; checks the arguments of with_timeout */
 static int l_open_timeout(lua_State *L) {
   double seconds = opt_seconds(L, 1);
-  check_function(L, 2, 2);
+  module_check_function(L, 2, 2);
   if (seconds == 0) {
     struct runtime *rt = runtime(L);
     check_inside(L, rt, "with_timeout");
@@ -639,7 +629,7 @@ static int l_open_shield(lua_State *L) {
 /* open_linked(token, fn) -> scope, which is canceled with the token; checks for with_cancellation */
 static int l_open_linked(lua_State *L) {
   if (object_test(L, 1, TAG_TOKEN) == NULL) blame_type(L, 1, "coflow.CancellationToken", 1);
-  check_function(L, 2, 2);
+  module_check_function(L, 2, 2);
   struct token *k = token_opt(L, 1);
   lua_settop(L, 1);
   if (k != NULL && token_canceled(k)) {
@@ -724,9 +714,7 @@ static void push_opening(lua_State *L, lua_State *co, const struct scope *s) {
   lua_Debug ar;
   for (int level = co == L; lua_getstack(co, level, &ar); level++) {
     if (!holds(co, &ar, s)) continue;
-    do lua_getinfo(co, "Sl", &ar); /* … and by whom of the user's that was called */
-    while ((ar.currentline <= 0 || module_is_ours(runtime(L), ar.source)) &&
-           lua_getstack(co, ++level, &ar));
+    if (!blame_find_line(L, co, level, &ar)) break; /* by whom of the user's that was called */
     lua_pushfstring(L, "%s:%d", ar.short_src, ar.currentline);
     return;
   }
@@ -749,13 +737,8 @@ void scope_refuse_yield(lua_State *L) {
 
 /* throw_if_canceled(token or nil): the error of the token, or of the ambient one; `none` opts out of both */
 static int l_throw_if_canceled(lua_State *L) {
-  struct scope *s = ((struct fiber *)runtime(L)->me)->member.scope;
-  const struct token *k = token_opt(L, 1);
-  if (k != NULL && token_canceled(k)) {
-    token_push_error(L, 1);
-    return lua_error(L);
-  }
-  return s->canceled && !token_none(L, 1) ? scope_throw(L, s) : 0;
+  operation_check_tokens(L, runtime(L), 1);
+  return 0;
 }
 
 /* ---- Lua face ---- */

@@ -21,16 +21,14 @@
 /* to send what was written, and again for threads to let go */
 #define CLOSE_SECONDS 2.0
 
-static void on_close(uv_handle_t *handle) { (void)handle; }
-
 static void close_any(uv_handle_t *handle, void *timer) {
-  if (handle != timer && !uv_is_closing(handle)) uv_close(handle, on_close);
+  if (handle != timer && !uv_is_closing(handle)) uv_close(handle, NULL);
 }
 
 /* false: a thread is stuck, so that libuv has not let go */
 static bool close_uv(struct runtime *rt) {
   uv_handle_t *timer = (uv_handle_t *)&rt->timer;
-  double start = (double)uv_hrtime() / 1e9;
+  double start = loop_real_now();
   uv_unref(timer); /* it bounds each wait, and is no reason for one */
   while (stdio_sends(rt) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   io_abort_all(rt);
@@ -38,14 +36,14 @@ static bool close_uv(struct runtime *rt) {
   uv_ref(timer);      /* nothing else may be a reason to poll for the end of children */
   process_end_all(rt);
   uv_unref(timer);
-  start = (double)uv_hrtime() / 1e9;
+  start = loop_real_now();
   handle_close_all(rt);
   watch_close_all(rt);
   signal_end_all(rt);
   uv_walk(&rt->loop, close_any, timer);
   while (uv_loop_alive(&rt->loop) && poll_until(rt, start + CLOSE_SECONDS)) continue;
   if (uv_loop_alive(&rt->loop)) return false;
-  uv_close(timer, on_close);
+  uv_close(timer, NULL);
   uv_run(&rt->loop, UV_RUN_DEFAULT);
   return uv_loop_close(&rt->loop) == 0;
 }
@@ -63,9 +61,11 @@ static void *keep(void *ud, void *block, size_t old, size_t size) {
 
 /* [-0, +0, -] The memory of a state that a thread may still write to is given up, all of it, and the code
 ** that it runs stays loaded. */
-static void keep_memory(lua_State *L, lua_Alloc alloc, void *ud) {
+static void keep_memory(lua_State *L) {
   static const char anything;
   Dl_info here;
+  void *ud;
+  lua_Alloc alloc = lua_getallocf(L, &ud);
   if (dladdr(&anything, &here) != 0) dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
   struct keeper *k = (struct keeper *)alloc(ud, NULL, 0, sizeof *k);
   fprintf(stderr, "coflow: closed while a system call is stuck in a thread: nothing is freed\n");
@@ -80,21 +80,19 @@ void shutdown_refuse(lua_State *L) {
 }
 
 void shutdown_run(lua_State *L, struct runtime *rt) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   rt->closed = true;
   if (rt->loop_open) {
     bool clean = close_uv(rt);
     file_close_all(rt);
     if (!clean)
-      keep_memory(L, alloc, ud);
+      keep_memory(L);
     else {
       signal_free(L, rt);
       read_free(rt);
     }
     rt->loop_open = rt->timer_armed = false; /* for finalizers that are still to come */
   }
-  alloc(ud, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
+  module_resize(L, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   if (rt->births) testing_forget(L, rt);
   if (rt->ready || rt->idle_ticks || rt->lands) periodic_close(L, rt);
   deadline_close(L, rt);

@@ -152,12 +152,10 @@ void signal_end_all(struct runtime *rt) {
 }
 
 void signal_free(lua_State *L, struct runtime *rt) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
   while (rt->caught != NULL) {
     struct caught *s = rt->caught;
     rt->caught = s->next;
-    alloc(ud, s, sizeof *s, 0);
+    module_resize(L, s, sizeof *s, 0);
   }
 }
 
@@ -166,9 +164,7 @@ void signal_free(lua_State *L, struct runtime *rt) {
 /* [-0, +0, m] there is a handle for that signal */
 static void need(lua_State *L, struct runtime *rt, int number, bool once) {
   if (find(rt, number, once) != NULL) return;
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  struct caught *s = (struct caught *)alloc(ud, NULL, 0, sizeof *s);
+  struct caught *s = (struct caught *)module_resize(L, NULL, 0, sizeof *s);
   if (s == NULL) luaL_error(L, "not enough memory");
   *s = (struct caught){.next = rt->caught, .number = number, .once = once};
   uv_signal_init(&rt->loop,
@@ -227,7 +223,7 @@ static int l_wait(lua_State *L) {
   struct catcher *c = check_catcher(L);
   lua_settop(L, 1);
   if (lua_getiuservalue(L, 1, CATCHER_PROMISE) != LUA_TNIL) return 1;
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false); /* catcher nil promise */
+  task_new_promise(L); /* catcher nil promise */
   if (c->count > 0 || c->link.next == NULL) {
     task_settle(L, rt, 3, 0);
     return 1;

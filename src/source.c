@@ -8,9 +8,6 @@
 */
 #include "token.h"
 
-struct source {
-  uint32_t tag;
-};
 enum { SOURCE_TOKEN = 1 };
 
 /* ---- the deadline of a token ---- */
@@ -97,7 +94,7 @@ static struct token *source_token(lua_State *L, bool alive) {
 
 /* [-0, +1, m] a source and its token, whose index is returned */
 static int source_new(lua_State *L) {
-  object_new(L, TAG_SOURCE, sizeof(struct source), 1);
+  object_new(L, TAG_SOURCE, sizeof(uint32_t), SOURCE_TOKEN);
   token_new(L, false);
   lua_pushvalue(L, -1);
   lua_setiuservalue(L, -3, SOURCE_TOKEN);
@@ -162,10 +159,11 @@ static int l_source_cancel(lua_State *L) {
     first = lua_toboolean(L, -1);
   }
   lua_settop(L, 2);
-  source_token(L, true);
-  lua_replace(L, 1);
-  lua_pushboolean(L, first);
-  return token_cancel(L) && 0;
+  if (source_token(L, true)->canceled) return 0;
+  lua_pushnil(L); /* source reason token list */
+  token_mark_all(L, 3, 2, 3, 4);
+  token_run(L, first);
+  return 0;
 }
 
 static int l_source_cancel_async(lua_State *L) {
@@ -174,7 +172,7 @@ static int l_source_cancel_async(lua_State *L) {
   lua_settop(L, 2);
   struct token *token = source_token(L, false); /* source reason token */
   if (token->disposed) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     error_push(L, ERROR_DISPOSED, "the cancellation source has been disposed");
     task_settle_faulted(L, rt, 4, 0);
     return 1;
@@ -187,7 +185,7 @@ static int l_source_cancel_async(lua_State *L) {
     token_mark_all(L, 3, 2, 3, 4);
   }
   if (lua_isnil(L, 4)) {
-    task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+    task_new_promise(L);
     task_settle(L, rt, 5, 0);
     return 1;
   }

@@ -203,13 +203,13 @@ int sync_direct(lua_State *L, const struct sync_class *class, enum sync_what wha
   struct runtime *rt = runtime(L);
   struct sync *s = (struct sync *)object_test(L, 1, class->tag);
   if (s != NULL && !s->disposed && class->timed && lua_gettop(L) == 1) { /* the common case */
-    waiter_check_tokens(L, rt, 2);
+    operation_check_tokens(L, rt, 2);
     if (class->attempt(L, s)) return 1;
     lua_settop(L, 3);
     return wait_for(L, s, what, HUGE_VAL, f);
   }
   s = arguments(L, class, what, &seconds);
-  waiter_check_tokens(L, rt, 3);
+  operation_check_tokens(L, rt, 3);
   if (class->attempt(L, s)) {
     if (what != SYNC_WAIT) lock_own(L, 2);
     return 1;

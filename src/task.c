@@ -29,20 +29,22 @@ struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool 
   return t;
 }
 
-void task_hold(lua_State *L, int i, struct task *t) {
-  lua_pushvalue(L, i);
+/* [-1, +0, m] its slot, given to it if it has none, gets the value on top */
+static void anchor(lua_State *L, struct task *t) {
   if (t->slot == 0)
     t->slot = slots_add(L, UP_ANCHORS, &runtime(L)->free_slot);
   else
     lua_rawseti(L, UP_ANCHORS, t->slot);
 }
 
+void task_hold(lua_State *L, int i, struct task *t) {
+  lua_pushvalue(L, i);
+  anchor(L, t);
+}
+
 void task_release(lua_State *L, struct task *t) {
   lua_pushlightuserdata(L, t);
-  if (t->slot == 0)
-    t->slot = slots_add(L, UP_ANCHORS, &runtime(L)->free_slot);
-  else
-    lua_rawseti(L, UP_ANCHORS, t->slot);
+  anchor(L, t);
 }
 
 void task_forget(lua_State *L, struct task *t) {
@@ -56,9 +58,7 @@ void task_push(lua_State *L, struct task *t) {
   int kind = lua_type(L, -1);
   lua_pop(L, 1);
   if (!task_is(t, KIND_FIBER)) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-    lua_rawgetp(L, -1, t);
-    lua_remove(L, -2);
+    task_push_weak(L, t);
     return;
   }
   struct fiber *f = (struct fiber *)t;
@@ -68,6 +68,13 @@ void task_push(lua_State *L, struct task *t) {
   }
   fiber_push_unheld(L, runtime(L), f);
   task_hold(L, -1, t); /* next time it is here */
+}
+
+bool task_push_weak(lua_State *L, const void *p) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
+  bool alive = lua_rawgetp(L, -1, p) != LUA_TNIL;
+  lua_remove(L, -2);
+  return alive;
 }
 
 void task_weaken(lua_State *L, int i) {
@@ -257,7 +264,8 @@ void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
 
 /* ---- outcomes ---- */
 
-/* [-1, +0, -] the outcome is complete: the result is on top; `error`: where its trace comes from */
+/* [-1, +0, -] the task t at i is complete, with the outcome on top; `from`: the failed task that the error comes from,
+** whose record goes along, or 0 */
 static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum task_state s,
                    int from) {
   if (i < 0) i = lua_absindex(L, i);
@@ -366,20 +374,20 @@ int task_push_outcome(lua_State *L, int i, struct task *t) {
 }
 
 void task_push_name(lua_State *L, int i) {
-  static const char *const kinds[KIND_COUNT] = {"task",
-                                                "promise",
-                                                "delay",
-                                                "wait_async",
-                                                "when_all",
-                                                "when_any",
-                                                "when_each",
-                                                "cancel_after",
-                                                "scope",
-                                                "idle",
-                                                "operation",
-                                                "select",
-                                                "wait_for_next_tick",
-                                                "tick"};
+  static const char *const kinds[KIND_COUNT] = {[KIND_FIBER] = "task",
+                                                [KIND_PROMISE] = "promise",
+                                                [KIND_DELAY] = "delay",
+                                                [KIND_WAIT] = "wait_async",
+                                                [KIND_ALL] = "when_all",
+                                                [KIND_ANY] = "when_any",
+                                                [KIND_EACH] = "when_each",
+                                                [KIND_EXPIRY] = "cancel_after",
+                                                [KIND_SCOPE] = "scope",
+                                                [KIND_IDLE] = "idle",
+                                                [KIND_QUEUED] = "operation",
+                                                [KIND_SELECT] = "select",
+                                                [KIND_PERIOD] = "wait_for_next_tick",
+                                                [KIND_TICK] = "tick"};
   i = lua_absindex(L, i);
   struct task *t = (struct task *)lua_touserdata(L, i);
   bool fiber = task_is(t, KIND_FIBER);
@@ -565,7 +573,7 @@ static int l_operation_gc(lua_State *L) {
 static int l_from_result(lua_State *L) {
   struct runtime *rt = runtime(L);
   int n = lua_gettop(L);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   lua_insert(L, 1);
   task_settle(L, rt, 1, n);
   return 1;
@@ -574,7 +582,7 @@ static int l_from_result(lua_State *L) {
 static int l_from_exception(lua_State *L) { /* nil is a legal error value */
   struct runtime *rt = runtime(L);
   lua_settop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   lua_insert(L, 1);
   task_settle_faulted(L, rt, 1, 0);
   return 1;
@@ -589,7 +597,7 @@ static int l_from_canceled(lua_State *L) {
     return error_throw(L, ERROR_ARGUMENT,
                        "from_canceled needs a token whose cancellation has been requested");
   lua_settop(L, 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   token_push_error(L, 1);
   task_settle_canceled(L, rt, 2);
   return 1;
@@ -608,7 +616,7 @@ static int l_completion_new(lua_State *L) {
   if (lua_gettop(L) > 0 && !lua_isnil(L, 1))
     return luaL_argerror(L, 1, "a TaskCompletionSource takes no arguments");
   object_new(L, TAG_COMPLETION, sizeof(uint32_t), 1);
-  task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  task_new_promise(L);
   lua_setiuservalue(L, -2, COMPLETION_TASK);
   return 1;
 }

@@ -65,15 +65,20 @@ bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]) {
   return true;
 }
 
-/* a socket of ours that listens, or an error of libuv */
-static int listen_at(const struct sockaddr *address, socklen_t n, bool reuse_port, int backlog) {
+int address_socket(int family, int type) {
 #ifdef SOCK_CLOEXEC
-  int on = 1, fd = socket(address->sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  int fd = socket(family, type | SOCK_CLOEXEC, 0);
 #else
-  int on = 1, fd = socket(address->sa_family, SOCK_STREAM, 0);
+  int fd = socket(family, type, 0);
   if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
 #endif
-  if (fd < 0) return uv_translate_sys_error(errno);
+  return fd >= 0 ? fd : uv_translate_sys_error(errno);
+}
+
+/* a socket of ours that listens, or an error of libuv */
+static int listen_at(const struct sockaddr *address, socklen_t n, bool reuse_port, int backlog) {
+  int on = 1, fd = address_socket(address->sa_family, SOCK_STREAM);
+  if (fd < 0) return fd;
   if (address->sa_family != AF_UNIX) setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
   if ((!reuse_port || setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on) == 0) &&
       bind(fd, address, n) == 0 && listen(fd, backlog) == 0)
@@ -108,13 +113,8 @@ static int connect_land(lua_State *L, struct io *op) {
   return 1;
 }
 
-static void connect_fail(lua_State *L, struct io *op) {
-  lua_getiuservalue(L, 1, IO_PATH);
-  io_push_error(L, (int)op->status, "connect", lua_tostring(L, -1));
-}
-
 static const struct io_class connect_class = {"net.connect", "connect",       connect_land,
-                                              connect_abort, connect_release, connect_fail};
+                                              connect_abort, connect_release, NULL};
 
 /* [-0, +1, e] to what is named at i, given the token at k; NULL: canceled before */
 static struct connect_op *begin(lua_State *L, enum stream_kind kind, int i, int k, int *status) {
@@ -167,11 +167,8 @@ static int l_connect_address(lua_State *L) {
 
 /* [-0, +0, v] */
 static const char *check_path(lua_State *L, int i) {
-  size_t n;
-  luaL_checktype(L, i, LUA_TSTRING);
-  const char *path = lua_tolstring(L, i, &n);
-  luaL_argcheck(L, n > 0 && memchr(path, '\0', n) == NULL, i,
-                n == 0 ? "a path is not empty" : "a path has no zero bytes");
+  const char *path = io_check_path(L, i);
+  luaL_argcheck(L, *path != '\0', i, "a path is not empty");
   return path;
 }
 
@@ -212,10 +209,8 @@ static int l_listen_address(lua_State *L) {
   bool reuse_port = lua_toboolean(L, 4);
   lua_settop(L, 1);
   address_push(L, &at);
-  return listen_on(L, STREAM_TCP, (struct sockaddr *)&at,
-                   at.ss_family == AF_INET6 ? sizeof(struct sockaddr_in6)
-                                            : sizeof(struct sockaddr_in),
-                   lua_tostring(L, 2), reuse_port, backlog);
+  return listen_on(L, STREAM_TCP, (struct sockaddr *)&at, address_length(&at), lua_tostring(L, 2),
+                   reuse_port, backlog);
 }
 
 /* listen_pipe(path, backlog) */

@@ -36,9 +36,6 @@
 
 enum { WINDOW = 64, PATIENCE = 256 };
 enum { HEADS = 256 };
-enum {
-  BEFORE_LIBRARY = 1
-}; /* in RUNTIME_BEFORE, besides address of handle -> true: births.library */
 
 /* ---- choice ---- */
 
@@ -77,20 +74,12 @@ struct place {
 };
 
 struct births {
-  const char *library; /* how the names of the library's own files begin, which are no places */
-  size_t library_length;
   uint32_t *of[BIRTH_COUNT]; /* -> number of its place, from 1 on; 0: from before the test */
   size_t sizes[BIRTH_COUNT];
   struct place *places;
   uint32_t place_count, place_size;
   uint32_t heads[HEADS]; /* of the lists of places */
 };
-
-static void *resize(lua_State *L, void *block, size_t old, size_t size) {
-  void *ud;
-  lua_Alloc alloc = lua_getallocf(L, &ud);
-  return alloc(ud, block, old, size);
-}
 
 /* the number of its place, or 0 */
 static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
@@ -101,11 +90,7 @@ static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
 ** that one was. 0: none, or no memory */
 static uint32_t find_place(lua_State *L, struct births *b) {
   lua_Debug ar;
-  int level = 0;
-  do {
-    if (!lua_getstack(L, level++, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
-    lua_getinfo(L, "Sl", &ar);
-  } while (ar.currentline <= 0 || strncmp(ar.source, b->library, b->library_length) == 0);
+  if (!blame_find_line(L, L, 0, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
   uint32_t *head = &b->heads[((unsigned)ar.currentline + ar.srclen * 31) % HEADS];
   for (uint32_t n = *head; n != 0; n = b->places[n - 1].next)
     if (b->places[n - 1].line == ar.currentline &&
@@ -113,8 +98,8 @@ static uint32_t find_place(lua_State *L, struct births *b) {
       return n;
   if (b->place_count == b->place_size) {
     uint32_t size = b->place_size ? b->place_size * 2 : 16;
-    struct place *places =
-        (struct place *)resize(L, b->places, b->place_size * sizeof *places, size * sizeof *places);
+    struct place *places = (struct place *)module_resize(
+        L, b->places, b->place_size * sizeof *places, size * sizeof *places);
     if (places == NULL) return 0;
     b->places = places;
     b->place_size = size;
@@ -130,7 +115,8 @@ static uint32_t find_place(lua_State *L, struct births *b) {
 static void note(lua_State *L, struct births *b, enum birth of, size_t at, uint32_t place) {
   if (at >= b->sizes[of]) {
     size_t old = b->sizes[of], size = old * 2 > at ? old * 2 : at + 64;
-    uint32_t *list = (uint32_t *)resize(L, b->of[of], old * sizeof *list, size * sizeof *list);
+    uint32_t *list =
+        (uint32_t *)module_resize(L, b->of[of], old * sizeof *list, size * sizeof *list);
     if (list == NULL) return;
     memset(list + old, 0, (size - old) * sizeof *list);
     b->of[of] = list;
@@ -152,9 +138,9 @@ void testing_forget(lua_State *L, struct runtime *rt) {
   if (b == NULL) return;
   rt->births = NULL;
   for (int of = 0; of < BIRTH_COUNT; of++)
-    resize(L, b->of[of], b->sizes[of] * sizeof *b->of[of], 0);
-  resize(L, b->places, b->place_size * sizeof *b->places, 0);
-  resize(L, b, sizeof *b, 0);
+    module_resize(L, b->of[of], b->sizes[of] * sizeof *b->of[of], 0);
+  module_resize(L, b->places, b->place_size * sizeof *b->places, 0);
+  module_resize(L, b, sizeof *b, 0);
 }
 
 /* ---- what is left ---- */
@@ -219,21 +205,17 @@ static bool is_left_open(const struct runtime *rt, const struct handle *h) {
 /* [-0, +0 or +1, -] the same, if the running test has left it */
 static bool push_left_open(lua_State *L, const struct handle *h) {
   if (!is_left_open(runtime(L), h)) return false;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  bool alive = lua_rawgetp(L, -1, h) != LUA_TNIL; /* else its finalizer is about to run */
-  lua_remove(L, -2);
-  if (!alive) lua_pop(L, 1);
-  return alive;
+  if (task_push_weak(L, h)) return true;
+  lua_pop(L, 1); /* its finalizer is about to run */
+  return false;
 }
 
 /* [-0, +0 or +1, -] the open watcher of files with that handle, if it was made in a test */
 static bool push_watcher(lua_State *L, const uv_handle_t *h) {
   if (h->type != UV_FS_EVENT || uv_is_closing(h)) return false;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
-  bool found = lua_rawgetp(L, -1, h) != LUA_TNIL;
-  lua_remove(L, -2);
-  if (!found) lua_pop(L, 1);
-  return found;
+  if (task_push_weak(L, h)) return true;
+  lua_pop(L, 1);
+  return false;
 }
 
 struct open {
@@ -344,15 +326,12 @@ static int l_idle(lua_State *L) {
 
 /* ---- Lua face ---- */
 
-/* begin(jumping, start, quiet, seed or nil, library): time is virtual from now on */
+/* begin(jumping, start, quiet, seed or nil): time is virtual from now on */
 static int l_begin(lua_State *L) {
   struct runtime *rt = runtime(L);
   double start = luaL_checknumber(L, 2), quiet = luaL_checknumber(L, 3);
-  luaL_checkstring(L, 5);
-  lua_settop(L, 5);
+  lua_settop(L, 4);
   lua_newtable(L);
-  lua_pushvalue(L, 5);
-  lua_rawseti(L, 6, BEFORE_LIBRARY);
   lua_newtable(L); /* … before opened */
   lua_createtable(L, 0, 1);
   lua_pushliteral(L, "k");
@@ -361,18 +340,17 @@ static int l_begin(lua_State *L) {
   struct handles list = list_handles(L);
   for (size_t i = 0; i < list.count; i++) { /* those that were there before */
     lua_pushboolean(L, 1);
-    lua_rawsetp(L, 6, list.at[i]);
+    lua_rawsetp(L, 5, list.at[i]);
   }
   loop_check_outside(L, "testing.run");
   if (rt->clock != CLOCK_REAL)
     return error_throw(L, ERROR_OPERATION, "testing.run inside another testing.run");
-  struct births *b = (struct births *)resize(L, NULL, 0, sizeof *b);
+  struct births *b = (struct births *)module_resize(L, NULL, 0, sizeof *b);
   if (b == NULL) return luaL_error(L, "not enough memory");
   /* nothing raises from here */
   memset(b, 0, sizeof *b);
-  b->library = lua_tolstring(L, 5, &b->library_length);
   rt->births = b;
-  lua_settop(L, 7);
+  lua_settop(L, 6);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_OPENED);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BEFORE);
   timer_shift(rt, loop_now(rt), start); /* deadlines from before have the same time left */
@@ -518,22 +496,21 @@ static int l_lost(lua_State *L) {
   struct runtime *rt = runtime(L);
   bool pending = false; /* a finalizer that has not run yet */
   lua_settop(L, 0);
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
   for (struct link *l = rt->handles.next; l != &rt->handles && !pending; l = l->next) {
     struct handle *h = container_of(l, struct handle, link);
-    pending = is_left_open(rt, h) && lua_rawgetp(L, 1, h) == LUA_TNIL;
-    lua_settop(L, 1);
+    pending = is_left_open(rt, h) && !task_push_weak(L, h);
+    lua_settop(L, 0);
   }
   if (pending) lua_gc(L, LUA_GCCOLLECT);
-  lua_newtable(L); /* weak list opened */
+  lua_newtable(L); /* list opened */
   if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE)
-    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 3); n > 0; n--) {
-      lua_rawgeti(L, 3, n);
-      lua_rawseti(L, 2, n);
+    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 2); n > 0; n--) {
+      lua_rawgeti(L, 2, n);
+      lua_rawseti(L, 1, n);
       lua_pushnil(L);
-      lua_rawseti(L, 3, n);
+      lua_rawseti(L, 2, n);
     }
-  lua_settop(L, 2);
+  lua_settop(L, 1);
   return 1;
 }
 

@@ -244,12 +244,10 @@ void operation_stop(lua_State *L, int i, struct timed *op) {
   lua_setiuservalue(L, i, OP_TOKEN);
 }
 
-/* [-0, +1, m] */
-struct timed *operation_new(lua_State *L, int kind, int uservalues, double seconds) {
-  struct timed *op = (struct timed *)task_new(L, kind, sizeof *op, uservalues, seconds == HUGE_VAL);
+struct timed *operation_new(lua_State *L, int kind, size_t size, int uservalues, double seconds) {
+  struct timed *op = (struct timed *)task_new(L, kind, size, uservalues, seconds == HUGE_VAL);
   op->deadline = (struct deadline){.kind = DEADLINE_TIMED};
   op->seconds = seconds;
-
   return op;
 }
 
@@ -299,7 +297,7 @@ static int l_delay(lua_State *L) {
   struct token *k = token_opt(L, 2);
   lua_settop(L, 2);
   struct scope *s = operation_scope(L, 2);
-  struct timed *op = operation_new(L, KIND_DELAY, OP_TOKEN, seconds);
+  struct timed *op = operation_new(L, KIND_DELAY, sizeof *op, OP_TOKEN, seconds);
   if (operation_canceled(k, s)) {
     operation_push_canceled(L, k, 2, s);
     task_settle_canceled(L, rt, 3);
@@ -361,11 +359,9 @@ static int l_sleep(lua_State *L) {
   double seconds = module_seconds(L, 1);
   struct token *k = token_opt(L, 2);
   bool deaf = token_none(L, 2);
-  struct fiber *me = (struct fiber *)rt->me;
-  if ((k != NULL && token_canceled(k)) || (me->member.scope->canceled && !deaf))
-    return operation_throw_canceled(L, k, 2, me->member.scope);
+  operation_check_tokens(L, rt, 2);
   if (seconds == 0) return 0;
-  me = fiber_here(L, rt);
+  struct fiber *me = fiber_here(L, rt);
   lua_settop(L, 2);
   if (me == NULL) return fiber_outside(L, l_sleep);
   double now = loop_now(rt);
@@ -431,11 +427,8 @@ static void new_wait(lua_State *L, struct scope *s, bool quiet) {
   struct runtime *rt = runtime(L);
   struct token *k = token_opt(L, 3);
   double seconds = lua_isnoneornil(L, 2) ? HUGE_VAL : module_seconds(L, 2);
-  struct wait_op *op = (struct wait_op *)task_new(L, KIND_WAIT, sizeof *op, OP_INPUT, true);
+  struct wait_op *op = (struct wait_op *)operation_new(L, KIND_WAIT, sizeof *op, OP_INPUT, seconds);
   struct task *t = &op->timed.pending.task;
-  op->timed.deadline = (struct deadline){.kind = DEADLINE_TIMED};
-  op->timed.seconds = seconds;
-
   if (quiet) t->flags |= TASK_QUIET;
   lua_pushvalue(L, 1);
   lua_setiuservalue(L, 4, OP_INPUT);
@@ -470,13 +463,6 @@ void timer_push_wait(lua_State *L) {
   new_wait(L, runtime(L)->root, true);
 }
 
-static int await_with_k(lua_State *L, int status, lua_KContext ctx) {
-  struct task *on = (struct task *)ctx;
-  if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_with_k);
-  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
-  return task_push_outcome(L, 1, on);
-}
-
 int timer_await_with(lua_State *L) {
   struct runtime *rt = runtime(L);
   task_refuse_state(L, 1, task_check(L, 1));
@@ -493,8 +479,8 @@ int timer_await_with(lua_State *L) {
   if (task_done(on)) return task_push_outcome(L, 1, on);
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, fiber_await_value);
-  if (deaf) me->task.flags |= TASK_DEAF;
-  return fiber_await(L, rt, me, on, await_with_k);
+  lua_pushvalue(L, 1);
+  return waiter_await(L, me, on, deaf);
 }
 
 static const luaL_Reg functions[] = {{"delay", l_delay},

@@ -12,8 +12,7 @@ struct registration;
 struct token {
   uint32_t tag;
   bool canceled, disposed, never;
-  bool
-      told; /* what those linked to it know of its being armed: once canceled, it stays as it was */
+  bool told; /* what those linked to it know: it is armed. Once canceled, it stays as it was */
   int count, limit; /* registrations in the list; when to sweep it */
   int arms;         /* armed deadlines: its own, and each token above that is armed */
   unsigned swept;   /* rt->unregistered when none of the list was dead */
@@ -44,8 +43,6 @@ void token_sweep(lua_State *L, struct token *token);
 void token_drop_registrations(lua_State *L, int k); /* [-0, +0, -] all those of the token at k */
 /* [-0, +0, -] as token_mark, and its scope */
 void token_mark_all(lua_State *L, int k, int reason, int cause, int run);
-/* cancel_token(token, reason, first) -> whether it was not canceled before */
-int token_cancel(lua_State *L);
 int token_run_callbacks(lua_State *L); /* run_callbacks(list of marked tokens) */
 
 /* ---- source.c ---- */

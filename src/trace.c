@@ -96,14 +96,10 @@ static void push_stacks(lua_State *L, lua_State *from, bool body) {
 /* [-0, +1, m] one line, for cancellations: they are many, and no accident, unless they end as a Timeout */
 static void push_place(lua_State *L, lua_State *from, int level) {
   lua_Debug ar;
-  for (; lua_getstack(from, level, &ar); level++) {
-    lua_getinfo(from, "Sl", &ar);
-    if (ar.currentline > 0 && !module_is_ours(runtime(L), ar.source)) {
-      lua_pushfstring(L, "\n\t%s:%d: canceled here", ar.short_src, ar.currentline);
-      return;
-    }
-  }
-  lua_pushliteral(L, "");
+  if (blame_find_line(L, from, level, &ar))
+    lua_pushfstring(L, "\n\t%s:%d: canceled here", ar.short_src, ar.currentline);
+  else
+    lua_pushliteral(L, "");
 }
 
 /* ---- what a task has seen ---- */
@@ -171,10 +167,10 @@ static void record_new(lua_State *L, lua_State *from, int level, bool body) {
   if (same) {
     lua_rawgeti(L, 3, RECORD_TASK);
     if (lua_touserdata(L, 4) == me) { /* recorded where it was caught to clean up; it goes on */
-      for (int field = RECORD_NAME; field <= RECORD_TASK; field += RECORD_TASK - RECORD_NAME) {
-        lua_pushnil(L);
-        lua_rawseti(L, 3, field);
-      }
+      lua_pushnil(L);
+      lua_rawseti(L, 3, RECORD_NAME);
+      lua_pushnil(L);
+      lua_rawseti(L, 3, RECORD_TASK);
       lua_settop(L, 3);
       lua_insert(L, 2);
       return;

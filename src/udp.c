@@ -23,7 +23,6 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <net/if.h>
 #include <netinet/in.h>
 #include <stdlib.h>
@@ -141,19 +140,10 @@ static int receive(struct udp *u) {
   return 0;
 }
 
-static socklen_t size_of(const struct sockaddr_storage *a) {
-  return a->ss_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
-}
-
-static in_port_t *port_of(struct sockaddr_storage *a) {
-  return a->ss_family == AF_INET ? &((struct sockaddr_in *)(void *)a)->sin_port
-                                 : &((struct sockaddr_in6 *)(void *)a)->sin6_port;
-}
-
 /* sent, or an error of libuv; to == NULL: to the peer */
 static int send_now(const struct udp *u, const char *data, size_t length,
                     const struct sockaddr_storage *to) {
-  socklen_t n = to == NULL ? 0 : size_of(to);
+  socklen_t n = to == NULL ? 0 : address_length(to);
   ssize_t sent;
   do sent = sendto(u->fd, data, length, 0, (const struct sockaddr *)to, n);
   while (sent < 0 && errno == EINTR);
@@ -169,9 +159,9 @@ static int disconnect(const struct udp *u) {
       (connect(u->fd, &none, sizeof none) != 0 && errno != EAFNOSUPPORT) ||
       getsockname(u->fd, (struct sockaddr *)&after, &m) != 0)
     return uv_translate_sys_error(errno);
-  if (*port_of(&after) == *port_of(&before)) return 0;
-  *port_of(&after) = *port_of(&before);
-  return bind(u->fd, (struct sockaddr *)&after, size_of(&after)) == 0
+  if (*address_port(&after) == *address_port(&before)) return 0;
+  *address_port(&after) = *address_port(&before);
+  return bind(u->fd, (struct sockaddr *)&after, address_length(&after)) == 0
              ? 0
              : uv_translate_sys_error(errno);
 }
@@ -238,19 +228,14 @@ enum { REUSE_ADDRESS = 1, REUSE_PORT = 2, ONLY_IPV6 = 4 };
 
 /* a bound socket, or an error of libuv */
 static int open_socket(const struct sockaddr_storage *at, int flags) {
-#ifdef SOCK_CLOEXEC
-  int fd = socket(at->ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-#else
-  int fd = socket(at->ss_family, SOCK_DGRAM, 0);
-  if (fd >= 0) fcntl(fd, F_SETFD, FD_CLOEXEC);
-#endif
+  int fd = address_socket(at->ss_family, SOCK_DGRAM);
   bool v6 = at->ss_family == AF_INET6;
   int on = 1, only = flags & ONLY_IPV6 ? 1 : 0;
-  if (fd < 0) return uv_translate_sys_error(errno);
+  if (fd < 0) return fd;
   if ((flags & REUSE_ADDRESS && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) != 0) ||
       (flags & REUSE_PORT && setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on) != 0) ||
       (v6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, sizeof only) != 0) ||
-      bind(fd, (const struct sockaddr *)at, size_of(at)) != 0) {
+      bind(fd, (const struct sockaddr *)at, address_length(at)) != 0) {
     int status = uv_translate_sys_error(errno);
     close(fd);
     return status;
@@ -398,10 +383,7 @@ static int l_try_send(lua_State *L) {
   struct sockaddr_storage to;
   bool addressed = !lua_isnil(L, 3);
   if (addressed) to = check_address(L, 3, 1);
-  struct token *token = token_opt(L, 5);
-  struct scope *scope = ((struct fiber *)u->handle.rt->me)->member.scope;
-  if (token != NULL ? operation_canceled(token, scope) : scope->canceled && !token_none(L, 5))
-    return operation_throw_canceled(L, token, 5, scope);
+  operation_check_tokens(L, u->handle.rt, 5);
   int status = UV_EAGAIN;
   if (addressed) map(u, &to);
   if (lua_toboolean(L, 6) || !waiter_any(&u->senders))
@@ -446,7 +428,7 @@ static int l_connect(lua_State *L) {
   else {
     struct sockaddr_storage to = check_address(L, 2, 1);
     map(u, &to);
-    status = connect(u->fd, (struct sockaddr *)&to, size_of(&to)) == 0
+    status = connect(u->fd, (struct sockaddr *)&to, address_length(&to)) == 0
                  ? 0
                  : uv_translate_sys_error(errno);
   }
@@ -581,7 +563,7 @@ static int l_peer_address(lua_State *L) { return push_address(L, true); }
 static int l_port(lua_State *L) {
   struct sockaddr_storage a;
   if (!address_of(check(L), false, &a)) return 0;
-  lua_pushinteger(L, ntohs(*port_of(&a)));
+  lua_pushinteger(L, ntohs(*address_port(&a)));
   return 1;
 }
 

@@ -180,7 +180,7 @@ static int closed_now(lua_State *L, struct stream *s, bool async) {
   handle_changed(L, 1);
   s->unsent = false;
   lua_settop(L, 1);
-  if (async) task_new(L, KIND_PROMISE, sizeof(struct task), 2, false);
+  if (async) task_new_promise(L);
   if (!unsent)
     lua_pushboolean(L, 1);
   else if (s->broken)

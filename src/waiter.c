@@ -235,9 +235,7 @@ static struct queued *operation_of(struct clause *c) {
 
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds) {
   size_t size = sizeof(struct queued) + clauses * sizeof(struct clause);
-  struct queued *op = (struct queued *)task_new(L, kind, size, OP_KEYS, seconds == HUGE_VAL);
-  op->timed.deadline = (struct deadline){.kind = DEADLINE_TIMED};
-  op->timed.seconds = seconds;
+  struct queued *op = (struct queued *)operation_new(L, kind, size, OP_KEYS, seconds);
   op->count = clauses;
   for (uint32_t k = 0; k < clauses; k++) {
     op->clauses[k].index = k;

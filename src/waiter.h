@@ -47,16 +47,6 @@ void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-
 static inline void holder_drop(struct link *q) { /* in the finalizer of the holder */
   while (q->next != q) link_drop(q->next);
 }
-/* [-0, +0, e] raises if the token at k, or the ambient one, is canceled: before what is there is looked at */
-static inline void waiter_check_tokens(lua_State *L, const struct runtime *rt, int k) {
-  struct scope *s = ((const struct fiber *)rt->me)->member.scope;
-  if (lua_gettop(L) < k) {
-    if (s->canceled) scope_throw(L, s);
-    return;
-  }
-  struct token *token = token_opt(L, k);
-  if (operation_canceled(token, s) && !token_none(L, k)) operation_throw_canceled(L, token, k, s);
-}
 static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
@@ -80,8 +70,8 @@ void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that 
 void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool failed);
 void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
 void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
-/* quiet: the holder need not hear of it: it knows, or is being collected with its waiters */
-/* [-0, +0, -] it naps no more, but for its deadline */
+/* quiet: the holder need not hear of it: it knows, or is being collected with its waiters.
+** [-0, +0, -] it naps no more, but for its deadline */
 void waiter_leave(lua_State *L, struct fiber *f, bool quiet);
 /* [-0, +0, -] the operation at i leaves all queues */
 void waiter_withdraw(lua_State *L, int i, bool quiet);
@@ -101,9 +91,9 @@ enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE
 
 /* [-0, +0, -] a half at i becomes its channel; false: no such */
 bool channel_check(lua_State *L, int i, enum ask what);
+/* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
 bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, enum ask what,
                   int v);
-/* [-0, +0, e] if it is there, settles the operation at i by its clause k; the item to be written is at v */
 /* [-0, +0, m] … else it waits */
 void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause);
 /* [-0, +0, m] somebody waits for it: tells those for whom that counts */

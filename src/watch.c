@@ -236,10 +236,7 @@ static int l_next(lua_State *L) {
 
 /* watch(path) */
 static int l_watch(lua_State *L) {
-  size_t n;
-  luaL_checktype(L, 1, LUA_TSTRING);
-  const char *path = lua_tolstring(L, 1, &n);
-  luaL_argcheck(L, memchr(path, '\0', n) == NULL, 1, "a path has no zero bytes");
+  const char *path = io_check_path(L, 1);
   struct runtime *rt = runtime(L);
   struct watcher *object =
       (struct watcher *)object_new(L, TAG_WATCHER, sizeof *object, WATCHER_PATH);

@@ -27,8 +27,7 @@ local DEFAULT_THRESHOLD = 0.01 -- real seconds
 local ROUNDS = 16 -- how often what is left behind may leave more behind while it is closed
 local LINES = 30
 
--- The files whose lines are no place where a test makes something: those beside this one.
-local library = debug.getinfo(1, "S").source:match("^(.*[/\\])[^/\\]*$") or "=?"
+core.library() -- the files beside this one: their lines are no place where a test makes something
 
 -- What is wrong with a number of seconds that a clock is set to or moved by; nil: nothing.
 local function wrong_seconds(value)
@@ -206,7 +205,7 @@ local run_options = { seed = true, start_time = true, autojump_threshold = true,
 local ending = setmetatable({}, { __close = finish })
 
 local function run_under(fn, seed, start, threshold, provider)
-  begin(not provider, start, threshold, seed, library)
+  begin(not provider, start, threshold, seed)
   local _ <close> = ending
   if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
   provider._installed, provider._target = true, nil

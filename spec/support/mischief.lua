@@ -41,7 +41,7 @@ end
 
 -- Calls fn outside every task, in virtual time; nothing may be left then.
 local function virtually(fn, seed)
-  core.testing.begin(true, 0, 0.01, seed, "=?")
+  core.testing.begin(true, 0, 0.01, seed)
   local _ <close> = helper.closing(core.testing.finish)
   fn()
   core.testing.settle()
