@@ -173,8 +173,7 @@ function Model:start(op, clauses, select, timeout, timeout_text)
     end
   end
   if timeout then
-    table.insert(self.timed, { op = op, due = self.now + timeout, text = timeout_text,
-      late = select == "timeout" })
+    table.insert(self.timed, { op = op, due = self.now + timeout, text = timeout_text })
   end
 end
 
@@ -200,7 +199,6 @@ function Model:advance(seconds)
   self.now = self.now + seconds
   table.sort(self.timed, function(a, b)
     if a.due ~= b.due then return a.due < b.due end
-    if a.late ~= b.late then return b.late end -- a select lands first, which wakes its task
     return a.op.id < b.op.id
   end)
   while self.timed[1] and self.timed[1].due <= self.now do

@@ -563,6 +563,8 @@ describe("shield", function()
         return ...
       end, 1, nil, nil)))
       assert.equal("x", raised(flow.shield, error, "x", 0))
+      assert.equal(0, flow.shield(select, "#")) -- no argument more than it was given
+      assert.equal(0, flow.shield({ grace = 1 }, select, "#"))
       raises("OperationCanceled", flow.yield)
     end)
     flow.sleep(1)

@@ -239,6 +239,10 @@ void token_drop_registrations(lua_State *L, int k) {
   lua_pop(L, 1);
 }
 
+void token_drop_pendings(struct token *k) {
+  while (k->pendings.next != &k->pendings) link_drop(k->pendings.next);
+}
+
 /* The links of a token: { registration, token above, registration, token above … }. */
 
 void token_unfollow(lua_State *L, int k) {

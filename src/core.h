@@ -475,7 +475,7 @@ struct runtime {
   bool rearm_busy;
   unsigned unregistered; /* how many callbacks have been: dead ones lie in the lists of tokens */
   bool linked;           /* to a token that has been marked as canceled others are linked */
-  struct task *hurried;  /* expired, to land when all that is due is known; the last one first */
+  struct task *hurried;  /* scopes and sources that have expired, whose callbacks are to run now */
   const struct task *refused; /* who was refused a suspension last, its scope being canceled, … */
   unsigned refusals;          /* … and how often in succession */
   const lua_State *resetting; /* the coroutine of a task that we ourselves are closing */
@@ -1124,10 +1124,6 @@ ONCE void deadline_close(lua_State *L, struct runtime *rt);
 
 /* ---- timer.c: delay, sleep, wait_async; interruption ---- */
 
-/* What has expired lands, to run callbacks, in its place of the ready list. Where tokens are linked to it, which are
-** canceled only then, that is too late: others would see one canceled and the other not yet. The mark is from before it
-** became ready: many may expire at once. */
-void timer_hurry(struct runtime *rt, struct task *t, struct mark m);
 /* [-0, +0, m] wakes the owners of what is due */
 void timer_fire_due(lua_State *L, struct runtime *rt);
 /* moves all deadlines: the clock changes */

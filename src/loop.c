@@ -194,8 +194,8 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 
 /* ---- the pump ---- */
 
-/* An operation of libuv's, or a delay: whoever it wakes takes its place in the list, before those that became ready
-** after it, and runs while what the landing has touched is at hand. Runs nothing of the user's but finalizers. */
+/* An operation of libuv's: whoever it wakes takes its place in the list, before those that became ready after it, and
+** runs while what the landing has touched is at hand. Runs nothing of the user's but finalizers. */
 static void land_in_place(lua_State *L, struct runtime *rt, struct task *t) {
   struct mark m = loop_mark(rt);
   land(L, rt, t);
@@ -210,7 +210,7 @@ static void run_one(lua_State *L, struct runtime *rt) {
   struct task *t = rt->ready;
   loop_unready(rt, t);
   if (!task_is(t, KIND_FIBER)) {
-    if (task_is(t, KIND_HANDLE) || task_is(t, KIND_IO) || task_is(t, KIND_DELAY))
+    if (task_is(t, KIND_HANDLE) || task_is(t, KIND_IO))
       land_in_place(L, rt, t);
     else
       land(L, rt, t);

@@ -535,11 +535,8 @@ void scope_expire(lua_State *L, struct runtime *rt, struct scope *s) {
   lua_pushstring(L, s->kind == SCOPE_GROUP    ? "the grace of the task group is over"
                     : s->kind == SCOPE_SHIELD ? "the grace of the shield is over"
                                               : "timeout");
-  struct mark m = loop_mark(rt);
-  loop_ready(rt, &s->task); /* its callbacks come before what it wakes */
-  rt->linked = false;
+  loop_ready(rt, &s->task);            /* its callbacks come before what it wakes */
   mark_all(L, s, lua_gettop(L), true); /* reason list */
-  if (rt->linked) timer_hurry(rt, &s->task, m);
   if (!lua_isnil(L, -1)) {
     scope_push(L, s);
     lua_insert(L, -2);

@@ -55,15 +55,12 @@ static void arm(lua_State *L, int k, double seconds) {
 
 void expiry_fire(lua_State *L, struct runtime *rt, int i) {
   struct task *t = (struct task *)lua_touserdata(L, i);
-  struct mark m = loop_mark(rt);
   loop_ready(rt, t); /* it keeps its slot until it lands */
   lua_getiuservalue(L, i, OP_TOKEN);
   lua_pushnil(L); /* reason */
   lua_pushnil(L); /* token reason list */
   int list = lua_gettop(L);
-  rt->linked = false;
   token_mark_all(L, list - 2, list - 1, list - 2, list);
-  if (rt->linked) timer_hurry(rt, t, m);
   lua_setiuservalue(L, i, OP_TOKEN);
   lua_pop(L, 2);
 }
@@ -210,6 +207,7 @@ static int l_source_try_reset(lua_State *L) {
   if (!k->canceled) {
     token_disarm(L, 2);
     token_drop_registrations(L, 2);
+    token_drop_pendings(k);
   }
   lua_pushboolean(L, !k->canceled);
   return 1;

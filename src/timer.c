@@ -1,9 +1,11 @@
 /*
 ** timer.c - what waits for a time: delay, sleep, wait_async; and how waits are interrupted.
 **
-** The deadlines themselves are kept in deadline.c. All that are due move to the ready list before any of them
-** runs, so a task resumed by one may freely set or drop others. The time they fire by is loop_now: real or
-** virtual.
+** The deadlines themselves are kept in deadline.c. All that are due fire before anything of the user's runs, in the order
+** in which they were set: a sleeper is made ready, an operation is settled, a scope or a source is canceled,
+** and its callbacks are put on the ready list, before whoever that wakes. So what came first has won,
+** and a task resumed by a deadline may freely set or drop others. Callbacks wait for no task when others are linked
+** to one of these sources: those are canceled by them. The time deadlines fire by is loop_now: real or virtual.
 **
 ** An owner with a deadline set is held by the anchors: it lives until the deadline fires or is dropped.
 **
@@ -50,38 +52,46 @@ static void fire(lua_State *L, struct runtime *rt, struct deadline *d, double no
         lua_pop(L, 1);
         return;
       }
-      if (waiter_is_queued(t)) {
-        task_push(L, t);
-        waiter_withdraw(L, -1, false);
-        lua_pop(L, 1);
-      }
+      task_push(L, t);
+      t->flags |= TASK_EXPIRED;
+      loop_land(L, rt, -1, t);
+      if (waiter_is_queued(t)) waiter_withdraw(L, -1, false); /* others may land in consequence */
+      lua_pop(L, 1);
+      loop_land_all(L, rt);
+      return;
   }
   t->flags |= TASK_EXPIRED;
   loop_ready(rt, t);
 }
 
-void timer_hurry(struct runtime *rt, struct task *t, struct mark m) {
-  if (m.removals != rt->removals || m.last == NULL || m.last->next != t)
-    loop_remove(rt, t); /* the first one, or a finalizer has changed the list */
-  else {
-    m.last->next = t->next;
-    if (rt->ready_last == t) rt->ready_last = m.last;
-    rt->removals++;
+static bool has_callbacks(const struct task *t) {
+  return task_is(t, KIND_SCOPE) || task_is(t, KIND_EXPIRY);
+}
+
+/* [-0, +0, -] Those that are ready since m are to land now. In their places of the ready list it would be too late for
+** the tokens that are linked to them, which are canceled only then: others would see one canceled and the
+** other not yet. */
+static void hurry(struct runtime *rt, struct mark m) {
+  struct task *before = m.removals == rt->removals ? m.last : NULL, **end = &rt->hurried;
+  while (*end != NULL) end = &(*end)->next;
+  for (struct task *t = before ? before->next : rt->ready, *next; t != NULL; t = next) {
+    next = t->next;
+    if (!has_callbacks(t)) {
+      before = t;
+      continue;
+    }
+    *(before ? &before->next : &rt->ready) = next;
+    if (next == NULL) rt->ready_last = before;
+    t->next = NULL;
+    *end = t;
+    end = &t->next;
   }
-  t->flags |= TASK_LINKED;
-  t->next = rt->hurried;
-  rt->hurried = t;
+  rt->removals++;
 }
 
 static void land_hurried(lua_State *L, struct runtime *rt) {
-  struct task *t, *first = NULL;
-  while ((t = rt->hurried) != NULL) {
+  for (struct task *t; (t = rt->hurried) != NULL;) {
     rt->hurried = t->next;
-    t->next = first;
-    first = t;
-  }
-  while ((t = first) != NULL) {
-    first = t->next;
     t->next = NULL;
     t->flags &= (uint16_t)~TASK_LINKED;
     lua_rawgeti(L, UP_ANCHORS, t->slot);
@@ -96,8 +106,11 @@ static void land_hurried(lua_State *L, struct runtime *rt) {
 void timer_fire_due(lua_State *L, struct runtime *rt) {
   if (!deadline_any(rt) && rt->hurried == NULL) return; /* those are left when memory has failed */
   double now = loop_now(rt);
+  struct mark m = loop_mark(rt);
+  rt->linked = false;
   for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
-  if (rt->hurried != NULL) land_hurried(L, rt);
+  if (rt->linked) hurry(rt, m);
+  land_hurried(L, rt);
 }
 
 /* ---- interruption ---- */

@@ -41,6 +41,7 @@ void token_count_arm(lua_State *L, struct token *k, int n);
 /* [-0, +0, -] takes the dead out of its list, on top */
 void token_sweep(lua_State *L, struct token *token);
 void token_drop_registrations(lua_State *L, int k); /* [-0, +0, -] all those of the token at k */
+void token_drop_pendings(struct token *k);          /* it interrupts nothing that waits now */
 /* [-0, +0, -] as token_mark, and its scope */
 void token_mark_all(lua_State *L, int k, int reason, int cause, int run);
 int token_run_callbacks(lua_State *L); /* run_callbacks(list of marked tokens) */

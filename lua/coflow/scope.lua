@@ -47,19 +47,19 @@ end
 ---Source: trio's shielded scopes.
 ---@overload fun(fn: function, ...): ...
 ---@param options { grace?: number } seconds after which waits in it are canceled after all
----@param fn function
----@return any ... what `fn` returns
-function flow.shield(options, fn, ...)
+---@param ... any the function, and its arguments
+---@return any ... what the function returns
+function flow.shield(options, ...)
   if type(options) ~= "table" or core.is_callable(options) then
     core.check_function(1, options)
-    return shielded(nil, options, fn, ...)
+    return shielded(nil, options, ...)
   end
   local grace = core.check_options(1, options, shield_options).grace
-  core.check_function(2, fn)
+  core.check_function(2, (...))
   if grace ~= nil and not (type(grace) == "number" and grace >= 0) then
     core.argument_error(1, "grace must be a number of seconds")
   end
-  return shielded(grace, fn, ...)
+  return shielded(grace, ...)
 end
 
 return flow
