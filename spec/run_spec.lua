@@ -785,6 +785,60 @@ describe("the report of a deadlock", function()
     stopped:stop()
   end)
 
+  it("shows circles through combinators, direct ones and tasks, waits and continuations", function()
+    local n = 0
+    local function circle(inner, outer)
+      n = n + 1 -- those of the circles before are told of, too
+      local err = raised(flow.run, function()
+        local a, b
+        a = flow.spawn(function() inner(b) end)
+        b = flow.spawn(function() outer(a) end)
+        a.name, b.name = "A" .. n, "B" .. n
+        flow.current_task().name = "root"
+        a:await()
+      end)
+      local lines = {}
+      for line in err.message:gmatch("\n\ttask ([^\n]*)") do
+        line = line:gsub(" at spec.*", "")
+        if line:find("[AB]" .. n) and not line:find("^'root'") then lines[#lines + 1] = line end
+      end
+      table.sort(lines)
+      return (table.concat(lines, "; "):gsub("([AB])%d", "%1"))
+    end
+    local function await_when_all(task) flow.when_all(task):await() end
+    assert.equal("'A' waits for 'when_all' of 'B'; 'B' waits for 'when_any' of 'A'",
+      circle(flow.await_all, flow.await_any))
+    assert.equal("'A' waits for 'when_all' of 'B'; 'B' waits for 'wait_async' of ('when_any' of 'A')",
+      circle(await_when_all, function(task) flow.when_any(task):wait_async(math.huge):await() end))
+    assert.equal("'A' waits for 'when_all' of 'B'; 'B' waits for 'print'; 'print' waits for 'A' not started",
+      circle(await_when_all, function(task) task:continue_with(print):await() end))
+    local sources = {}
+    for i = 1, 10 do sources[i] = flow.TaskCompletionSource() end
+    sources[3]:set_result()
+    local several = { flow.when_any(sources[1].task), sources[3].task, sources[4].task }
+    assert.equal("'A' waits for 'when_any' of 'B', 'promise', 'promise', 'promise' and 6 more; " ..
+      "'B' waits for 'when_all' of 'A', ('when_any' of 'promise'), 'promise'",
+      circle(function(task)
+        local tasks = { task }
+        for _, source in ipairs(sources) do
+          if not source.task.is_completed then tasks[#tasks + 1] = source.task end
+        end
+        flow.await_any(tasks)
+      end, function(task) flow.when_all(task, table.unpack(several)):await() end))
+  end)
+
+  it("comes with tracebacks that go once round such a circle", function()
+    local task
+    raised(flow.run, function()
+      task = flow.spawn(function() flow.when_all(task):await() end)
+      task.name = "round"
+      task:await()
+    end)
+    local text = task:traceback()
+    assert.matches("awaited by task 'round' again: a circle$", text)
+    assert.equal(2, select(2, text:gsub("task 'round'", "")))
+  end)
+
   it("names tasks of the library by its modules, and no line of it", function()
     local cache = flow.AsyncCache()
     local report = told("caller", function() cache:get_or_add("key", never) end)
@@ -797,7 +851,7 @@ describe("the report of a deadlock", function()
       task:await()
     end)
     assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
-    assert.matches("\n\ttask 'coflow.hosting' waits for 'when_any'\n", err.message .. "\n")
+    assert.matches("\n\ttask 'coflow.hosting' waits for 'when_any' of 'spec/run_spec.lua:%d+'\n", err.message)
   end)
 end)
 

@@ -39,6 +39,8 @@ int combine_await_any(lua_State *L);
 static inline int direct_place(const struct combine *c, uint32_t k) {
   return (int)(c->pairs ? 4 + 2 * k : 3 + k);
 }
+/* [-0, +1, m] a list of the inputs of the await_all or await_any that f waits in; false: [-0, +0], in none */
+bool direct_push_inputs(lua_State *L, struct fiber *f);
 /* [-0, +0, -] enough inputs of the one at i are complete */
 void direct_fire(lua_State *L, struct runtime *rt, int i, struct combine *c);
 

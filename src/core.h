@@ -776,6 +776,8 @@ void fiber_make_cold(lua_State *L, int i, struct fiber *f);
 void fiber_hold(lua_State *L, int i, struct fiber *f);
 /* [-0, +1, -] the one whose coroutine that is, or nil */
 void fiber_push(lua_State *L, lua_State *co);
+/* [-0, +1, -] what is at i on the stack of the function in which it is suspended, or nil */
+void fiber_push_awaiting(lua_State *L, struct fiber *f, int i);
 /* [-0, +1, -] the task it waits for, or nil */
 bool fiber_push_awaited(lua_State *L, struct fiber *f);
 /* [-0, +1, m] "file:line" where it is suspended; false: that is no line of a user's */

@@ -2,11 +2,55 @@
 ** deadlock.c - what waits where, in words: told when nothing can go on.
 **
 ** A task that waits is suspended somewhere, so the place is that of its code; what it waits for is a task, a queue, a
-** deadline, or in the hands of a scheduler. Nothing here changes anything.
+** deadline, or in the hands of a scheduler. Of a task that is made of others these are named, too, so that circles
+** through them show. Nothing here changes anything.
 **
 ** SPDX-License-Identifier: MIT
 */
+#include "combine.h"
 #include "waiter.h"
+
+/* [-1, +1, m] the task on top in words: its name, and what it waits for itself if it is no function that runs:
+** "'when_all' of 'A', ('when_any' of 'B', 'C' and 7 more)". f: who awaits it, or NULL */
+static void describe(lua_State *L, struct fiber *f, int depth) {
+  enum { NAMES = 4, DEPTH = 3 };
+  const int i = lua_gettop(L), text = i + 1, input = i + 2;
+  const struct task *t = (const struct task *)lua_touserdata(L, i);
+  bool many = task_is(t, KIND_ALL) || task_is(t, KIND_ANY) || task_is(t, KIND_EACH);
+  luaL_checkstack(L, 10, NULL);
+  task_push_name(L, i);
+  lua_pushfstring(L, "'%s'", lua_tostring(L, -1));
+  lua_replace(L, text);
+  if (!task_done(t) && (many || task_is(t, KIND_WAIT)) && depth < DEPTH) {
+    int named = 0, more = 0;
+    if (f == NULL || !direct_push_inputs(L, f))
+      lua_getiuservalue(L, i, OP_INPUT); /* a list, or one */
+    lua_Integer n = many ? (lua_Integer)lua_rawlen(L, input) : 1;
+    for (lua_Integer k = 1; k <= n; k++, lua_settop(L, input)) {
+      many ? (void)lua_rawgeti(L, input, k) : lua_pushvalue(L, input);
+      const struct task *other = (const struct task *)object_test(L, -1, TAG_TASK);
+      if (other == NULL || task_done(other)) continue;
+      if (named == NAMES) {
+        more++;
+        continue;
+      }
+      describe(L, NULL, depth + 1);
+      lua_pushfstring(L, "%s%s%s", lua_tostring(L, text), named++ == 0 ? " of " : ", ",
+                      lua_tostring(L, -1));
+      lua_replace(L, text);
+    }
+    if (more > 0) {
+      lua_pushfstring(L, "%s and %d more", lua_tostring(L, text), more);
+      lua_replace(L, text);
+    }
+    if (named > 0 && depth > 0) {
+      lua_pushfstring(L, "(%s)", lua_tostring(L, text));
+      lua_replace(L, text);
+    }
+  }
+  lua_settop(L, text);
+  lua_replace(L, i);
+}
 
 void deadlock_push_wait(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
@@ -20,8 +64,8 @@ void deadlock_push_wait(lua_State *L, int i) {
   else if (!fiber_naps(f) && group_is_joined(L, f))
     what = "waits for the tasks of its group";
   else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
-    task_push_name(L, -1);
-    what = lua_pushfstring(L, "waits for '%s'", lua_tostring(L, -1));
+    describe(L, f, 0);
+    what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
   } else if (fiber_naps(f) && f->u.nap.pos != 0 && waiter_push_name(L, f))
     what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
   else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
@@ -57,8 +101,7 @@ static void push_report(lua_State *L, struct fiber *f) {
     struct task *t =
         parked ? (struct task *)lua_touserdata(L, -1) : (struct task *)object_test(L, -1, TAG_TASK);
     if (t == NULL || !task_is(t, KIND_FIBER)) continue;
-    if (!(t->traits & TRAIT_HANDED) && !(t->flags & TASK_STARTED && t->state == TASK_WAITING))
-      continue;
+    if (!(t->traits & TRAIT_HANDED) && t->state != TASK_WAITING) continue;
     if (f != NULL && t == &f->task && is_told(L, f)) continue;
     task_push(L, t);
     if (lua_isnil(L, -1)) continue; /* somebody is closing its coroutine */

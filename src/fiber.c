@@ -134,17 +134,22 @@ void fiber_push_unheld(lua_State *L, struct runtime *rt, struct fiber *f) {
   fiber_hold(L, -1, f);
 }
 
-bool fiber_push_awaited(lua_State *L, struct fiber *f) {
-  bool started = f->task.flags & TASK_STARTED; /* else a continuation: it is the last argument */
+void fiber_push_awaiting(lua_State *L, struct fiber *f, int i) {
+  bool started = f->task.flags & TASK_STARTED;
   lua_State *co = f->co;
   if (started && co != NULL) /* it stands where the innermost coroutine does */
     for (lua_State *inner; (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
   if (co == NULL || !lua_checkstack(co, 1) || (!started && lua_gettop(co) <= BODY_RESULTS))
     lua_pushnil(L);
   else {
-    lua_pushvalue(co, started ? 1 : -1);
+    lua_pushvalue(co, i);
     if (co != L) lua_xmove(co, L, 1);
   }
+}
+
+bool fiber_push_awaited(lua_State *L, struct fiber *f) {
+  bool started = f->task.flags & TASK_STARTED; /* else a continuation: it is the last argument */
+  fiber_push_awaiting(L, f, started ? 1 : -1);
   if (lua_touserdata(L, -1) == (void *)f->u.wait.on) return true;
   lua_pop(L, 1); /* somebody has closed the coroutine */
   lua_pushnil(L);

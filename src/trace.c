@@ -351,12 +351,23 @@ static void render_record(lua_State *L) {
 /* [-0, +1, m] a live task: its own stack, then those of the tasks that await it */
 static void render_live(lua_State *L, int i) {
   static const char *const states[] = {"created", "queued", "running", "waiting", "", "", ""};
+  const struct task *seen[SEGMENTS];
   lua_pushvalue(L, i);
   int at = lua_gettop(L);
   lua_pushliteral(L, "");
   for (int n = 0; n < SEGMENTS; n++) {
     struct task *t = (struct task *)lua_touserdata(L, at);
     task_push_name(L, at);
+    int k = 0;
+    while (k < n && seen[k] != t) k++;
+    if (k < n) { /* through combinators: other circles are refused */
+      lua_pushfstring(L, "%s\nawaited by task '%s' again: a circle", lua_tostring(L, at + 1),
+                      lua_tostring(L, at + 2));
+      lua_replace(L, at + 1);
+      lua_settop(L, at + 1);
+      break;
+    }
+    seen[n] = t;
     if (task_is(t, KIND_FIBER) && t->flags & TASK_STARTED && !task_done(t) &&
         ((struct fiber *)t)->co != NULL)
       push_stacks(L, ((struct fiber *)t)->co, true);
