@@ -619,7 +619,6 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
     return 0;
   }
   if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, wait_k);
-  me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }
 
@@ -645,8 +644,7 @@ static int l_token_wait(lua_State *L) {
   lua_insert(L, 1); /* task token */
   struct task *on = (struct task *)lua_touserdata(L, 1);
   if (task_done(on)) return task_push_outcome(L, 1, on);
-  if (deaf) me->task.flags |= TASK_DEAF;
-  return fiber_await(L, rt, me, on, wait_k);
+  return fiber_await(L, rt, me, on, wait_k, deaf);
 }
 
 static int l_is_token(lua_State *L) {

@@ -429,8 +429,7 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
     if (outcome != PENDING) return give(L, c, outcome);
   }
   if (!deaf && me->member.scope->canceled) return scope_throw(L, me->member.scope); /* by one */
-  if (deaf) me->task.flags |= TASK_DEAF;
-  return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, what, wait_k);
+  return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, deaf, what, wait_k);
 }
 
 /* with the arguments as of twin, the token at k; f is the function that calls this */
@@ -472,7 +471,7 @@ static int l_read(lua_State *L) {
   }
   if (!can_wait(L, c, rt)) return direct(L, ASK_READ, 2, l_read);
   lua_pushnil(L);
-  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->readers, HUGE_VAL, ASK_READ, wait_k);
+  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->readers, HUGE_VAL, false, ASK_READ, wait_k);
 }
 
 static int l_write(lua_State *L) {
@@ -498,7 +497,8 @@ static int l_write(lua_State *L) {
   }
   if (c->count < c->capacity || c->mode != MODE_WAIT || !can_wait(L, c, rt))
     return direct(L, ASK_WRITE, 3, l_write);
-  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->writers, HUGE_VAL, ASK_WRITE, wait_k);
+  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->writers, HUGE_VAL, false, ASK_WRITE,
+                     wait_k);
 }
 
 /* ---- Lua face: reading and writing ---- */

@@ -393,7 +393,7 @@ static int next_k(lua_State *L, int status, lua_KContext ctx) {
     return 0; /* closed, or others had them, meanwhile */
   if (c->taken == c->done) {
     struct fiber *me = fiber_here(L, rt);
-    return fiber_await(L, rt, me, &c->task, next_k);
+    return fiber_await(L, rt, me, &c->task, next_k, false);
   }
   uint32_t k = order(c)[c->taken++];
   lua_getiuservalue(L, 1, OP_INPUT);
@@ -480,7 +480,7 @@ static int await_all(lua_State *L) {
   if (task_done(&c->task)) return await_all_k(L, LUA_OK, 0);
   struct fiber *me = fiber_here(L, rt);
   if (me == NULL) return fiber_outside(L, await_all);
-  return fiber_await(L, rt, me, &c->task, await_all_k);
+  return fiber_await(L, rt, me, &c->task, await_all_k, false);
 }
 
 int combine_await_all(lua_State *L) {

@@ -66,8 +66,7 @@ static int retake(lua_State *L, bool interrupted) {
   struct sync *lock = (struct sync *)lua_touserdata(L, RETAKE_LOCK);
   sync_check_live(L, lock);
   if (lock->class->attempt(L, lock)) return retaken(L, interrupted);
-  me->task.flags |= TASK_DEAF;
-  return waiter_wait(L, rt, me, &lock->waiters, HUGE_VAL, interrupted, retake_k);
+  return waiter_wait(L, rt, me, &lock->waiters, HUGE_VAL, true, interrupted, retake_k);
 }
 
 /* ---- the wait ---- */
@@ -77,7 +76,7 @@ static int condition_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status;
   if (!fiber_on_top(L, rt)) return lua_yieldk(L, 0, ctx, condition_k); /* not by us: wait on */
   bool interrupted = rt->me->flags & TASK_INTERRUPTED;
-  rt->me->flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_DEAF);
+  rt->me->flags &= (uint16_t)~TASK_INTERRUPTED;
   return retake(L, interrupted);
 }
 
@@ -124,9 +123,8 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
   lua_settop(L, 2);
   if (me->member.scope->canceled && !deaf) return retake(L, true); /* by a finalizer */
   if (task_done(t)) return retake(L, false);                       /* the same */
-  if (deaf) me->task.flags |= TASK_DEAF;
   op->direct = true; /* only now: it would be taken for one that nobody awaits */
-  return fiber_await(L, rt, me, t, condition_k);
+  return fiber_await(L, rt, me, t, condition_k, deaf);
 }
 
 /* condition_wait(condition, token, owner): in a task of its own */

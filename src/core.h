@@ -152,7 +152,7 @@ enum task_flags {
   TASK_INTERRUPTED = 1 << 13, /* woken by its token, not by what it awaited */
   TASK_EXPIRED = 1 << 14,     /* woken by its deadline */
   TASK_QUIET = 1 << 15, /* a wait that tells true or false instead of passing the outcome on */
-  TASK_DEAF = 1 << 15   /* a fiber that no token interrupts while it waits */
+  TASK_DEAF = 1 << 15   /* a fiber that no token interrupts while it waits: until it is resumed */
 };
 
 /* User values. TASK_CONTEXT of a complete fiber is its function, if that tells its name and holds
@@ -852,9 +852,9 @@ static inline bool fiber_awaited(lua_State *L, const struct task *on, int status
   fiber_resumed(L, rt);
   return task_done(on) && fiber_on_top(L, rt);
 }
-/* waits for the pending task `on` at index 1; k gets its address as context */
-int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
-                lua_KFunction k);
+/* waits for the pending task `on` at index 1, perhaps deaf to cancellation; k gets its address as context */
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k,
+                bool deaf);
 int fiber_await_value(lua_State *L); /* await(x) for the x at index 1 */
 ONCE void fiber_await_open(lua_State *L);
 

@@ -301,7 +301,7 @@ static int await_several(lua_State *L, int kind, lua_KFunction k, lua_CFunction 
   lua_pushnil(L);
   lua_replace(L, 2); /* what else the table holds is none of ours */
   struct scope *s = me->member.scope;
-  if (s->canceled && !(me->task.flags & TASK_DEAF)) {
+  if (s->canceled) {
     leave(L, rt, c);
     return scope_throw(L, s);
   }

@@ -497,7 +497,7 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     rt->me = &f->task;
     if ((rt->shown_watched || f->task.flags & TASK_WATCHED) && !show_context(L, rt, f))
       goto stopped;
-    f->task.flags = (uint16_t)((f->task.flags & ~TASK_PARKED) | TASK_STARTED);
+    f->task.flags = (uint16_t)((f->task.flags & ~(TASK_PARKED | TASK_DEAF)) | TASK_STARTED);
     int status = lua_resume(f->co, L, 0, &results);
     switch (status) {
       case LUA_YIELD:

@@ -165,19 +165,16 @@ static bool await_in_place(lua_State *L, struct runtime *rt, struct fiber *me, s
   return false;
 }
 
-int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on,
-                lua_KFunction k) {
+int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *on, lua_KFunction k,
+                bool deaf) {
   struct task *me = &f->task;
-  bool deaf = me->flags & TASK_DEAF;
   if (fiber_is_lost(on)) {
     fiber_settle_lost(L, 1);
     return k(L, LUA_OK, (lua_KContext)on);
   }
   if (f->member.scope->canceled && !deaf) return scope_throw(L, f->member.scope);
-  me->flags &= (uint16_t)~TASK_DEAF; /* should the next one raise */
   refuse_circle(L, me, on);
-  if (deaf) me->flags |= TASK_DEAF;
-  if (can_run_in_place(rt, me, on)) {
+  if (!deaf && can_run_in_place(rt, me, on)) {
     if (await_in_place(L, rt, f, on)) return k(L, LUA_OK, (lua_KContext)on);
     if (me->flags & TASK_LINKED) /* interrupted by the other one */
       return fiber_suspend(L, rt, f, (lua_KContext)on, k);
@@ -190,17 +187,16 @@ int fiber_await(lua_State *L, struct runtime *rt, struct fiber *f, struct task *
   if (on->waiters == NULL)
     wait_first(L, 1, on, &f->u.wait, WAIT_FIBER);
   else {
-    me->flags &= (uint16_t)~TASK_DEAF;
     waits = wait_add(L, 1, &f->u.wait, lua_gettop(L), WAIT_FIBER);
     lua_pop(L, 1);
     if (waits && f->member.scope->canceled && !deaf) { /* by a finalizer */
       wait_remove(L, 1, &f->u.wait);
       return scope_throw(L, f->member.scope);
     }
-    if (deaf) me->flags |= TASK_DEAF;
   }
   if (!waits) return k(L, LUA_OK, (lua_KContext)on);
   me->state = TASK_WAITING;
+  if (deaf) me->flags |= TASK_DEAF;
   fiber_park(L, f, f->member.scope->armed, held);
   return fiber_suspend(L, rt, f, (lua_KContext)on, k);
 }
@@ -315,7 +311,7 @@ int fiber_await_value(lua_State *L) {
     lua_settop(L, 1); /* whatever else a call has returned */
   }
   if (me == NULL) return fiber_outside(L, fiber_await_value);
-  return fiber_await(L, rt, me, t, await_k);
+  return fiber_await(L, rt, me, t, await_k, false);
 }
 
 /* task:wait(timeout, token), at the top level only */
@@ -346,7 +342,6 @@ static int try_await_k(lua_State *L, int status, lua_KContext ctx) {
 static int try_await_with_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx, *t = (struct task *)lua_touserdata(L, 2);
   if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, try_await_with_k);
-  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
   if (!task_done(t)) return task_push_outcome(L, 1, on); /* raises the cancellation */
   on->flags |= TASK_OBSERVED;
   lua_remove(L, 1);
@@ -370,8 +365,7 @@ static int try_await_with(lua_State *L, struct fiber *me) {
   lua_settop(L, 2);
   struct task *on = (struct task *)lua_touserdata(L, 1);
   if (task_done(on)) return try_await_with_k(L, LUA_OK, (lua_KContext)on);
-  if (deaf) me->task.flags |= TASK_DEAF;
-  return fiber_await(L, runtime(L), me, on, try_await_with_k);
+  return fiber_await(L, runtime(L), me, on, try_await_with_k, deaf);
 }
 
 static int l_try_await(lua_State *L) {
@@ -389,7 +383,7 @@ static int l_try_await(lua_State *L) {
       return try_await_with(L, me);
   }
   if (me == NULL) return fiber_outside(L, l_try_await);
-  return fiber_await(L, rt, me, t, try_await_k);
+  return fiber_await(L, rt, me, t, try_await_k, false);
 }
 
 /* anybody can resume the coroutine before its turn; ctx: the runtime */

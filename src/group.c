@@ -328,8 +328,7 @@ static int join(lua_State *L, struct group *g) {
       lua_pushvalue(L, -1);
       lua_setiuservalue(L, 1, GROUP_IDLE);
       lua_insert(L, 1); /* promise group */
-      me->task.flags |= TASK_DEAF;
-      return fiber_await(L, rt, me, idle, join_k);
+      return fiber_await(L, rt, me, idle, join_k, true);
     }
   }
   lua_settop(L, 1);
@@ -374,7 +373,6 @@ static int join_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status;
   if (!fiber_on_top(L, rt) || !task_done((const struct task *)ctx))
     return lua_yieldk(L, 0, ctx, join_k); /* not resumed by us */
-  rt->me->flags &= (uint16_t)~TASK_DEAF;
   lua_remove(L, 1);
   return join(L, (struct group *)lua_touserdata(L, 1));
 }

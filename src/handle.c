@@ -250,7 +250,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   (void)status;
   if (rt->me->flags & TASK_INTERRUPTED && lua_isinteger(L, 2) && fiber_on_top(L, rt)) {
-    rt->me->flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_DEAF);
+    rt->me->flags &= (uint16_t)~TASK_INTERRUPTED;
     scope_push_error(L, scope_ambient(L, rt));
     lua_pushvalue(L, 2); /* handle_left */
     lua_setfield(L, -2, "written");
@@ -263,8 +263,8 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   return 1;
 }
 
-int handle_wait(lua_State *L, struct fiber *me, struct link *q) {
-  return waiter_wait(L, runtime(L), me, q, HUGE_VAL, 0, wait_k);
+int handle_wait(lua_State *L, struct fiber *me, struct link *q, bool deaf) {
+  return waiter_wait(L, runtime(L), me, q, HUGE_VAL, deaf, 0, wait_k);
 }
 
 int64_t handle_left(struct handle *h) { return h->class->left != NULL ? h->class->left(h) : -1; }
@@ -310,7 +310,6 @@ int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFu
     if (!r->verb->wait(L, h, r)) continue;
     lua_settop(L, 1);
     lua_pushnil(L);
-    if (deaf) me->task.flags |= TASK_DEAF;
-    return handle_wait(L, me, r->verb->queue(h));
+    return handle_wait(L, me, r->verb->queue(h), deaf);
   }
 }

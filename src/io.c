@@ -223,7 +223,6 @@ const char *io_check_path(lua_State *L, int i) {
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);
-  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
   if (!((struct io *)on)->quiet) return task_push_outcome(L, 1, on);
   on->flags |= TASK_OBSERVED;
   return 0;
@@ -236,8 +235,7 @@ int io_await(lua_State *L, struct fiber *me) {
   lua_settop(L, 1);
   if (task_done(on)) return task_push_outcome(L, 1, on);
   if (me == NULL) return fiber_outside(L, fiber_await_value);
-  if (op->deaf) me->task.flags |= TASK_DEAF;
-  return fiber_await(L, runtime(L), me, on, await_k);
+  return fiber_await(L, runtime(L), me, on, await_k, op->deaf);
 }
 
 /* [-0, +0, m] In direct style the operation on top is a part of the running task, whatever that lets flow to

@@ -149,7 +149,7 @@ void handle_tell_written(lua_State *L, int i);
 /* x(…) with the arguments 1 … k, the last one the token */
 int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFunction f);
 /* suspends the running fiber, with the handle and nil on its stack */
-int handle_wait(lua_State *L, struct fiber *me, struct link *q);
+int handle_wait(lua_State *L, struct fiber *me, struct link *q, bool deaf);
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
 /* [-0, +0, m] those who wait for it, as far as it is there */
 void handle_answer(lua_State *L, int i, struct handle *h, struct request *r);

@@ -190,11 +190,11 @@ static int wait_for(lua_State *L, struct sync *s, enum sync_what what, double se
     lua_replace(L, 1);
     lua_settop(L, 1);
     if (task_done(op)) return operation_k(L, LUA_OK, (lua_KContext)op);
-    return fiber_await(L, rt, me, op, operation_k);
+    return fiber_await(L, rt, me, op, operation_k, false);
   }
-  if (token_none(L, 3)) me->task.flags |= TASK_DEAF;
+  bool deaf = token_none(L, 3);
   lua_settop(L, 2);
-  return waiter_wait(L, rt, me, queue_of(s, what), seconds, (lua_KContext)what, wait_k);
+  return waiter_wait(L, rt, me, queue_of(s, what), seconds, deaf, (lua_KContext)what, wait_k);
 }
 
 int sync_direct(lua_State *L, const struct sync_class *class, enum sync_what what,

@@ -361,7 +361,7 @@ static int sleep_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status, (void)ctx;
   if (!fiber_on_top(L, rt) || !(flags & (TASK_INTERRUPTED | TASK_EXPIRED)))
     return lua_yieldk(L, 0, 0, sleep_k); /* somebody else has resumed the coroutine: sleep on */
-  me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
+  me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED);
   if (!(flags & TASK_INTERRUPTED)) return 0;
   return operation_throw_canceled(L, token_opt(L, 2), 2, me->member.scope);
 }

@@ -399,7 +399,7 @@ static int l_read(lua_State *L) {
   s->ask.data = 0;
   s->ask.size = UNLIMITED;
   lua_pushnil(L);
-  return handle_wait(L, me, &s->readers);
+  return handle_wait(L, me, &s->readers, false);
 }
 
 static int l_read_exactly(lua_State *L) { return read_any(L, ASK_EXACTLY, l_read_exactly); }

@@ -15,8 +15,7 @@
 **
 **     me = fiber_here(L, rt);                 raises where nobody can suspend; NULL: fiber_outside(L, f)
 **     lua_settop / push:  [1] holder, [2] anything: what the holder may look at (waiter_push_value)
-**     if none was given: me->task.flags |= TASK_DEAF
-**     return waiter_wait(L, rt, me, &h->queue, seconds or HUGE_VAL, ctx, k);
+**     return waiter_wait(L, rt, me, &h->queue, seconds or HUGE_VAL, whether none was given, ctx, k);
 **
 **     k: switch (waiter_resumed(L, rt)) {     raises if it was interrupted, or waiter_fail'ed
 **       case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, k);
@@ -199,10 +198,8 @@ bool waiter_push_name(lua_State *L, struct fiber *f) {
 }
 
 int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
-                lua_KContext ctx, lua_KFunction k) {
+                bool deaf, lua_KContext ctx, lua_KFunction k) {
   struct task *t = &me->task;
-  bool deaf = t->flags & TASK_DEAF;
-  t->flags &= (uint16_t)~TASK_DEAF; /* should the next ones raise */
   if (seconds != HUGE_VAL) deadline_reserve(L, rt);
   me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .own = me->co == L};
   bool held = fiber_push_me(L, rt, me);
@@ -218,7 +215,7 @@ enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {
   struct fiber *me = (struct fiber *)rt->me;
   uint16_t flags = me->task.flags;
   if (!fiber_on_top(L, rt)) return WAITER_STRAY;
-  me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED | TASK_DEAF);
+  me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED);
   if (flags & TASK_INTERRUPTED) scope_throw(L, me->member.scope);
   if (flags & TASK_EXPIRED) return WAITER_EXPIRED;
   if (!lua_isnil(L, 1)) return WAITER_GRANTED;
@@ -377,7 +374,6 @@ void waiter_land(lua_State *L, int i) {
 static int await_k(lua_State *L, int status, lua_KContext ctx) {
   struct task *on = (struct task *)ctx;
   if (!fiber_awaited(L, on, status)) return lua_yieldk(L, 0, ctx, await_k);
-  runtime(L)->me->flags &= (uint16_t)~TASK_DEAF;
   return task_push_outcome(L, 1, on);
 }
 
@@ -386,8 +382,7 @@ int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
   lua_replace(L, 1);
   lua_settop(L, 1);
   if (task_done(op)) return task_push_outcome(L, 1, op);
-  if (deaf) me->task.flags |= TASK_DEAF;
-  return fiber_await(L, runtime(L), me, op, await_k);
+  return fiber_await(L, runtime(L), me, op, await_k, deaf);
 }
 
 /* ---- handing over ---- */

@@ -51,9 +51,9 @@ static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
-/* suspends the running fiber */
+/* suspends the running fiber; deaf: to cancellation */
 int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
-                lua_KContext ctx, lua_KFunction k);
+                bool deaf, lua_KContext ctx, lua_KFunction k);
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
 /* [-0, +1, m] */
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds);
