@@ -77,11 +77,9 @@ static void append(lua_State *L, int i, struct link *q, struct nap *n) {
     n->pos = ONE;
     lua_setiuservalue(L, i, HOLDER_ONE);
   } else {
-    int free_slot = h->free_slot;
     lua_getiuservalue(L, i, HOLDER_WAITERS);
     lua_insert(L, -2);
-    n->pos = ONE + (uint32_t)slots_add(L, -2, &free_slot);
-    h->free_slot = free_slot;
+    n->pos = ONE + (uint32_t)slots_add(L, -2, &h->free_slot);
     lua_pop(L, 1);
   }
   link_append(q, &n->link);
@@ -109,10 +107,8 @@ static void drop(lua_State *L, int i, struct nap *n) {
     lua_pushnil(L);
     lua_setiuservalue(L, i < 0 ? i - 1 : i, HOLDER_ONE);
   } else {
-    int free_slot = h->free_slot;
     lua_getiuservalue(L, i, HOLDER_WAITERS);
-    slots_free(L, -1, &free_slot, (int)n->pos - ONE);
-    h->free_slot = free_slot;
+    slots_free(L, -1, &h->free_slot, (int)n->pos - ONE);
     lua_pop(L, 1);
   }
   n->pos = 0;

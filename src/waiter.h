@@ -15,10 +15,10 @@
 /* What waiters can wait for begins so, and holds them: one in a user value, others in a slot table. */
 struct holder {
   uint32_t tag;
-  int free_slot : 30;
-  bool one : 1;     /* HOLDER_ONE is taken */
-  bool handle : 1;  /* it begins a struct handle, which is told who comes and goes */
+  int free_slot;
   uint32_t waiting; /* how many it holds */
+  bool one;         /* HOLDER_ONE is taken */
+  bool handle;      /* it begins a struct handle, which is told who comes and goes */
 };
 enum { HOLDER_ONE = 1, HOLDER_WAITERS };
 
