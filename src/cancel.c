@@ -378,49 +378,35 @@ static int take_callback(lua_State *L, int i, struct registration *r) {
   return arguments;
 }
 
-/* [-0, +n, e] calls the callback of the registration at i in its context; the status, error on top */
+/* What the running task had before is above the registration while the callback runs. */
+enum { SAVED_LOCALS = 1, SAVED_CONTEXT };
+
+/* [-0, +n, e] calls the callback of the registration at i, which is on top, in its context; the status, error on top */
 static int call(lua_State *L, struct runtime *rt, int i, struct registration *r) {
   struct task *me = rt->me;
   uint16_t suppressed = me->flags & TASK_SUPPRESSED;
   bool plain = !r->in_context && !(me->flags & TASK_HAS_CONTEXT);
   check_room(L, i, r);
   if (r->captured) me->flags &= (uint16_t)~TASK_SUPPRESSED;
-  int old = 0;
-  if (!plain) {
-    old = lua_gettop(L) + 1;
-    if (r->captured) {
-      lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
-      context_swap(L);
-    } else
-      context_push_current(L); /* the canceler's, whom the callback's writes do not reach */
-  }
-  bool scheduled = me->traits & TRAIT_SCHEDULED;
-  if (scheduled) { /* what the callback does to the synchronization context stays inside, too */
-    schedule_push_context(L, me);
-    lua_insert(L, i + 1);
-    old += old != 0;
-  }
+  if (plain)
+    lua_pushnil(L);
+  else if (r->captured) {
+    lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
+    context_swap(L);
+  } else
+    context_push_current(L);    /* the canceler's, whom the callback's writes do not reach */
+  schedule_push_context(L, me); /* what it does to the synchronization context stays inside, too */
   int arguments = take_callback(L, i, r);
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
-  if (scheduled || me->traits & TRAIT_SCHEDULED) {
-    if (scheduled)
-      lua_pushvalue(L, i + 1);
-    else
-      lua_pushnil(L);
+  if (me->traits & TRAIT_PLAN) {
+    lua_pushvalue(L, i + SAVED_CONTEXT);
     schedule_set_context(L, me);
-    if (scheduled) lua_remove(L, i + 1);
-    old -= scheduled && old != 0;
   }
   me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | suppressed);
   if (plain && !(me->flags & TASK_HAS_CONTEXT)) return status;
-  if (plain) /* it has set a local */
-    lua_pushnil(L);
-  else {
-    lua_pushvalue(L, old);
-    lua_remove(L, old);
-  }
+  lua_pushvalue(L, i + SAVED_LOCALS);
   context_swap(L);
   lua_pop(L, 1);
   return status;
@@ -707,6 +693,7 @@ static int register_callback(lua_State *L, bool capture) {
     lua_settop(L, 3);
     return 1;
   }
+  lua_settop(L, 3);
   if (call(L, rt, 3, r) != LUA_OK) return lua_error(L); /* late: at once, its error to the caller */
   return push_inert(L, 1);
 }
