@@ -458,6 +458,23 @@ static void drop_rest(lua_State *L, int run) {
   for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
 }
 
+/* [-0, +1, m] the next registration of the token, which is on top of the list at `run`, whose callback is to run;
+** they lie above that list. NULL: [-0, +n] another token may be on top now, to which a link has led, or the one below. */
+static struct registration *next_callback(lua_State *L, int run, struct token *token) {
+  while (token->count > 0) {
+    lua_rawgeti(L, run + 1, token->count--);
+    struct registration *r = (struct registration *)lua_touserdata(L, run + 2);
+    if (r->pending && !r->link) return r;
+    if (r->pending) {
+      follow_link(L, run + 2, run);
+      return NULL;
+    }
+    lua_pop(L, 1);
+  }
+  next_token(L, run);
+  return NULL;
+}
+
 /* [-1, +1, m] runs the callbacks of the list of marked tokens on top, and of all linked to them; leaves the
 ** list of their errors, or nil. With `first` the first error is raised and the other callbacks dropped: raw if it is
 ** of the token itself, as that list if it is of one that is linked to it. */
@@ -467,38 +484,25 @@ static void run_callbacks(lua_State *L, bool first) {
   lua_insert(L, -2); /* errors run */
   int run = lua_gettop(L), errors = run - 1;
   struct runtime *rt = runtime(L);
-  struct token *token = (struct token *)lua_touserdata(L, run), *own = token;
-  lua_getiuservalue(L, run, TOKEN_LIST); /* errors run list */
-  while (token != NULL) {
-    bool other = token->count == 0; /* token from here on */
-    if (other)
-      next_token(L, run);
-    else {
-      lua_rawgeti(L, run + 1, token->count--); /* errors run list registration */
-      struct registration *r = (struct registration *)lua_touserdata(L, run + 2);
-      other = r->pending && r->link;
-      if (other)
-        follow_link(L, run + 2, run);
-      else if (r->pending && call(L, rt, run + 2, r) != LUA_OK) { /* … registration error */
+  const struct token *own = (const struct token *)lua_touserdata(L, run), *end = NULL;
+  struct token *token;
+  while ((token = (struct token *)lua_touserdata(L, run)) != NULL && token != end) {
+    struct registration *r;
+    lua_getiuservalue(L, run, TOKEN_LIST); /* errors run registrations */
+    while ((r = next_callback(L, run, token)) != NULL) {
+      if (call(L, rt, run + 2, r) != LUA_OK) { /* … error */
         if (first && token == own) {
           drop_rest(L, run);
           lua_error(L);
         }
         add_error(L, errors);
+        if (first) end = own;
       }
-    }
-    if (!other) {
       lua_settop(L, run + 1);
-      continue;
     }
     lua_settop(L, run);
-    token = (struct token *)lua_touserdata(L, run);
-    if (first && (token == own || token == NULL) && !lua_isnil(L, errors)) {
-      drop_rest(L, run);
-      break;
-    }
-    if (token == NULL || lua_getiuservalue(L, run, TOKEN_LIST) == LUA_TNIL) lua_settop(L, run + 1);
   }
+  drop_rest(L, run);
   lua_settop(L, errors);
 }
 
