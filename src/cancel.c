@@ -356,26 +356,8 @@ void token_mark_all(lua_State *L, int k, int reason, int cause, int run) {
 static void check_room(lua_State *L, int i, const struct registration *r) {
   if (!r->packed) return;
   lua_getiuservalue(L, i, REGISTRATION_TARGET);
-  lua_getfield(L, -1, "n");
-  luaL_checkstack(L, (int)lua_tointeger(L, -1) + LUA_MINSTACK, "too many arguments of a callback");
-  lua_pop(L, 2);
-}
-
-/* [-0, +n, -] pushes the callback and its arguments, and lets go of them; the number of arguments */
-static int take_callback(lua_State *L, int i, struct registration *r) {
-  int arguments = 0;
-  lua_getiuservalue(L, i, REGISTRATION_TARGET);
-  if (r->packed) {
-    int packed = lua_gettop(L);
-    lua_getfield(L, packed, "n");
-    int n = (int)lua_tointeger(L, -1);
-    lua_pop(L, 1);
-    for (int a = 1; a <= n; a++) lua_rawgeti(L, packed, a);
-    lua_remove(L, packed);
-    arguments = n - 1;
-  }
-  clear(L, i, r);
-  return arguments;
+  luaL_checkstack(L, (int)values_count(L, -1) + LUA_MINSTACK, "too many arguments of a callback");
+  lua_pop(L, 1);
 }
 
 /* What the running task had before is above the registration while the callback runs. */
@@ -396,7 +378,9 @@ static int call(lua_State *L, struct runtime *rt, int i, struct registration *r)
   } else
     context_push_current(L);    /* the canceler's, whom the callback's writes do not reach */
   schedule_push_context(L, me); /* what it does to the synchronization context stays inside, too */
-  int arguments = take_callback(L, i, r);
+  lua_getiuservalue(L, i, REGISTRATION_TARGET);
+  int arguments = r->packed ? values_unpack(L) - 1 : 0;
+  clear(L, i, r);
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
@@ -426,13 +410,9 @@ static void next_token(lua_State *L, int run) {
 static void add_error(lua_State *L, int errors) {
   if (lua_isnil(L, errors)) {
     lua_newtable(L);
-    lua_pushinteger(L, 0);
-    lua_setfield(L, -2, "n");
     lua_replace(L, errors);
   }
-  lua_getfield(L, errors, "n");
-  lua_Integer n = lua_tointeger(L, -1) + 1;
-  lua_pop(L, 1);
+  lua_Integer n = values_count(L, errors) + 1;
   lua_rawseti(L, errors, n);
   lua_pushinteger(L, n);
   lua_setfield(L, errors, "n");
@@ -509,10 +489,9 @@ static void run_callbacks(lua_State *L, bool first) {
 /* [-1, +0, v] raises an Aggregate of the list of errors on top, unless it is nil */
 static void raise_errors(lua_State *L) {
   if (!lua_isnil(L, -1)) {
-    lua_getfield(L, -1, "n");
     error_push(L, ERROR_AGGREGATE, "%d callback(s) of a cancellation token failed",
-               (int)lua_tointeger(L, -1));
-    lua_pushvalue(L, -3);
+               (int)values_count(L, -1));
+    lua_pushvalue(L, -2);
     lua_setfield(L, -2, "inner_exceptions");
     lua_error(L);
   }
@@ -666,14 +645,7 @@ static int register_callback(lua_State *L, bool capture) {
   struct token *token = token_check(L, 1);
   argument_callable(L, 2);
   int n = lua_gettop(L) - 1;
-  if (n > 1) {
-    lua_createtable(L, n, 1);
-    lua_insert(L, 2); /* token packed fn arguments */
-    for (int a = n; a >= 1; a--) lua_rawseti(L, 2, a);
-    lua_pushinteger(L, n);
-    lua_setfield(L, 2, "n");
-    lua_settop(L, 2);
-  }
+  if (n > 1) values_pack(L, n); /* token packed */
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
   bool context = capture && rt->me->flags & TASK_HAS_CONTEXT;
   struct registration *r =

@@ -236,14 +236,6 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
 
 /* ---- landing ---- */
 
-/* the number of errors in the list on top */
-static lua_Integer inner_count(lua_State *L) {
-  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
-  if (lua_getfield(L, -1, "n") != LUA_TNIL) n = lua_tointeger(L, -1);
-  lua_pop(L, 1);
-  return n;
-}
-
 static bool has_nil(lua_State *L, int i, lua_Integer n) {
   bool found = false;
   for (lua_Integer k = 1; k <= n && !found; k++) {
@@ -277,7 +269,7 @@ uint32_t combine_push_aggregate(lua_State *L, const struct combine *c, int input
       lua_getiuservalue(L, -1, TASK_RESULT);
       if (t->flags & TASK_AGGREGATE) { /* of a when_all: its errors are laid beside the others */
         lua_getfield(L, -1, "inner_exceptions");
-        lua_Integer inner = inner_count(L);
+        lua_Integer inner = values_count(L, -1);
         for (lua_Integer e = 1; e <= inner; e++) {
           lua_rawgeti(L, -1, e);
           lua_rawseti(L, errors, ++count);

@@ -569,6 +569,10 @@ bool module_is_callable(lua_State *L, int i); /* [-0, +0, -] a function, or it h
 /* [-0, +0, v] it is argument n of a public function in Lua (blame_type) */
 void module_check_function(lua_State *L, int n, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
+/* Several values as one: { value, …, n = their number }, since any of them may be nil. */
+void values_pack(lua_State *L, int n);         /* [-n, +1, m] */
+int values_unpack(lua_State *L);               /* [-1, +n, e] of the table on top; their number */
+lua_Integer values_count(lua_State *L, int i); /* … of a list without n: its length */
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */

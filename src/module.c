@@ -208,6 +208,30 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
   }
 }
 
+/* ---- values as one ---- */
+
+void values_pack(lua_State *L, int n) {
+  lua_createtable(L, n, 1); /* v1 … vn table */
+  lua_insert(L, -(n + 1));
+  for (int k = n; k >= 1; k--) lua_rawseti(L, -(k + 1), k);
+  lua_pushinteger(L, n);
+  lua_setfield(L, -2, "n");
+}
+
+lua_Integer values_count(lua_State *L, int i) {
+  lua_Integer n = lua_getfield(L, i, "n") == LUA_TNUMBER ? lua_tointeger(L, -1) : -1;
+  lua_pop(L, 1);
+  return n >= 0 ? n : (lua_Integer)lua_rawlen(L, i);
+}
+
+int values_unpack(lua_State *L) {
+  int table = lua_gettop(L), n = (int)values_count(L, table);
+  luaL_checkstack(L, n, "too many values");
+  for (int k = 1; k <= n; k++) lua_rawgeti(L, table, k);
+  lua_remove(L, table);
+  return n;
+}
+
 /* ---- slot tables: a free slot holds the number of the next free one; 0 ends the chain ---- */
 
 int slots_add(lua_State *L, int i, int *first_free) {
