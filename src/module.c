@@ -62,6 +62,7 @@ void module_push_function(lua_State *L, lua_CFunction f) {
 
 void module_functions(lua_State *L, const luaL_Reg *functions) {
   for (; functions->name; functions++) {
+    if (functions->func == NULL) continue;
     module_push_function(L, functions->func);
     lua_setfield(L, -2, functions->name);
   }
@@ -465,47 +466,36 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"check_options", l_check_options},
                                      {NULL, NULL}};
 
-/* Parts of the module that are opened when one of the names is first asked for: what a script does not use costs
-** it no time to start, and no memory. */
-static const struct {
-  const char *names;
-  void (*open)(lua_State *L); /* [-0, +0, m] into the module on top, functions last */
-} parts[] = {
-    {"Timer PeriodicTimer", periodic_open},
-    {"open_group join_group group_ended take_group_state on_group_close closed_by_user",
-     group_open},
-    {"channel_new channel_version check_batch", channel_open},
-    {"select select_async", select_open},
-    {"sync condition_wait check_condition enter_lock", sync_open},
-    {"coroutine", coroutine_open},
-    {"testing", testing_open},
-    {"catch signals", signal_open},
-    {"open_fs", fs_open},
-    {"open_dns", dns_open},
-    {"open_net", tcp_open},
-    {"open_process", process_open},
-    {"open_udp", udp_open},
-    {"open_standard is_terminal", stdio_open},
-    {"configure_await spawn_on detached launch try_execute is_queued release recall is_scheduler "
-     "current_scheduler synchronization_context set_synchronization_context",
-     schedule_open},
+static const struct part *const parts[] = {
+    &periodic_part,  &group_part,   &channel_part, &select_part, &sync_part,
+    &coroutine_part, &testing_part, &signal_part,  &fs_part,     &dns_part,
+    &tcp_part,       &process_part, &udp_part,     &stdio_part,  &schedule_part,
 };
 
-static bool has_word(const char *words, const char *word) {
-  size_t n = strlen(word);
-  for (const char *p = words; n > 0 && (p = strstr(p, word)) != NULL; p += n)
-    if ((p == words || p[-1] == ' ') && (p[n] == ' ' || p[n] == '\0')) return true;
-  return false;
+/* whether it puts that name into the module */
+static bool part_has(const struct part *part, const char *name) {
+  if (part->table != NULL) return strcmp(part->table, name) == 0;
+  const luaL_Reg *f = part->functions;
+  while (f->name != NULL && strcmp(f->name, name) != 0) f++;
+  return f->name != NULL;
 }
 
-/* open_part(module, name): the __index of the module */
-static int open_part(lua_State *L) {
+/* [-0, +0, m] opens a part of the module on top; its functions come last, when they can be called */
+static void open_part(lua_State *L, const struct part *part) {
+  if (part->open != NULL) part->open(L);
+  if (part->table != NULL) lua_newtable(L);
+  module_functions(L, part->functions);
+  if (part->table != NULL) lua_setfield(L, -2, part->table);
+}
+
+/* the __index of the module */
+static int l_part(lua_State *L) {
   const char *name = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   lua_settop(L, 2);
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-    if (has_word(parts[i].names, name)) {
+    if (part_has(parts[i], name)) {
       lua_pushvalue(L, 1);
-      parts[i].open(L);
+      open_part(L, parts[i]);
       lua_settop(L, 2);
       lua_rawget(L, 1);
       return 1;
@@ -533,7 +523,7 @@ static int open_all(lua_State *L) {
   timer_open(L);
   loop_open(L);
   lua_createtable(L, 0, 1);
-  module_push_function(L, open_part);
+  module_push_function(L, l_part);
   lua_setfield(L, -2, "__index");
   lua_setmetatable(L, -2);
   return 1;

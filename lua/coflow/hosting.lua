@@ -460,7 +460,8 @@ end
 local function run(self, token)
   self._running = true
   local guard <close> = setmetatable({ host = self }, ending_run)
-  local catcher <close> = core.catch(true, core.signals.SIGINT, core.signals.SIGTERM)
+  local signals = core.signals()
+  local catcher <close> = core.catch(true, signals.SIGINT, signals.SIGTERM)
   guard.watcher = start_detached(nil, watch_signals, watch_signals, self, catcher)
   if self._state == "created" then
     local ok, err = xpcall(start, core.trace_handler, self, token)
