@@ -338,9 +338,30 @@ static int l_late_index(lua_State *L) {
   return 1;
 }
 
+/* [-0, +0, m] notes where the Lua files of the library are: in the directory of the module that opens the core, on the stack */
+ONCE static void find_library(lua_State *L, struct runtime *rt) {
+  lua_Debug ar;
+  size_t n = 0;
+  for (int level = 1; n == 0 && lua_getstack(L, level, &ar); level++) {
+    if (lua_getlocal(L, &ar, -1) == NULL)
+      continue; /* else a chunk, perhaps, whose argument is its name */
+    const char *name = lua_tostring(L, -1);
+    lua_getinfo(L, "S", &ar);
+    if (*ar.what == 'm' && *ar.source == '@' && name != NULL &&
+        (strcmp(name, "coflow") == 0 || strncmp(name, "coflow.", 7) == 0))
+      for (const char *p = ar.source; (p = strstr(p, "coflow/")) != NULL; p += 7)
+        n = (size_t)(p + 7 - ar.source);
+    lua_pop(L, 1);
+  }
+  if (n == 0 || n >= sizeof rt->library) return;
+  memcpy(rt->library, ar.source, n);
+  rt->library_length = n;
+}
+
 /* late(t, "field=module …") -> t: its fields come, when they are first read, from the Lua module coflow.x, which
 ** puts them into t or has them; what has the module's own name may be the module itself */
 static int l_late(lua_State *L) {
+  if (runtime(L)->library_length == 0) find_library(L, runtime(L)); /* it was no file of ours */
   luaL_checktype(L, 1, LUA_TTABLE);
   lua_pushfstring(L, " %s", luaL_checkstring(L, 2));
   lua_replace(L, 2);
@@ -371,20 +392,6 @@ static int l_type_error(lua_State *L) {
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
   module_check_function(L, (int)luaL_checkinteger(L, 1), 2);
-  return 0;
-}
-
-/* library(): notes where the Lua files of the library are: beside the caller */
-static int l_library(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  lua_Debug ar;
-  if (!lua_getstack(L, 1, &ar)) return 0;
-  lua_getinfo(L, "S", &ar);
-  const char *end = ar.source[0] == '@' ? strrchr(ar.source, '/') : NULL;
-  size_t n = end ? (size_t)(end - ar.source) + 1 : 0;
-  if (n >= sizeof rt->library) return 0;
-  memcpy(rt->library, ar.source, n);
-  rt->library_length = n;
   return 0;
 }
 
@@ -459,7 +466,6 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"argument_error", l_argument_error},
                                      {"type_error", l_type_error},
                                      {"check_function", l_check_function},
-                                     {"library", l_library},
                                      {"is_callable", l_is_callable},
                                      {"refuse_self", l_refuse_self},
                                      {"check_class", l_check_class},
@@ -584,6 +590,7 @@ int luaopen_coflow_core(lua_State *L) {
   if (lua_rawgetp(L, LUA_REGISTRYINDEX, &runtime_key) == LUA_TNIL) {
     runtime_new(L); /* nil runtime */
     lua_replace(L, -2);
+    find_library(L, (struct runtime *)lua_touserdata(L, -1));
     lua_pushvalue(L, -1);
     lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
     lua_pushcclosure(L, open_all, 2);
