@@ -230,6 +230,33 @@ describe("a value raised by user code", function()
     assert.truthy(task:traceback():find("spec/errors_spec.lua", 1, true))
   end))
 
+  it("leaves them out whichever module is required first", function()
+    for _, first in ipairs { "coflow.group", "coflow.core", "coflow.testing" } do
+      local out = helper.output(([[
+        require %q
+        local task_group, core = require("coflow.group").task_group, require "coflow.core"
+        require "coflow"
+        core.run(function()
+          local task = core.spawn(function()
+            task_group(function(group) group:spawn(error, "x") end)
+          end)
+          task:try_await()
+          print(task:traceback())
+        end)
+      ]]):format(first))
+      assert.truthy(out:find("awaited by", 1, true), out)
+      assert.is_nil(out:find("coflow/", 1, true), out)
+    end
+    assert.is_nil(helper.output([[
+      local task_group, core = require("coflow.group").task_group, require "coflow.core"
+      core.run(function()
+        local task = core.spawn(task_group, function(group) group:spawn(error, "x") end)
+        core.try_await(task)
+        print(task:traceback())
+      end)
+    ]]):find("coflow/", 1, true))
+  end)
+
   it("tell for an unknown option which ones there are", function()
     local _, err = pcall(flow.AsyncLocal, { nam = "x" })
     assert.truthy(err:find("(unknown option 'nam': known are default, flow, name, value_changed)", 1, true), err)

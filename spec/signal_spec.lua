@@ -144,7 +144,7 @@ describe("signal.wait", function()
   it("closes what was forgotten", live(function()
     local core = require "coflow.core"
     do
-      local catcher = core.catch(false, core.signals.SIGUSR1)
+      local catcher = core.catch(false, core.signals().SIGUSR1)
       assert.is_true(flow.loop.is_alive())
       assert.is_nil(catcher:take())
     end
@@ -207,7 +207,7 @@ end)
 describe("a catcher of signals", function()
   it("for the first one only shares the signal with others", live(function()
     local core = require "coflow.core"
-    local USR1 = core.signals.SIGUSR1
+    local USR1 = core.signals().SIGUSR1
     local all <close> = core.catch(false, USR1)
     local first <close> = core.catch(true, USR1)
     do
@@ -228,7 +228,7 @@ describe("a catcher of signals", function()
   end))
 
   local core = require "coflow.core"
-  local USR1, USR2 = core.signals.SIGUSR1, core.signals.SIGUSR2
+  local USR1, USR2 = core.signals().SIGUSR1, core.signals().SIGUSR2
 
   it("notes what comes between two waits: each once, in order of arrival", live(function()
     local catcher <close> = core.catch(false, USR1, USR2)

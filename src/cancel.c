@@ -356,71 +356,41 @@ void token_mark_all(lua_State *L, int k, int reason, int cause, int run) {
 static void check_room(lua_State *L, int i, const struct registration *r) {
   if (!r->packed) return;
   lua_getiuservalue(L, i, REGISTRATION_TARGET);
-  lua_getfield(L, -1, "n");
-  luaL_checkstack(L, (int)lua_tointeger(L, -1) + LUA_MINSTACK, "too many arguments of a callback");
-  lua_pop(L, 2);
+  luaL_checkstack(L, (int)values_count(L, -1) + LUA_MINSTACK, "too many arguments of a callback");
+  lua_pop(L, 1);
 }
 
-/* [-0, +n, -] pushes the callback and its arguments, and lets go of them; the number of arguments */
-static int take_callback(lua_State *L, int i, struct registration *r) {
-  int arguments = 0;
-  lua_getiuservalue(L, i, REGISTRATION_TARGET);
-  if (r->packed) {
-    int packed = lua_gettop(L);
-    lua_getfield(L, packed, "n");
-    int n = (int)lua_tointeger(L, -1);
-    lua_pop(L, 1);
-    for (int a = 1; a <= n; a++) lua_rawgeti(L, packed, a);
-    lua_remove(L, packed);
-    arguments = n - 1;
-  }
-  clear(L, i, r);
-  return arguments;
-}
+/* What the running task had before is above the registration while the callback runs. */
+enum { SAVED_LOCALS = 1, SAVED_CONTEXT };
 
-/* [-0, +n, e] calls the callback of the registration at i in its context; the status, error on top */
+/* [-0, +n, e] calls the callback of the registration at i, which is on top, in its context; the status, error on top */
 static int call(lua_State *L, struct runtime *rt, int i, struct registration *r) {
   struct task *me = rt->me;
   uint16_t suppressed = me->flags & TASK_SUPPRESSED;
   bool plain = !r->in_context && !(me->flags & TASK_HAS_CONTEXT);
   check_room(L, i, r);
   if (r->captured) me->flags &= (uint16_t)~TASK_SUPPRESSED;
-  int old = 0;
-  if (!plain) {
-    old = lua_gettop(L) + 1;
-    if (r->captured) {
-      lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
-      context_swap(L);
-    } else
-      context_push_current(L); /* the canceler's, whom the callback's writes do not reach */
-  }
-  bool scheduled = me->traits & TRAIT_SCHEDULED;
-  if (scheduled) { /* what the callback does to the synchronization context stays inside, too */
-    schedule_push_context(L, me);
-    lua_insert(L, i + 1);
-    old += old != 0;
-  }
-  int arguments = take_callback(L, i, r);
+  if (plain)
+    lua_pushnil(L);
+  else if (r->captured) {
+    lua_getiuservalue(L, i, REGISTRATION_CONTEXT);
+    context_swap(L);
+  } else
+    context_push_current(L);    /* the canceler's, whom the callback's writes do not reach */
+  schedule_push_context(L, me); /* what it does to the synchronization context stays inside, too */
+  lua_getiuservalue(L, i, REGISTRATION_TARGET);
+  int arguments = r->packed ? values_unpack(L) - 1 : 0;
+  clear(L, i, r);
   rt->depth++;
   int status = lua_pcall(L, arguments, 0, 0);
   rt->depth--;
-  if (scheduled || me->traits & TRAIT_SCHEDULED) {
-    if (scheduled)
-      lua_pushvalue(L, i + 1);
-    else
-      lua_pushnil(L);
+  if (me->traits & TRAIT_PLAN) {
+    lua_pushvalue(L, i + SAVED_CONTEXT);
     schedule_set_context(L, me);
-    if (scheduled) lua_remove(L, i + 1);
-    old -= scheduled && old != 0;
   }
   me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | suppressed);
   if (plain && !(me->flags & TASK_HAS_CONTEXT)) return status;
-  if (plain) /* it has set a local */
-    lua_pushnil(L);
-  else {
-    lua_pushvalue(L, old);
-    lua_remove(L, old);
-  }
+  lua_pushvalue(L, i + SAVED_LOCALS);
   context_swap(L);
   lua_pop(L, 1);
   return status;
@@ -440,13 +410,9 @@ static void next_token(lua_State *L, int run) {
 static void add_error(lua_State *L, int errors) {
   if (lua_isnil(L, errors)) {
     lua_newtable(L);
-    lua_pushinteger(L, 0);
-    lua_setfield(L, -2, "n");
     lua_replace(L, errors);
   }
-  lua_getfield(L, errors, "n");
-  lua_Integer n = lua_tointeger(L, -1) + 1;
-  lua_pop(L, 1);
+  lua_Integer n = values_count(L, errors) + 1;
   lua_rawseti(L, errors, n);
   lua_pushinteger(L, n);
   lua_setfield(L, errors, "n");
@@ -472,6 +438,23 @@ static void drop_rest(lua_State *L, int run) {
   for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
 }
 
+/* [-0, +1, m] the next registration of the token, which is on top of the list at `run`, whose callback is to run;
+** they lie above that list. NULL: [-0, +n] another token may be on top now, to which a link has led, or the one below. */
+static struct registration *next_callback(lua_State *L, int run, struct token *token) {
+  while (token->count > 0) {
+    lua_rawgeti(L, run + 1, token->count--);
+    struct registration *r = (struct registration *)lua_touserdata(L, run + 2);
+    if (r->pending && !r->link) return r;
+    if (r->pending) {
+      follow_link(L, run + 2, run);
+      return NULL;
+    }
+    lua_pop(L, 1);
+  }
+  next_token(L, run);
+  return NULL;
+}
+
 /* [-1, +1, m] runs the callbacks of the list of marked tokens on top, and of all linked to them; leaves the
 ** list of their errors, or nil. With `first` the first error is raised and the other callbacks dropped: raw if it is
 ** of the token itself, as that list if it is of one that is linked to it. */
@@ -481,48 +464,34 @@ static void run_callbacks(lua_State *L, bool first) {
   lua_insert(L, -2); /* errors run */
   int run = lua_gettop(L), errors = run - 1;
   struct runtime *rt = runtime(L);
-  struct token *token = (struct token *)lua_touserdata(L, run), *own = token;
-  lua_getiuservalue(L, run, TOKEN_LIST); /* errors run list */
-  while (token != NULL) {
-    bool other = token->count == 0; /* token from here on */
-    if (other)
-      next_token(L, run);
-    else {
-      lua_rawgeti(L, run + 1, token->count--); /* errors run list registration */
-      struct registration *r = (struct registration *)lua_touserdata(L, run + 2);
-      other = r->pending && r->link;
-      if (other)
-        follow_link(L, run + 2, run);
-      else if (r->pending && call(L, rt, run + 2, r) != LUA_OK) { /* … registration error */
+  const struct token *own = (const struct token *)lua_touserdata(L, run), *end = NULL;
+  struct token *token;
+  while ((token = (struct token *)lua_touserdata(L, run)) != NULL && token != end) {
+    struct registration *r;
+    lua_getiuservalue(L, run, TOKEN_LIST); /* errors run registrations */
+    while ((r = next_callback(L, run, token)) != NULL) {
+      if (call(L, rt, run + 2, r) != LUA_OK) { /* … error */
         if (first && token == own) {
           drop_rest(L, run);
           lua_error(L);
         }
         add_error(L, errors);
+        if (first) end = own;
       }
-    }
-    if (!other) {
       lua_settop(L, run + 1);
-      continue;
     }
     lua_settop(L, run);
-    token = (struct token *)lua_touserdata(L, run);
-    if (first && (token == own || token == NULL) && !lua_isnil(L, errors)) {
-      drop_rest(L, run);
-      break;
-    }
-    if (token == NULL || lua_getiuservalue(L, run, TOKEN_LIST) == LUA_TNIL) lua_settop(L, run + 1);
   }
+  drop_rest(L, run);
   lua_settop(L, errors);
 }
 
 /* [-1, +0, v] raises an Aggregate of the list of errors on top, unless it is nil */
 static void raise_errors(lua_State *L) {
   if (!lua_isnil(L, -1)) {
-    lua_getfield(L, -1, "n");
     error_push(L, ERROR_AGGREGATE, "%d callback(s) of a cancellation token failed",
-               (int)lua_tointeger(L, -1));
-    lua_pushvalue(L, -3);
+               (int)values_count(L, -1));
+    lua_pushvalue(L, -2);
     lua_setfield(L, -2, "inner_exceptions");
     lua_error(L);
   }
@@ -674,14 +643,7 @@ static int register_callback(lua_State *L, bool capture) {
   struct token *token = token_check(L, 1);
   argument_callable(L, 2);
   int n = lua_gettop(L) - 1;
-  if (n > 1) {
-    lua_createtable(L, n, 1);
-    lua_insert(L, 2); /* token packed fn arguments */
-    for (int a = n; a >= 1; a--) lua_rawseti(L, 2, a);
-    lua_pushinteger(L, n);
-    lua_setfield(L, 2, "n");
-    lua_settop(L, 2);
-  }
+  if (n > 1) values_pack(L, n); /* token packed */
   if (token->never || (token->disposed && !token->canceled)) return push_inert(L, 1);
   bool context = capture && rt->me->flags & TASK_HAS_CONTEXT;
   struct registration *r =
@@ -705,6 +667,7 @@ static int register_callback(lua_State *L, bool capture) {
     lua_settop(L, 3);
     return 1;
   }
+  lua_settop(L, 3);
   if (call(L, rt, 3, r) != LUA_OK) return lua_error(L); /* late: at once, its error to the caller */
   return push_inert(L, 1);
 }

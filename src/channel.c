@@ -744,11 +744,12 @@ static const luaL_Reg properties[] = {{"count", l_count},
                                       {"writer", l_writer},
                                       {NULL, NULL}};
 
-void channel_open(lua_State *L) {
+ONCE static void channel_open(lua_State *L) {
   module_class(L, TAG_READER, "coflow.ChannelReader", reading, reader_properties);
   module_class(L, TAG_WRITER, "coflow.ChannelWriter", writing, NULL);
   module_class(L, TAG_CHANNEL, "coflow.Channel", methods, properties);
   module_methods(L, TAG_CHANNEL, reading); /* a channel has those of both halves */
   module_methods(L, TAG_CHANNEL, writing);
-  module_functions(L, functions);
 }
+
+const struct part channel_part = {functions, channel_open, NULL};

@@ -31,54 +31,43 @@ static void check_input(lua_State *L, int i, int key) {
                                 lua_tostring(L, -1), luaL_typename(L, i)));
 }
 
-/* [-n, +2, e] the arguments become a list of tasks, and a list of keys or nil; their number */
-static lua_Integer collect(lua_State *L, bool *list) {
+/* [-n, +2, e] task … -> tasks nil; their number */
+static lua_Integer collect_arguments(lua_State *L) {
   int n = lua_gettop(L);
-  *list = true;
-  if (n != 1 || !lua_istable(L, 1) || luaL_getmetafield(L, 1, "__await") != LUA_TNIL) {
-    lua_settop(L, n);
-    for (int i = 1; i <= n; i++)
-      if (task_awaitable(L, i) == NULL) luaL_typeerror(L, i, "Task or awaitable");
-    lua_createtable(L, n, 1); /* it may become the result, which has n */
-    lua_insert(L, 1);
-    for (int i = n; i >= 1; i--) lua_rawseti(L, 1, i);
-    lua_pushnil(L);
-    return n;
-  }
-  lua_Integer count = 0, size = 0;
-  lua_pushliteral(L, "n");
-  int counted = 0;
-  if (lua_rawget(L, 1) == LUA_TNUMBER) size = lua_tointegerx(L, -1, &counted);
-  if (!counted) {
-    for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) count++;
-    size = (lua_Integer)lua_rawlen(L, 1);
-    *list = count == size;
-  }
-  luaL_argcheck(L, size >= 0 && size < 100000000, 1, "field 'n' is out of range");
-  lua_settop(L, 1);
-  lua_createtable(L, (int)(*list ? size : count), *list); /* table tasks */
-  if (*list) {
-    for (lua_Integer i = 1; i <= size; i++) {
-      if (lua_rawgeti(L, 1, i) == LUA_TNIL && !counted) { /* as many other keys as holes: no list */
-        *list = false;
-        lua_settop(L, 2);
-        break;
-      }
-      if (object_test(L, 3, TAG_TASK) == NULL) {
-        lua_pushinteger(L, i);
-        check_input(L, 3, 4);
-        lua_settop(L, 3);
-      }
-      lua_rawseti(L, 2, i);
+  for (int i = 1; i <= n; i++)
+    if (task_awaitable(L, i) == NULL) luaL_typeerror(L, i, "Task or awaitable");
+  lua_createtable(L, n, 1); /* it may become the result, which has n */
+  lua_insert(L, 1);
+  for (int i = n; i >= 1; i--) lua_rawseti(L, 1, i);
+  lua_pushnil(L);
+  return n;
+}
+
+/* [-1, +2, e] { task, … } -> tasks nil; false: [-0, +0] there is a hole, which only one that is counted may have */
+static bool collect_list(lua_State *L, lua_Integer size, bool counted) {
+  lua_createtable(L, (int)size, 1); /* list tasks */
+  for (lua_Integer i = 1; i <= size; i++) {
+    if (lua_rawgeti(L, 1, i) == LUA_TNIL && !counted) {
+      lua_settop(L, 1);
+      return false;
     }
+    if (object_test(L, 3, TAG_TASK) == NULL) {
+      lua_pushinteger(L, i);
+      check_input(L, 3, 4);
+      lua_settop(L, 3);
+    }
+    lua_rawseti(L, 2, i);
   }
-  if (*list) {
-    lua_pushnil(L);
-    lua_remove(L, 1);
-    return size;
-  }
+  lua_remove(L, 1);
+  lua_pushnil(L);
+  return true;
+}
+
+/* [-1, +2, e] { key = task, … } -> tasks keys; their number, about `room` */
+static lua_Integer collect_keyed(lua_State *L, lua_Integer room) {
+  lua_Integer count = 0;
+  lua_createtable(L, (int)room, 0);
   lua_newtable(L); /* table tasks keys */
-  count = 0;
   for (lua_pushnil(L); lua_next(L, 1);) {
     count++;
     lua_pushvalue(L, 4);
@@ -89,6 +78,27 @@ static lua_Integer collect(lua_State *L, bool *list) {
   }
   lua_remove(L, 1);
   return count;
+}
+
+/* [-n, +2, e] the arguments become a list of tasks, and a list of keys or nil; their number */
+static lua_Integer collect(lua_State *L, bool *list) {
+  int n = lua_gettop(L), counted = 0;
+  *list = true;
+  if (n != 1 || !lua_istable(L, 1) || luaL_getmetafield(L, 1, "__await") != LUA_TNIL) {
+    lua_settop(L, n);
+    return collect_arguments(L);
+  }
+  lua_Integer count = 0, size = 0;
+  lua_pushliteral(L, "n");
+  if (lua_rawget(L, 1) == LUA_TNUMBER) size = lua_tointegerx(L, -1, &counted);
+  if (!counted) {
+    for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) count++;
+    size = (lua_Integer)lua_rawlen(L, 1);
+  }
+  luaL_argcheck(L, size >= 0 && size < 100000000, 1, "field 'n' is out of range");
+  lua_settop(L, 1);
+  *list = (counted || count == size) && collect_list(L, size, counted);
+  return *list ? size : collect_keyed(L, count);
 }
 
 /* [-n, +1, e] a combinator of the arguments, its inputs not yet waited for */
@@ -226,14 +236,6 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
 
 /* ---- landing ---- */
 
-/* the number of errors in the list on top */
-static lua_Integer inner_count(lua_State *L) {
-  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
-  if (lua_getfield(L, -1, "n") != LUA_TNIL) n = lua_tointeger(L, -1);
-  lua_pop(L, 1);
-  return n;
-}
-
 static bool has_nil(lua_State *L, int i, lua_Integer n) {
   bool found = false;
   for (lua_Integer k = 1; k <= n && !found; k++) {
@@ -267,7 +269,7 @@ uint32_t combine_push_aggregate(lua_State *L, const struct combine *c, int input
       lua_getiuservalue(L, -1, TASK_RESULT);
       if (t->flags & TASK_AGGREGATE) { /* of a when_all: its errors are laid beside the others */
         lua_getfield(L, -1, "inner_exceptions");
-        lua_Integer inner = inner_count(L);
+        lua_Integer inner = values_count(L, -1);
         for (lua_Integer e = 1; e <= inner; e++) {
           lua_rawgeti(L, -1, e);
           lua_rawseti(L, errors, ++count);

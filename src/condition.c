@@ -128,7 +128,7 @@ static int wait(lua_State *L, bool twin, lua_CFunction f) {
 }
 
 /* condition_wait(condition, token, owner): in a task of its own */
-static int l_wait_in_task(lua_State *L) { return wait(L, true, l_wait_in_task); }
+int condition_wait(lua_State *L) { return wait(L, true, condition_wait); }
 
 /* in the task that stands for the code outside every task */
 static int l_wait_outside(lua_State *L) { return wait(L, false, l_wait_outside); }
@@ -143,7 +143,7 @@ static int l_wait(lua_State *L) {
 }
 
 /* check_condition(condition, token) -> the running task: raises what wait_async raises at once */
-static int l_check(lua_State *L) {
+int condition_check(lua_State *L) {
   struct sync *s = (struct sync *)object_test(L, 1, TAG_CONDITION);
   if (s == NULL) return blame_type(L, 1, "coflow.Condition", 1);
   if (!lua_isnoneornil(L, 2) && object_test(L, 2, TAG_TOKEN) == NULL)
@@ -187,8 +187,3 @@ static const luaL_Reg methods[] = {
 
 const struct sync_class condition_class = {
     .tag = TAG_CONDITION, .name = "Condition", .new = l_new, .methods = methods};
-
-static const luaL_Reg functions[] = {
-    {"condition_wait", l_wait_in_task}, {"check_condition", l_check}, {NULL, NULL}};
-
-void condition_open(lua_State *L) { module_functions(L, functions); }

@@ -562,13 +562,25 @@ void module_class(lua_State *L, uint32_t tag, const char *name, const luaL_Reg *
 void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
 /* [-0, +0, m] the class once more, with a finalizer */
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
-/* [-0, +0, m] into the table on top */
+/* [-0, +0, m] into the table on top; NULL stands for what is put there by other means */
 void module_functions(lua_State *L, const luaL_Reg *functions);
+/* What is opened when one of its names is first asked for, for what a script does not use is to cost it no time to start,
+** and no memory. */
+struct part {
+  const luaL_Reg *functions;
+  void (*open)(
+      lua_State *L); /* [-0, +0, m] makes what they need, with the module on top; or NULL */
+  const char *table; /* the functions are fields of that one of the module, or NULL */
+};
 double module_seconds(lua_State *L, int i);   /* [-0, +0, v] >= 0, no NaN */
 bool module_is_callable(lua_State *L, int i); /* [-0, +0, -] a function, or it has __call */
 /* [-0, +0, v] it is argument n of a public function in Lua (blame_type) */
 void module_check_function(lua_State *L, int n, int i);
 void module_check_options(lua_State *L, int i, const char *const names[]); /* [-0, +0, v] */
+/* Several values as one: { value, …, n = their number }, since any of them may be nil. */
+void values_pack(lua_State *L, int n);         /* [-n, +1, m] */
+int values_unpack(lua_State *L);               /* [-1, +n, e] of the table on top; their number */
+lua_Integer values_count(lua_State *L, int i); /* … of a list without n: its length */
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */
@@ -943,7 +955,7 @@ void coroutine_close_inner(lua_State *L, struct runtime *rt, lua_State *co);
 bool coroutine_has_body(lua_State *L, struct runtime *rt);
 /* [-0, +0, e] to yield: out of that scope */
 void coroutine_refuse(lua_State *L, const char *place);
-ONCE void coroutine_open(lua_State *L);
+extern const struct part coroutine_part;
 
 /* ---- cancel.c: tokens, registrations ---- */
 
@@ -1062,7 +1074,7 @@ bool group_canceled(const struct fiber *f); /* of a child; a detached task has n
 bool group_is_joined(lua_State *L, const struct fiber *f);
 void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
 void group_end(struct scope *s);         /* [-0, +0, -] nothing can be started in it any more */
-ONCE void group_open(lua_State *L);
+extern const struct part group_part;
 
 /* ---- schedule.c: schedulers and synchronization contexts ---- */
 
@@ -1088,7 +1100,7 @@ void schedule_set_context(lua_State *L, struct task *t);  /* [-1, +0, m] the one
 /* the operation f on the configured task at index 1 */
 int schedule_await(lua_State *L, lua_CFunction f);
 
-ONCE void schedule_open(lua_State *L);
+extern const struct part schedule_part;
 
 /* ---- deadline.c: what waits for a time, in order ---- */
 
@@ -1187,7 +1199,7 @@ void periodic_disarm(lua_State *L, int i);   /* [-0, +0, -] the Timer at i */
 bool periodic_is_open(const void *periodic); /* a PeriodicTimer that has not been disposed */
 void periodic_close(lua_State *L, struct runtime *rt);
 void periodic_trim(lua_State *L, struct runtime *rt); /* [-0, +0, m] */
-ONCE void periodic_open(lua_State *L);
+extern const struct part periodic_part;
 
 /* ---- loop.c: the ready list, the pump ---- */
 
@@ -1291,7 +1303,7 @@ static inline void testing_lost(lua_State *L, struct runtime *rt, int i) {
   if (rt->births != NULL) testing_note_lost(L, i);
 }
 void testing_land(lua_State *L, int i);
-ONCE void testing_open(lua_State *L);
+extern const struct part testing_part;
 
 #pragma GCC visibility pop
 #endif

@@ -576,7 +576,7 @@ static const luaL_Reg functions[] = {{"create", l_create},       {"wrap", l_wrap
                                      {"close", l_close},         {NULL, NULL}};
 static const luaL_Reg methods[] = {{NULL, NULL}};
 
-void coroutine_open(lua_State *L) {
+ONCE static void coroutine_open(lua_State *L) {
   module_push_function(L, wrap_main);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_WRAP_MAIN);
   module_push_function(L, wrap_trace);
@@ -584,7 +584,6 @@ void coroutine_open(lua_State *L) {
   if (luaL_loadbufferx(L, start, sizeof start - 1, "=[coflow]", "t") != LUA_OK) lua_error(L);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_WRAP_START);
   module_class(L, TAG_COROUTINE, "coflow.CoroutineRecord", methods, NULL);
-  lua_newtable(L);
-  module_functions(L, functions);
-  lua_setfield(L, -2, "coroutine");
 }
+
+const struct part coroutine_part = {functions, coroutine_open, "coroutine"};

@@ -176,7 +176,4 @@ static int l_open_dns(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_dns", l_open_dns}, {NULL, NULL}};
 
-void dns_open(lua_State *L) {
-  io_open(L);
-  module_functions(L, functions);
-}
+const struct part dns_part = {functions, io_open, NULL};

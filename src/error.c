@@ -196,8 +196,7 @@ static const char *push_made(lua_State *L, int i, lua_CFunction to) {
 static void add_inner(lua_State *L, int i) {
   int text = lua_gettop(L), list = text + 1;
   if (lua_getfield(L, i, "inner_exceptions") == LUA_TTABLE) {
-    lua_Integer n = (lua_Integer)lua_rawlen(L, list);
-    if (lua_getfield(L, list, "n") == LUA_TNUMBER) n = lua_tointeger(L, -1);
+    lua_Integer n = values_count(L, list);
     for (lua_Integer k = 1; k <= n && k <= FIELDS; k++) {
       lua_rawgeti(L, list, k);
       const char *inner = push_made(L, -1, to_line);

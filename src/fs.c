@@ -633,7 +633,4 @@ static int l_open_fs(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_fs", l_open_fs}, {NULL, NULL}};
 
-void fs_open(lua_State *L) {
-  io_open(L);
-  module_functions(L, functions);
-}
+const struct part fs_part = {functions, io_open, NULL};

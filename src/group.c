@@ -483,7 +483,8 @@ static const luaL_Reg methods[] = {{"spawn", l_spawn},
 static const luaL_Reg properties[] = {
     {"token", l_token}, {"is_stopping", l_is_stopping}, {NULL, NULL}};
 
-void group_open(lua_State *L) {
+ONCE static void group_open(lua_State *L) {
   module_class(L, TAG_GROUP, "coflow.TaskGroup", methods, properties);
-  module_functions(L, functions);
 }
+
+const struct part group_part = {functions, group_open, NULL};

@@ -77,9 +77,9 @@ void watch_close_all(struct runtime *rt);
 /* what a child gets: the descriptor, which stands at the position of the file; UV_EBADF: it is closed, UV_EBUSY: it
 ** is in use, or has more than the system knows of */
 int file_lend(struct file *f);
-void fs_open(lua_State *L);
+extern const struct part fs_part;
 void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */
-void dns_open(lua_State *L);
+extern const struct part dns_part;
 
 /* ---- handle.c: streams and listeners: what of libuv's lives long; the contract is there ---- */
 
@@ -195,15 +195,15 @@ bool address_name6(const struct sockaddr_in6 *a, char name[ADDRESS_SIZE]);
 /* [-0, +0/1, m] "host:port" */
 bool address_push(lua_State *L, const struct sockaddr_storage *from);
 
-void tcp_open(lua_State *L);
-void udp_open(lua_State *L);
+extern const struct part tcp_part;
+extern const struct part udp_part;
 
 /* ---- stdio.c: the standard streams ---- */
 
 ONCE void stdio_guard(void); /* nothing else gets the descriptors 0, 1 and 2 */
 int stdio_end(int fd);       /* what is written to it is over. A status of libuv. No Lua. */
 bool stdio_sends(const struct runtime *rt); /* one of them has something to send yet. No Lua. */
-void stdio_open(lua_State *L);
+extern const struct part stdio_part;
 
 /* ---- signal.c ---- */
 
@@ -212,13 +212,13 @@ int signal_number(const char *name); /* 0: no such signal */
 void signal_land(lua_State *L, int i);
 void signal_end_all(struct runtime *rt);            /* the state is closing. No Lua. */
 void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */
-void signal_open(lua_State *L);
+extern const struct part signal_part;
 
 /* ---- process.c ---- */
 
 bool process_is_child(const uv_handle_t *h); /* it is one that runs, and is not detached */
 void process_end_all(struct runtime *rt); /* the state is closing: ends those that run. No Lua. */
-void process_open(lua_State *L);
+extern const struct part process_part;
 
 #pragma GCC visibility pop
 #endif

@@ -293,7 +293,7 @@ static int l_lock_async(lua_State *L) { return sync_twin(L, &lock_class, SYNC_LO
 static int l_try_lock(lua_State *L) { return try(L, &lock_class, SYNC_LOCK); }
 
 /* enter_lock(lock, fn) -> key: for lock:run, of which it checks the arguments */
-static int l_enter(lua_State *L) {
+int lock_enter(lua_State *L) {
   if (object_test(L, 1, TAG_LOCK) == NULL) return blame_type(L, 1, "coflow.Lock", 1);
   module_check_function(L, 2, 2);
   lua_settop(L, 1);
@@ -358,10 +358,7 @@ static int l_dispose(lua_State *L) {
 static const luaL_Reg key[] = {{"dispose", l_dispose}, {"__close", l_dispose}, {NULL, NULL}};
 static const luaL_Reg stand_in[] = {{NULL, NULL}};
 
-static const luaL_Reg functions[] = {{"enter_lock", l_enter}, {NULL, NULL}};
-
 void lock_open(lua_State *L) {
   module_class(L, TAG_KEY, "coflow.Key", key, NULL);
   module_class(L, TAG_RETAKE, "coflow.Retake", stand_in, NULL);
-  module_functions(L, functions);
 }

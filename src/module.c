@@ -62,6 +62,7 @@ void module_push_function(lua_State *L, lua_CFunction f) {
 
 void module_functions(lua_State *L, const luaL_Reg *functions) {
   for (; functions->name; functions++) {
+    if (functions->func == NULL) continue;
     module_push_function(L, functions->func);
     lua_setfield(L, -2, functions->name);
   }
@@ -208,6 +209,30 @@ void module_check_options(lua_State *L, int i, const char *const names[]) {
   }
 }
 
+/* ---- values as one ---- */
+
+void values_pack(lua_State *L, int n) {
+  lua_createtable(L, n, 1); /* v1 … vn table */
+  lua_insert(L, -(n + 1));
+  for (int k = n; k >= 1; k--) lua_rawseti(L, -(k + 1), k);
+  lua_pushinteger(L, n);
+  lua_setfield(L, -2, "n");
+}
+
+lua_Integer values_count(lua_State *L, int i) {
+  lua_Integer n = lua_getfield(L, i, "n") == LUA_TNUMBER ? lua_tointeger(L, -1) : -1;
+  lua_pop(L, 1);
+  return n >= 0 ? n : (lua_Integer)lua_rawlen(L, i);
+}
+
+int values_unpack(lua_State *L) {
+  int table = lua_gettop(L), n = (int)values_count(L, table);
+  luaL_checkstack(L, n, "too many values");
+  for (int k = 1; k <= n; k++) lua_rawgeti(L, table, k);
+  lua_remove(L, table);
+  return n;
+}
+
 /* ---- slot tables: a free slot holds the number of the next free one; 0 ends the chain ---- */
 
 int slots_add(lua_State *L, int i, int *first_free) {
@@ -313,9 +338,30 @@ static int l_late_index(lua_State *L) {
   return 1;
 }
 
+/* [-0, +0, m] notes where the Lua files of the library are: in the directory of the module that opens the core, on the stack */
+ONCE static void find_library(lua_State *L, struct runtime *rt) {
+  lua_Debug ar;
+  size_t n = 0;
+  for (int level = 1; n == 0 && lua_getstack(L, level, &ar); level++) {
+    if (lua_getlocal(L, &ar, -1) == NULL)
+      continue; /* else a chunk, perhaps, whose argument is its name */
+    const char *name = lua_tostring(L, -1);
+    lua_getinfo(L, "S", &ar);
+    if (*ar.what == 'm' && *ar.source == '@' && name != NULL &&
+        (strcmp(name, "coflow") == 0 || strncmp(name, "coflow.", 7) == 0))
+      for (const char *p = ar.source; (p = strstr(p, "coflow/")) != NULL; p += 7)
+        n = (size_t)(p + 7 - ar.source);
+    lua_pop(L, 1);
+  }
+  if (n == 0 || n >= sizeof rt->library) return;
+  memcpy(rt->library, ar.source, n);
+  rt->library_length = n;
+}
+
 /* late(t, "field=module …") -> t: its fields come, when they are first read, from the Lua module coflow.x, which
 ** puts them into t or has them; what has the module's own name may be the module itself */
 static int l_late(lua_State *L) {
+  if (runtime(L)->library_length == 0) find_library(L, runtime(L)); /* it was no file of ours */
   luaL_checktype(L, 1, LUA_TTABLE);
   lua_pushfstring(L, " %s", luaL_checkstring(L, 2));
   lua_replace(L, 2);
@@ -346,20 +392,6 @@ static int l_type_error(lua_State *L) {
 static int l_check_function(lua_State *L) {
   lua_settop(L, 2);
   module_check_function(L, (int)luaL_checkinteger(L, 1), 2);
-  return 0;
-}
-
-/* library(): notes where the Lua files of the library are: beside the caller */
-static int l_library(lua_State *L) {
-  struct runtime *rt = runtime(L);
-  lua_Debug ar;
-  if (!lua_getstack(L, 1, &ar)) return 0;
-  lua_getinfo(L, "S", &ar);
-  const char *end = ar.source[0] == '@' ? strrchr(ar.source, '/') : NULL;
-  size_t n = end ? (size_t)(end - ar.source) + 1 : 0;
-  if (n >= sizeof rt->library) return 0;
-  memcpy(rt->library, ar.source, n);
-  rt->library_length = n;
   return 0;
 }
 
@@ -434,54 +466,42 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"argument_error", l_argument_error},
                                      {"type_error", l_type_error},
                                      {"check_function", l_check_function},
-                                     {"library", l_library},
                                      {"is_callable", l_is_callable},
                                      {"refuse_self", l_refuse_self},
                                      {"check_class", l_check_class},
                                      {"check_options", l_check_options},
                                      {NULL, NULL}};
 
-/* Parts of the module that are opened when one of the names is first asked for: what a script does not use costs
-** it no time to start, and no memory. */
-static const struct {
-  const char *names;
-  void (*open)(lua_State *L); /* [-0, +0, m] into the module on top, functions last */
-} parts[] = {
-    {"Timer PeriodicTimer", periodic_open},
-    {"open_group join_group group_ended take_group_state on_group_close closed_by_user",
-     group_open},
-    {"channel_new channel_version check_batch", channel_open},
-    {"select select_async", select_open},
-    {"sync condition_wait check_condition enter_lock", sync_open},
-    {"coroutine", coroutine_open},
-    {"testing", testing_open},
-    {"catch signals", signal_open},
-    {"open_fs", fs_open},
-    {"open_dns", dns_open},
-    {"open_net", tcp_open},
-    {"open_process", process_open},
-    {"open_udp", udp_open},
-    {"open_standard is_terminal", stdio_open},
-    {"configure_await spawn_on detached launch try_execute is_queued release recall is_scheduler "
-     "current_scheduler synchronization_context set_synchronization_context",
-     schedule_open},
+static const struct part *const parts[] = {
+    &periodic_part,  &group_part,   &channel_part, &select_part, &sync_part,
+    &coroutine_part, &testing_part, &signal_part,  &fs_part,     &dns_part,
+    &tcp_part,       &process_part, &udp_part,     &stdio_part,  &schedule_part,
 };
 
-static bool has_word(const char *words, const char *word) {
-  size_t n = strlen(word);
-  for (const char *p = words; n > 0 && (p = strstr(p, word)) != NULL; p += n)
-    if ((p == words || p[-1] == ' ') && (p[n] == ' ' || p[n] == '\0')) return true;
-  return false;
+/* whether it puts that name into the module */
+static bool part_has(const struct part *part, const char *name) {
+  if (part->table != NULL) return strcmp(part->table, name) == 0;
+  const luaL_Reg *f = part->functions;
+  while (f->name != NULL && strcmp(f->name, name) != 0) f++;
+  return f->name != NULL;
 }
 
-/* open_part(module, name): the __index of the module */
-static int open_part(lua_State *L) {
+/* [-0, +0, m] opens a part of the module on top; its functions come last, when they can be called */
+static void open_part(lua_State *L, const struct part *part) {
+  if (part->open != NULL) part->open(L);
+  if (part->table != NULL) lua_newtable(L);
+  module_functions(L, part->functions);
+  if (part->table != NULL) lua_setfield(L, -2, part->table);
+}
+
+/* the __index of the module */
+static int l_part(lua_State *L) {
   const char *name = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   lua_settop(L, 2);
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
-    if (has_word(parts[i].names, name)) {
+    if (part_has(parts[i], name)) {
       lua_pushvalue(L, 1);
-      parts[i].open(L);
+      open_part(L, parts[i]);
       lua_settop(L, 2);
       lua_rawget(L, 1);
       return 1;
@@ -509,7 +529,7 @@ static int open_all(lua_State *L) {
   timer_open(L);
   loop_open(L);
   lua_createtable(L, 0, 1);
-  module_push_function(L, open_part);
+  module_push_function(L, l_part);
   lua_setfield(L, -2, "__index");
   lua_setmetatable(L, -2);
   return 1;
@@ -570,6 +590,7 @@ int luaopen_coflow_core(lua_State *L) {
   if (lua_rawgetp(L, LUA_REGISTRYINDEX, &runtime_key) == LUA_TNIL) {
     runtime_new(L); /* nil runtime */
     lua_replace(L, -2);
+    find_library(L, (struct runtime *)lua_touserdata(L, -1));
     lua_pushvalue(L, -1);
     lua_getiuservalue(L, -1, RUNTIME_ANCHORS);
     lua_pushcclosure(L, open_all, 2);

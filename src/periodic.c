@@ -607,7 +607,8 @@ static int l_dispose(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg functions[] = {{"PeriodicTimer", l_periodic_new}, {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"PeriodicTimer", l_periodic_new}, {"Timer", NULL}, {NULL, NULL}};
 
 static const luaL_Reg timer_methods[] = {
     {"change", l_timer_change}, {"dispose", l_timer_dispose}, {NULL, NULL}};
@@ -626,7 +627,7 @@ static void push_function(lua_State *L, lua_CFunction f) {
   lua_pushcclosure(L, f, 3);
 }
 
-void periodic_open(lua_State *L) {
+ONCE static void periodic_open(lua_State *L) {
   module_class(L, TAG_TIMER, "coflow.Timer", timer_methods, NULL);
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_TIMER));
   push_function(L, l_timer_dispose);
@@ -639,7 +640,8 @@ void periodic_open(lua_State *L) {
   lua_pop(L, 2);
   module_class(L, TAG_PERIODIC, "coflow.PeriodicTimer", methods, properties);
   module_class(L, TAG_ORIGIN, "coflow.Origin", origin_methods, NULL);
-  module_functions(L, functions);
   push_function(L, l_timer_new);
   lua_setfield(L, -2, "Timer");
 }
+
+const struct part periodic_part = {functions, periodic_open, NULL};

@@ -611,7 +611,4 @@ static int l_open_process(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_process", l_open_process}, {NULL, NULL}};
 
-void process_open(lua_State *L) {
-  io_open(L);
-  module_functions(L, functions);
-}
+const struct part process_part = {functions, io_open, NULL};

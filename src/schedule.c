@@ -684,7 +684,7 @@ static const luaL_Reg functions[] = {{"spawn_on", l_spawn_on},
 
 static const luaL_Reg configured_methods[] = {{NULL, NULL}};
 
-void schedule_open(lua_State *L) {
+ONCE static void schedule_open(lua_State *L) {
   module_class(L, TAG_CONFIGURED, "coflow.ConfiguredTask", configured_methods, NULL);
   lua_rawgeti(L, UP_ANCHORS, TAG_CLASS(TAG_CONFIGURED));
   module_push_function(L, l_configured_await);
@@ -697,5 +697,6 @@ void schedule_open(lua_State *L) {
   lua_pop(L, 2);
   module_push_function(L, hand);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_HAND);
-  module_functions(L, functions);
 }
+
+const struct part schedule_part = {functions, schedule_open, NULL};

@@ -237,4 +237,4 @@ static int l_select_outside(lua_State *L) { return select_here(L, true); }
 static const luaL_Reg functions[] = {
     {"select", l_select}, {"select_async", l_select_async}, {NULL, NULL}};
 
-void select_open(lua_State *L) { module_functions(L, functions); }
+const struct part select_part = {functions, NULL, NULL};

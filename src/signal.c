@@ -258,18 +258,23 @@ static int l_gc(lua_State *L) {
   return 0;
 }
 
-static const luaL_Reg methods[] = {
-    {"take", l_take}, {"wait", l_wait}, {"__close", l_close}, {"__gc", l_gc}, {NULL, NULL}};
-
-static const luaL_Reg functions[] = {{"catch", l_catch}, {NULL, NULL}};
-
-void signal_open(lua_State *L) {
-  module_class(L, TAG_CATCHER, "coflow.SignalCatcher", methods, NULL);
+/* signals() -> { SIGINT = number, … } */
+static int l_signals(lua_State *L) {
   lua_newtable(L);
   for (int i = 0; names[i].name; i++) {
     lua_pushinteger(L, names[i].number);
     lua_setfield(L, -2, names[i].name);
   }
-  lua_setfield(L, -2, "signals");
-  module_functions(L, functions);
+  return 1;
 }
+
+static const luaL_Reg methods[] = {
+    {"take", l_take}, {"wait", l_wait}, {"__close", l_close}, {"__gc", l_gc}, {NULL, NULL}};
+
+static const luaL_Reg functions[] = {{"catch", l_catch}, {"signals", l_signals}, {NULL, NULL}};
+
+ONCE static void signal_open(lua_State *L) {
+  module_class(L, TAG_CATCHER, "coflow.SignalCatcher", methods, NULL);
+}
+
+const struct part signal_part = {functions, signal_open, NULL};

@@ -121,4 +121,4 @@ static int l_is_terminal(lua_State *L) {
 static const luaL_Reg functions[] = {
     {"open_standard", l_open_standard}, {"is_terminal", l_is_terminal}, {NULL, NULL}};
 
-void stdio_open(lua_State *L) { module_functions(L, functions); }
+const struct part stdio_part = {functions, NULL, NULL};

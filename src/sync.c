@@ -295,11 +295,15 @@ static int l_sync(lua_State *L) {
   return 1;
 }
 
-static const luaL_Reg functions[] = {{"sync", l_sync}, {NULL, NULL}};
+static const luaL_Reg functions[] = {{"sync", l_sync},
+                                     {"enter_lock", lock_enter},
+                                     {"condition_wait", condition_wait},
+                                     {"check_condition", condition_check},
+                                     {NULL, NULL}};
 
-void sync_open(lua_State *L) {
+ONCE static void sync_open(lua_State *L) {
   for (int k = 0; k < CLASSES; k++) class_open(L, classes[k]);
   lock_open(L);
-  condition_open(L);
-  module_functions(L, functions);
 }
+
+const struct part sync_part = {functions, sync_open, NULL};

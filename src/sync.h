@@ -87,9 +87,12 @@ void lock_push_stand_in(lua_State *L, int i);
 void lock_lend(lua_State *L, int i, int k);
 void lock_returned(lua_State *L, int i, int k); /* [-0, +0, -] it is taken again, with that */
 
+int lock_enter(lua_State *L); /* enter_lock */
+
 /* ---- condition.c ---- */
 
-void condition_open(lua_State *L);
+int condition_wait(lua_State *L);
+int condition_check(lua_State *L); /* check_condition */
 
 #pragma GCC visibility pop
 #endif

@@ -289,11 +289,7 @@ static int pack(lua_State *L, int results) {
     lua_pushnil(L);
     return TASK_NONE;
   }
-  lua_createtable(L, results, 1); /* r1 … rn table */
-  lua_insert(L, -(results + 1));
-  for (int k = results; k >= 1; k--) lua_rawseti(L, -(k + 1), k);
-  lua_pushinteger(L, results);
-  lua_setfield(L, -2, "n");
+  values_pack(L, results);
   return TASK_MANY;
 }
 
@@ -326,7 +322,7 @@ void task_settle_like(lua_State *L, struct runtime *rt, int i, int from) {
   lua_getiuservalue(L, from, TASK_RESULT);
   if (source->flags & TASK_MANY && !lua_istable(L, -1)) {
     lua_getiuservalue(L, from, OP_KEYS);
-    pack(L, 2);
+    values_pack(L, 2);
   }
   settle(L, rt, i, t, (enum task_state)source->state, from);
 }
@@ -348,18 +344,9 @@ static int push_values(lua_State *L, int i) {
   if (t->flags & TASK_NONE) return 0;
   lua_getiuservalue(L, i, TASK_RESULT);
   if (!(t->flags & TASK_MANY)) return 1;
-  if (!lua_istable(L, -1)) { /* of a when_any: the task here, its key there */
-    lua_getiuservalue(L, i, OP_KEYS);
-    return 2;
-  }
-  int table = lua_gettop(L);
-  lua_getfield(L, table, "n");
-  int n = (int)lua_tointeger(L, -1);
-  lua_pop(L, 1);
-  luaL_checkstack(L, n, "too many results");
-  for (int k = 1; k <= n; k++) lua_rawgeti(L, table, k);
-  lua_remove(L, table);
-  return n;
+  if (lua_istable(L, -1)) return values_unpack(L);
+  lua_getiuservalue(L, i, OP_KEYS); /* of a when_any: the task here, its key there */
+  return 2;
 }
 
 int task_push_outcome(lua_State *L, int i, struct task *t) {

@@ -260,7 +260,4 @@ static int l_open_net(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_net", l_open_net}, {NULL, NULL}};
 
-void tcp_open(lua_State *L) {
-  io_open(L);
-  module_functions(L, functions);
-}
+const struct part tcp_part = {functions, io_open, NULL};

@@ -617,10 +617,9 @@ static const luaL_Reg functions[] = {
     {"settle", l_settle}, {"left", l_left},     {"give_up", l_give_up}, {"left_open", l_left_open},
     {"lost", l_lost},     {NULL, NULL}};
 
-void testing_open(lua_State *L) {
+ONCE static void testing_open(lua_State *L) {
   module_push_function(L, note_lost);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LOSSES);
-  lua_newtable(L);
-  module_functions(L, functions);
-  lua_setfield(L, -2, "testing");
 }
+
+const struct part testing_part = {functions, testing_open, "testing"};

@@ -113,25 +113,37 @@ static void see(lua_State *L, struct task *me) {
   me->flags |= TASK_TRACED;
 }
 
+/* [-0, +1, -] the record at that slot of the traces, if it is of the error at i; false: [-0, +0] it is not */
+static bool find_record(lua_State *L, int slot, int i) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
+  if (lua_rawgeti(L, -1, slot) == LUA_TTABLE) {
+    lua_rawgeti(L, -1, RECORD_ERROR);
+    bool same = lua_rawequal(L, -1, i);
+    lua_pop(L, 1);
+    if (same) {
+      lua_remove(L, -2);
+      return true;
+    }
+  }
+  lua_pop(L, 2);
+  return false;
+}
+
 void trace_push_seen(lua_State *L, const struct task *t, int i) {
   i = lua_absindex(L, i);
-  if (t->flags & TASK_TRACED) {
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
-    for (int slot = t->slot, n = 0; n < 2; slot = -slot, n++) {
-      if (lua_rawgeti(L, -1, slot) == LUA_TTABLE) {
-        lua_rawgeti(L, -1, RECORD_ERROR);
-        bool same = lua_rawequal(L, -1, i);
-        lua_pop(L, 1);
-        if (same) {
-          lua_remove(L, -2);
-          return;
-        }
-      }
-      lua_pop(L, 1);
-    }
-    lua_pop(L, 1);
-  }
-  lua_pushnil(L);
+  if (!(t->flags & TASK_TRACED) || (!find_record(L, t->slot, i) && !find_record(L, -t->slot, i)))
+    lua_pushnil(L);
+}
+
+/* [-0, +1, -] that of the error at index 1, if t saw it last; false: [-0, +0] it did not. own: t has raised it, and it
+** was caught to clean up. */
+static bool find_last(lua_State *L, const struct task *t, bool *own) {
+  *own = false;
+  if (!(t->flags & TASK_TRACED) || !find_record(L, t->slot, 1)) return false;
+  lua_rawgeti(L, -1, RECORD_TASK);
+  *own = lua_touserdata(L, -1) == t;
+  lua_pop(L, 1);
+  return true;
 }
 
 void trace_remember(lua_State *L, int i) {
@@ -154,90 +166,74 @@ void trace_clear(lua_State *L, const struct task *t) {
 
 /* ---- records, made where an error is raised ---- */
 
-/* [-0, +0, m] error -> error record traces, where the record has no name yet */
+/* [-0, +1, m] error record before text -> … text inner: the same error goes on, whose record `before` is. Out of a coroutine
+** it goes on as that of whoever it reaches; else from task to task. */
+static void record_link(lua_State *L) {
+  bool coroutine = lua_rawgeti(L, 3, RECORD_NAME) == LUA_TNIL;
+  lua_pop(L, 1);
+  if (coroutine) {
+    lua_rawgeti(L, 3, RECORD_TEXT);
+    lua_insert(L, 4);
+    if (lua_rawlen(L, 4) > LENGTH) /* a loop, more likely, that catches equal strings */
+      lua_remove(L, 4);
+    else
+      lua_concat(L, 2);
+    lua_rawgeti(L, 3, RECORD_INNER);
+  } else
+    lua_pushvalue(L, 3);
+  if (!lua_istable(L, 5)) return;
+  if (lua_rawgeti(L, 5, RECORD_ROOT) == LUA_TNIL) {
+    lua_pop(L, 1);
+    lua_pushvalue(L, 5);
+  }
+  lua_rawseti(L, 2, RECORD_ROOT);
+}
+
+/* [-0, +1, m] error -> error record, which has no name yet */
 static void record_new(lua_State *L, lua_State *from, int level, bool body) {
   const struct task *me = runtime(L)->me;
-  bool same = false;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
-  if (me->flags & TASK_TRACED && lua_rawgeti(L, 2, me->slot) == LUA_TTABLE) {
-    lua_rawgeti(L, 3, RECORD_ERROR);
-    same = lua_rawequal(L, 4, 1);
+  bool own, same = find_last(L, me, &own);
+  if (own) { /* it goes on */
+    lua_pushnil(L);
+    lua_rawseti(L, 2, RECORD_NAME);
+    lua_pushnil(L);
+    lua_rawseti(L, 2, RECORD_TASK);
+    return;
   }
-  lua_settop(L, 3); /* error traces before */
-  if (same) {
-    lua_rawgeti(L, 3, RECORD_TASK);
-    if (lua_touserdata(L, 4) == me) { /* recorded where it was caught to clean up; it goes on */
-      lua_pushnil(L);
-      lua_rawseti(L, 3, RECORD_NAME);
-      lua_pushnil(L);
-      lua_rawseti(L, 3, RECORD_TASK);
-      lua_settop(L, 3);
-      lua_insert(L, 2);
-      return;
-    }
-    lua_settop(L, 3);
-  }
+  if (!same) lua_pushnil(L);
   lua_createtable(L, RECORD_TASK, 0);
-  lua_insert(L, 2); /* error record traces before */
-  if (error_is(L, 1, ERROR_CANCELED) && !scope_times_out(runtime(L)->me))
+  lua_insert(L, 2); /* error record before */
+  if (error_is(L, 1, ERROR_CANCELED) && !scope_times_out(me))
     push_place(L, from, level);
   else
     push_frames(L, from, level, body); /* … text */
   if (same) {
-    if (lua_rawgeti(L, 4, RECORD_NAME) == LUA_TNIL) { /* it came out of a coroutine */
-      lua_pop(L, 1);
-      lua_rawgeti(L, 4, RECORD_TEXT);
-      lua_insert(L, -2);
-      if (lua_rawlen(L, -2) > LENGTH) /* a loop, more likely, that catches equal strings */
-        lua_remove(L, -2);
-      else
-        lua_concat(L, 2);
-      lua_rawgeti(L, 4, RECORD_INNER);
-    } else {
-      lua_pop(L, 1);
-      lua_pushvalue(L, 4);
-    }
-    if (lua_istable(L, -1)) {
-      if (lua_rawgeti(L, -1, RECORD_ROOT) == LUA_TNIL) {
-        lua_pop(L, 1);
-        lua_pushvalue(L, -1);
-      }
-      lua_rawseti(L, 2, RECORD_ROOT);
-    }
+    record_link(L);
     lua_rawseti(L, 2, RECORD_INNER);
   }
   lua_rawseti(L, 2, RECORD_TEXT);
   lua_pushvalue(L, 1);
   lua_rawseti(L, 2, RECORD_ERROR);
-  lua_settop(L, 3);
+  lua_settop(L, 2);
 }
 
 int trace_handler(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;
+  bool own;
   lua_settop(L, 1);
   if (me == rt->outside) return 1; /* called by hand */
-  if (me->flags & TASK_TRACED) {   /* raised again where it was only caught to clean up? */
-    lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
-    if (lua_rawgeti(L, 2, me->slot) == LUA_TTABLE) {
-      lua_rawgeti(L, 3, RECORD_ERROR);
-      lua_rawgeti(L, 3, RECORD_TASK);
-      if (lua_rawequal(L, 4, 1) && lua_touserdata(L, 5) == me) {
-        lua_settop(L, 1);
-        return 1;
-      }
-    }
-    lua_settop(L, 1);
-  }
+  if (find_last(L, me, &own)) lua_settop(L, 1);
+  if (own) return 1; /* raised again where it was only caught to clean up */
   record_new(L, L, 1, coroutine_has_body(L, rt));
   lua_pushlightuserdata(L, me);
   lua_rawseti(L, 2, RECORD_TASK);
   task_push(L, me);
   task_push_name(L, -1);
   lua_rawseti(L, 2, RECORD_NAME);
-  lua_settop(L, 3);
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACES);
   lua_pushvalue(L, 2);
-  lua_rawseti(L, 3, -me->slot);
+  lua_rawseti(L, -2, -me->slot);
   lua_pushvalue(L, 2);
   see(L, me);
   lua_settop(L, 1);
@@ -263,7 +259,6 @@ static int leaver(lua_State *L) {
   bool body = lua_toboolean(L, 3);
   lua_settop(L, 1);
   record_new(L, co, 0, body);
-  lua_settop(L, 2);
   return 1;
 }
 

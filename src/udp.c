@@ -613,4 +613,4 @@ static int l_open_udp(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"open_udp", l_open_udp}, {NULL, NULL}};
 
-void udp_open(lua_State *L) { module_functions(L, functions); }
+const struct part udp_part = {functions, NULL, NULL};

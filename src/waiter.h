@@ -99,12 +99,12 @@ void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause);
 /* [-0, +0, m] somebody waits for it: tells those for whom that counts */
 void channel_announce(lua_State *L, struct runtime *rt, int ch, enum ask what);
 
-void channel_open(lua_State *L);
-void select_open(lua_State *L);
+extern const struct part channel_part;
+extern const struct part select_part;
 
 /* ---- sync.c, lock.c; what else they have is in sync.h ---- */
 
-void sync_open(lua_State *L);
+extern const struct part sync_part;
 void lock_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
 void lock_land(lua_State *L, int i);
 

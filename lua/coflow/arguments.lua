@@ -27,6 +27,17 @@ function arguments.check_token(n, token)
   if token ~= nil and not core.is_token(token) then core.check_class(n, token, "coflow.CancellationToken") end
 end
 
+---Whether it is an integer, be it written as a float, from `least` to `most`, which may be nil.
+function arguments.is_integer(value, least, most)
+  return type(value) == "number" and math.tointeger(value) ~= nil and value >= least and (not most or value <= most)
+end
+
+---… or math.huge, which stands for "no limit".
+function arguments.is_count(value, least) return value == math.huge or arguments.is_integer(value, least) end
+
+---Whether it is a number of seconds, not negative; math.huge is one.
+function arguments.is_seconds(value) return type(value) == "number" and value >= 0 end
+
 ---What stands before the token may be left out: then the token stands in its place. Gives both.
 function arguments.token_last(value, token)
   if token == nil and core.is_token(value) then return nil, value end

@@ -281,10 +281,6 @@ class.__close = Queue.dispose
 
 local known_options = { capacity = true, workers = true }
 
-local function is_count(value, least)
-  return math.type(value) and (value == math.huge or math.tointeger(value)) and value >= least
-end
-
 ---A queue of background jobs.
 ---@param options? { capacity?: integer, workers?: integer } capacity: how many jobs may be queued besides those
 ---that run (no limit by default; 0: `enqueue` waits until its job can start); workers: how many run at a time, 1
@@ -293,9 +289,9 @@ end
 local function new(options)
   options = core.check_options(1, options, known_options)
   local capacity, workers = options.capacity or math.huge, options.workers or 1
-  if not is_count(capacity, 0) then
+  if not arguments.is_count(capacity, 0) then
     core.argument_error(1, "capacity must be an integer, at least 0")
-  elseif not is_count(workers, 1) then
+  elseif not arguments.is_count(workers, 1) then
     core.argument_error(1, "workers must be an integer, at least 1")
   end
   return setmetatable({

@@ -157,10 +157,9 @@ local known_options = { time_to_live = true, max_entries = true }
 local function new(options)
   options = core.check_options(1, options, known_options)
   local time_to_live, max_entries = options.time_to_live or math.huge, options.max_entries or math.huge
-  if type(time_to_live) ~= "number" or time_to_live < 0 or time_to_live ~= time_to_live then
+  if not arguments.is_seconds(time_to_live) then
     core.argument_error(1, "time_to_live must be a number of seconds, not negative")
-  elseif max_entries ~= math.huge and not (math.type(max_entries) and math.tointeger(max_entries)
-    and max_entries >= 1) then
+  elseif not arguments.is_count(max_entries, 1) then
     core.argument_error(1, "max_entries must be a positive integer")
   end
   local cache = setmetatable({ _time_to_live = time_to_live, _max_entries = max_entries }, class)

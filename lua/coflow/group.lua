@@ -8,6 +8,7 @@
 -- Source: trio's nurseries, Kotlin's scopes; errors as in .NET's Task.WhenAll.
 -- SPDX-License-Identifier: MIT
 
+local arguments = require "coflow.arguments"
 local closing = require "coflow.closing"
 local core = require "coflow.core"
 local under = require "coflow.under_token"
@@ -90,10 +91,6 @@ end)
 
 -- Opening ------------------------------------------------------------------------------------------
 
-local function is_limit(limit)
-  return limit == nil or type(limit) == "number" and limit >= 1 and limit == math.floor(limit)
-end
-
 local known_options = { limit = true, policy = true, grace = true }
 local policies = { fail_fast = 0, supervise = 1, first_success = 2 }
 
@@ -123,11 +120,11 @@ local function task_group(fn, options)
   options = core.check_options(2, options, known_options)
   local limit, policy, grace = options.limit, options.policy, options.grace
   if policy == nil then policy = "fail_fast" end
-  if not is_limit(limit) then
+  if limit ~= nil and not arguments.is_count(limit, 1) then
     core.argument_error(2, "limit must be a positive integer")
   elseif not policies[policy] then
     core.argument_error(2, "policy must be \"fail_fast\", \"supervise\" or \"first_success\"")
-  elseif grace ~= nil and not (type(grace) == "number" and grace >= 0) then
+  elseif grace ~= nil and not arguments.is_seconds(grace) then
     core.argument_error(2, "grace must be a number of seconds")
   end
   local group, depth = core.open_group(limit, policies[policy], grace)
@@ -168,7 +165,7 @@ local function race(fns, options)
   end
   if n == 0 then error(errors.Argument("race needs at least one function"), 2) end
   local limit, token = options.limit, options.token
-  if not is_limit(limit) then
+  if limit ~= nil and not arguments.is_count(limit, 1) then
     core.argument_error(2, "limit must be a positive integer")
   end
   if token ~= nil and not core.is_token(token) then

@@ -460,7 +460,8 @@ end
 local function run(self, token)
   self._running = true
   local guard <close> = setmetatable({ host = self }, ending_run)
-  local catcher <close> = core.catch(true, core.signals.SIGINT, core.signals.SIGTERM)
+  local signals = core.signals()
+  local catcher <close> = core.catch(true, signals.SIGINT, signals.SIGTERM)
   guard.watcher = start_detached(nil, watch_signals, watch_signals, self, catcher)
   if self._state == "created" then
     local ok, err = xpcall(start, core.trace_handler, self, token)
@@ -517,7 +518,7 @@ local known_options = { shutdown_timeout = true, failure = true }
 local function new_host(options)
   options = core.check_options(1, options, known_options)
   local timeout, failure = options.shutdown_timeout or 30, options.failure or "stop_host"
-  if not (type(timeout) == "number" and timeout >= 0) then
+  if not arguments.is_seconds(timeout) then
     core.argument_error(1, "shutdown_timeout must be a number of seconds")
   elseif failure ~= "stop_host" and failure ~= "ignore" then
     core.argument_error(1, "failure must be \"stop_host\" or \"ignore\"")

@@ -13,8 +13,6 @@ end
 local core = require "coflow.core"
 local take, late = core.take, core.late
 
-core.library()
-
 ---@class coflow
 local flow = take([[errors loop run spawn async await try_await pcall yield sleep delay when_all when_any when_each
   await_all await_any current_task is_awaitable_here on_unobserved_exception cancellation_token deadline

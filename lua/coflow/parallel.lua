@@ -106,9 +106,8 @@ local known_options = { max_degree_of_parallelism = true, token = true, on_progr
 -- The options, or nil and what is wrong with them.
 local function wrong_options(options)
   local degree, token, on_progress = options.max_degree_of_parallelism, options.token, options.on_progress
-  if degree ~= nil and degree ~= -1 and degree ~= math.huge then
-    degree = math.type(degree) and math.tointeger(degree)
-    if not degree or degree < 1 then return "max_degree_of_parallelism must be a positive integer" end
+  if degree ~= nil and degree ~= -1 and not arguments.is_count(degree, 1) then
+    return "max_degree_of_parallelism must be a positive integer"
   end
   if token ~= nil and not core.is_token(token) then return "token must be a CancellationToken" end
   if on_progress ~= nil and not core.is_callable(on_progress) then return "on_progress must be a function" end

@@ -4,6 +4,7 @@
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
+local arguments = require "coflow.arguments"
 
 local open_timeout, open_linked = core.open_timeout, core.open_linked
 
@@ -56,7 +57,7 @@ function flow.shield(options, ...)
   end
   local grace = core.check_options(1, options, shield_options).grace
   core.check_function(2, (...))
-  if grace ~= nil and not (type(grace) == "number" and grace >= 0) then
+  if grace ~= nil and not arguments.is_seconds(grace) then
     core.argument_error(1, "grace must be a number of seconds")
   end
   return shielded(grace, ...)

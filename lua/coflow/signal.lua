@@ -12,8 +12,8 @@ local closing = require "coflow.closing"
 
 local signal = {}
 
-local names = {} -- number -> name
-for name, number in pairs(core.signals) do names[number] = name end
+local signals, names = core.signals(), {} -- name -> number, and the reverse
+for name, number in pairs(signals) do names[number] = name end
 
 -- The numbers of a name or a list of names; or nil and what is wrong with it.
 local function find(which)
@@ -25,12 +25,12 @@ local function find(which)
   end
   local numbers = {}
   for i, name in ipairs(which) do
-    if not core.signals[name] then
+    if not signals[name] then
       local full = type(name) == "string" and "SIG" .. name:upper()
       return nil, ("%s is no signal that can be caught%s"):format(full and name or type(name),
-        core.signals[full] and ": its name is " .. full or "")
+        signals[full] and ": its name is " .. full or "")
     end
-    numbers[i] = core.signals[name]
+    numbers[i] = signals[name]
   end
   return numbers
 end

@@ -27,8 +27,6 @@ local DEFAULT_THRESHOLD = 0.01 -- real seconds
 local ROUNDS = 16 -- how often what is left behind may leave more behind while it is closed
 local LINES = 30
 
-core.library() -- the files beside this one: their lines are no place where a test makes something
-
 -- What is wrong with a number of seconds that a clock is set to or moved by; nil: nothing.
 local function wrong_seconds(value)
   if type(value) ~= "number" then

@@ -64,21 +64,17 @@ function kind.number(low, high, what, above)
 end
 
 kind.seconds = kind.number(0, nil, "a number of seconds, neither negative nor infinite")
-kind.seconds_or_huge = kind.number(0, math.huge, "a number of seconds, not negative")
+kind.seconds_or_huge = { arguments.is_seconds, "a number of seconds, not negative" }
 kind.span = kind.number(0, nil, "a positive, finite number of seconds", true)
 kind.span_or_huge = kind.number(0, math.huge, "a positive number of seconds", true)
 
-local function is_integer(value, low)
-  return type(value) == "number" and value >= low and math.tointeger(value) ~= nil
-end
-
 function kind.integer(low)
-  return { function(value) return is_integer(value, low) end, ("an integer of at least %d"):format(low) }
+  return { function(value) return arguments.is_integer(value, low) end, ("an integer of at least %d"):format(low) }
 end
 
 ---An integer of at least `low`; math.huge stands for "no limit".
 function kind.count(low)
-  return { function(value) return value == math.huge or is_integer(value, low) end,
+  return { function(value) return arguments.is_count(value, low) end,
     ("an integer of at least %d, or math.huge"):format(low) }
 end
 
