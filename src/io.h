@@ -74,8 +74,8 @@ struct file;
 /* the state is closing: those that are open yet. No Lua. */
 void file_close_all(struct runtime *rt);
 void watch_close_all(struct runtime *rt);
-/* what a child gets: the descriptor, which stands at the position of the file; UV_EBADF: it is closed, UV_EBUSY: it
-** is in use, or has more than the system knows of */
+/* what a child gets: the descriptor, whose position is that of the file from then on; UV_EBADF: it is closed, UV_EBUSY:
+** it is in use, or has more than the system knows of */
 int file_lend(struct file *f);
 void fs_open(lua_State *L);
 void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */

@@ -23,6 +23,7 @@ struct file {
   uint32_t tag;
   int fd; /* -1: closed */
   bool seekable, append;
+  bool lent;    /* to a child: the position is that of the descriptor */
   bool closing; /* asked for: nothing new is begun */
   int64_t position;
   struct link link; /* in rt->files while it is open */
