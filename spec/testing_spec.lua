@@ -5,6 +5,7 @@ local testing = require "coflow.testing"
 local helper = require "spec.helper"
 
 local recorder, raised, is_error, closing = helper.recorder, helper.raised, helper.is_error, helper.closing
+local raises = helper.raises
 
 -- What fn(...) writes to io.stderr, and how it ends: text, ok, values.
 local function with_stderr(fn, ...)
@@ -1100,6 +1101,76 @@ describe("what happens outside", function()
       outside.close(socket)
       outside.close(late)
     end, { autojump_threshold = 0.05 })
+  end)
+
+  describe("a FIFO of coflow.fs, where nobody may ever come,", function()
+    local fs = flow.fs
+    local path
+    before_each(function()
+      path = os.tmpname()
+      os.remove(path)
+      assert(os.execute("mkfifo " .. path))
+    end)
+    after_each(function() os.remove(path) end)
+
+    -- once these held the clock back for ever, as a file operation does that will certainly end
+    it("holds the clock back for the threshold", function()
+      testing.run(function(clock)
+        local file <close> = fs.open(path, "r+")
+        raises("Timeout", flow.with_timeout, 5, file.read, file)
+        assert.equal(5, clock:now())
+        raises("Timeout", flow.with_timeout, 5, file.write, file, ("x"):rep(1 << 20))
+        assert.equal(10, clock:now())
+        file:close()
+        raises("Timeout", flow.with_timeout, 5, fs.open, path, "w")
+        flow.sleep(1) -- until its thread has left, which it certainly will
+        raises("Timeout", flow.with_timeout, 5, fs.read_file, path)
+        raises("Timeout", flow.with_timeout, 5, fs.copy, path, path .. "-copy")
+        assert.equal(26, clock:now())
+      end)
+      os.remove(path .. "-copy")
+    end)
+
+    it("lets a fake clock settle", function()
+      local p = testing.FakeTimeProvider()
+      testing.run(function()
+        local file <close> = fs.open(path, "r+")
+        local reading = file:read_async()
+        p:advance(1)
+        assert.is_false(reading.is_completed)
+        file:write_async("x") -- which waits for its turn
+        file:close()
+      end, { time_provider = p })
+    end)
+
+    it("holds back neither the clock nor what waits for a thread, when there are many", function()
+      testing.run(function(clock)
+        local files, tasks = {}, {}
+        for i = 1, 10 do files[i] = fs.open(path, "r+") end
+        for i = 1, 10 do
+          tasks[i] = flow.spawn(function() raises("Timeout", flow.with_timeout, 5, files[i].read, files[i]) end)
+        end
+        flow.yield()
+        fs.stat("/")
+        assert.equal(5, clock:now()) -- then the threads came back
+        flow.await_all(tasks)
+        for i = 1, 10 do files[i]:close() end
+      end, { autojump_threshold = 0.05, seed = false })
+    end)
+
+    it("is waited for when somebody comes", function()
+      testing.run(function(clock)
+        local file <close> = fs.open(path, "r+")
+        local reading = file:read_async()
+        file:stat_async() -- which is behind it
+        local writer <close> = fs.open(path, "w")
+        writer:write("hello")
+        flow.sleep(1)
+        assert.is_true(reading.is_completed)
+        assert.equal("hello", reading.result)
+        assert.equal(1, clock:now())
+      end, { autojump_threshold = 0.3 })
+    end)
   end)
 
   it("does not hold the clock back at all with a threshold of 0", function()

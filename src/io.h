@@ -68,7 +68,11 @@ void io_abort_all(struct runtime *rt);   /* the state is closing */
 void io_release_all(struct runtime *rt); /* then: what was done, and has not landed */
 void io_open(lua_State *L);              /* [-0, +0, m] before all that begins operations */
 
-/* ---- fs.c, watch.c, dns.c ---- */
+/* ---- job.c, fs.c, watch.c, dns.c ---- */
+
+/* A thread is busy with a file, or soon will be, and that will end. False: of the requests that libuv has in hands,
+** that many are of file operations that may wait for ever. No Lua. */
+bool jobs_work(const struct runtime *rt, unsigned *patient);
 
 struct file;
 /* the state is closing: those that are open yet. No Lua. */

@@ -217,8 +217,9 @@ end
 
 ---Runs `fn(clock)` as the root task while time is virtual, and returns what it returns. When nothing is ready
 ---the clock jumps to the next deadline, so nothing ever sleeps. What happens outside has its own time: worker
----jobs, file operations and processes that somebody waits for hold the clock back until they end; sockets, pipes and
----signals, which may wait for ever, until no task became ready for `autojump_threshold` real seconds.
+---jobs, file operations and processes that somebody waits for hold the clock back until they end; sockets, pipes,
+---signals, and what files do that are none (FIFOs, terminals), which may wait for ever, until no task became ready for
+---`autojump_threshold` real seconds.
 ---
 ---`seed`: any task that is ready comes next, and equal deadlines fire in any order, as the seed decides; the same
 ---seed gives the same course, every time. A failure writes the seed to standard error. nil: the order of
