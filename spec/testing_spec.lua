@@ -886,38 +886,50 @@ describe("a FakeTimeProvider", function()
     end))
   end)
 
-  for where, inner in pairs {
-    ["a callback"] = function(p, then_do)
-      local source = flow.CancellationTokenSource(1)
-      source.token:register(function() then_do(p) end)
-    end,
-    ["a task that it woke"] = function(p, then_do)
-      flow.spawn(function()
-        flow.sleep(1)
-        then_do(p)
-      end)
-    end,
-  } do
-    it("is moved on by an advance inside another one, which returns at once: in " .. where, function()
-      assert.same({ "inner at 1.0", "after it 1.0", "late at 6.0", "outer at 7.0" }, fake(function(p, note)
-        inner(p, function()
+  -- once an advance inside another one returned at once, with the clock where it was
+  it("is advanced inside another advance, which returns when it stands at its own target", function()
+    assert.same({ "inner at 1.0", "outer at 2.0", "after 2.0", "four at 4.0", "after it 6.0", "late at 7.0", "end 12.0" },
+      fake(function(p, note)
+        flow.spawn(function()
+          flow.sleep(1)
           note("inner at", p:now())
           p:advance(5)
           note("after it", p:now())
         end)
-        local late = flow.spawn(function()
-          flow.sleep(6)
-          note("late at", p:now())
-        end)
-        p:advance(2) -- 2 + 5
+        for name, seconds in pairs { late = 7, four = 4 } do
+          flow.spawn(function()
+            flow.sleep(seconds)
+            note(name, "at", p:now())
+          end)
+        end
+        p:advance(2)
         note("outer at", p:now())
-        late:await()
+        flow.spawn(note, "after", p:now())
+        p:advance(10)
+        note("end", p:now())
       end))
-    end)
-  end
+  end)
 
-  it("is moved on also by what runs last, at the target itself", function()
-    assert.same({ "1.0", "3.0" }, fake(function(p, note)
+  it("is advanced by several tasks, each of which goes on at its own target", function()
+    assert.same({ "root 0.0", "b 3.0", "c 4.0", "d 4.0", "a 5.0", "e 5.0" }, fake(function(p, note)
+      local function go(name, seconds)
+        p:advance(seconds)
+        note(name, p:now())
+      end
+      local a, b, c = flow.spawn(go, "a", 5), flow.spawn(go, "b", 3), flow.spawn(function()
+        flow.sleep(4)
+        note("c", p:now())
+        flow.spawn(note, "d", p:now())
+      end)
+      go("root", 0)
+      flow.await_all(a, b, c)
+      flow.spawn(note, "e", p:now())
+      p:settle()
+    end))
+  end)
+
+  it("is advanced also by what runs last, at the target itself", function()
+    assert.same({ "1.0", "1.0", "3.0" }, fake(function(p, note)
       local task = flow.spawn(function()
         flow.sleep(1)
         note(p:now())
@@ -926,7 +938,47 @@ describe("a FakeTimeProvider", function()
       p:advance(1)
       note(p:now())
       task:await()
+      note(p:now())
     end))
+  end)
+
+  it("goes on for the others when the advance that leads, or any other, is canceled", function()
+    assert.same({ "lead 1.0", "second 2.0", "third 3.0" }, fake(function(p, note)
+      local function go(name, seconds, limit)
+        local ok = pcall(flow.with_timeout, limit, p.advance, p, seconds)
+        note(name, p:now())
+        return ok
+      end
+      local list = {
+        flow.spawn(go, "lead", 9, 1), flow.spawn(go, "second", 8, 2), flow.spawn(go, "third", 3, 10),
+      }
+      assert.same({ false, false, true }, { flow.await_all(table.unpack(list)) })
+      assert.equal(3, p:now())
+    end))
+  end)
+
+  it("stands while anybody settles, also when somebody else advances it", function()
+    assert.same({ "settled 0.0", "advanced 5.0" }, fake(function(p, note)
+      local settling = flow.spawn(function()
+        p:settle()
+        note("settled", p:now())
+      end)
+      flow.yield()
+      p:advance(5)
+      note("advanced", p:now())
+      settling:await()
+    end))
+  end)
+
+  it("is not advanced in a callback, which cannot wait for that", function()
+    fake(function(p)
+      local err
+      local source = flow.CancellationTokenSource(1)
+      source.token:register(function() err = raised(p.advance, p, 5) end)
+      p:advance(2)
+      is_error("InvalidOperation", err, "callback")
+      assert.equal(2, p:now())
+    end)
   end)
 
   it("settles inside a task that an advance woke, before that one goes on", function()
