@@ -327,6 +327,38 @@ describe("what a test leaves behind", function()
     os.remove(path)
   end)
 
+  for when, collect in pairs { ["before it ends"] = "collectgarbage() collectgarbage() flow.yield()", afterwards = "" } do
+    -- once the collector decided: a task that it found during the test was reported only, and the test passed
+    it("fails it: a task that nothing could ever wake, told once, though it is collected " .. when, function()
+      local output = helper.child(([[
+        local flow = require "coflow"
+        print(pcall(require("coflow.testing").run, function()
+          flow.spawn(function()
+            local _ <close> = setmetatable({}, { __close = function() print("closed") end })
+            flow.await(flow.TaskCompletionSource().task)
+          end)
+          flow.yield()
+          %s
+        end))
+      ]]):format(collect))
+      local out = output.out:gsub("closed\n", "", 1)
+      assert.matches("^false\tInvalidOperation: the test has left something behind:\n"
+        .. "\ttask '[^\n]*lua:3'[^\n]* at [^\n]*lua:5, made at [^\n]*lua:3\n$", out)
+    end)
+  end
+
+  it("is told to the handler of unobserved exceptions instead, if there is one: a task that is collected", function()
+    local reports = helper.reports()
+    testing.run(function()
+      flow.spawn(function() flow.await(flow.TaskCompletionSource().task) end)
+      flow.yield()
+      helper.collect()
+    end)
+    flow.on_unobserved_exception(nil)
+    assert.equal(1, #reports)
+    is_error("TaskAbandoned", reports[1].err)
+  end)
+
   for what, case in pairs(cases) do
     it("fails it: " .. what .. ", and is gone before the next test", function()
       local err = is_error("InvalidOperation", raised(testing.run, case[1]), "left something behind", case[2],

@@ -265,7 +265,8 @@ end
 ---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
 ---
 ---Tasks started, timers armed, and what was opened meanwhile, sockets, listeners, watchers of files and other handles,
----must have ended, or have been closed: that the collector does it does not count. What is merely ready may still run
+---must have ended, or have been closed: that the collector does it does not count (but a handler of unobserved
+---exceptions, if there is one, is told of a task that is collected while it waits). What is merely ready may still run
 ---when `fn` returns; then what is left fails the test, and is closed, so that the next one starts clean: tasks
 ---as if they had been abandoned, their `<close>` variables run.
 ---Raises: the error of `fn`, first of all. InvalidOperation: what was left, each with its name, where it waits
