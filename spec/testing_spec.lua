@@ -327,7 +327,9 @@ describe("what a test leaves behind", function()
     os.remove(path)
   end)
 
-  for when, collect in pairs { ["before it ends"] = "collectgarbage() collectgarbage() flow.yield()", afterwards = "" } do
+  for when, collect in pairs {
+    ["before it ends"] = "collectgarbage() collectgarbage() flow.yield()", afterwards = "",
+  } do
     -- once the collector decided: a task that it found during the test was reported only, and the test passed
     it("fails it: a task that nothing could ever wake, told once, though it is collected " .. when, function()
       local output = helper.child(([[
@@ -920,26 +922,27 @@ describe("a FakeTimeProvider", function()
 
   -- once an advance inside another one returned at once, with the clock where it was
   it("is advanced inside another advance, which returns when it stands at its own target", function()
-    assert.same({ "inner at 1.0", "outer at 2.0", "after 2.0", "four at 4.0", "after it 6.0", "late at 7.0", "end 12.0" },
-      fake(function(p, note)
+    assert.same({
+      "inner at 1.0", "outer at 2.0", "after 2.0", "four at 4.0", "after it 6.0", "late at 7.0", "end 12.0",
+    }, fake(function(p, note)
+      flow.spawn(function()
+        flow.sleep(1)
+        note("inner at", p:now())
+        p:advance(5)
+        note("after it", p:now())
+      end)
+      for name, seconds in pairs { late = 7, four = 4 } do
         flow.spawn(function()
-          flow.sleep(1)
-          note("inner at", p:now())
-          p:advance(5)
-          note("after it", p:now())
+          flow.sleep(seconds)
+          note(name, "at", p:now())
         end)
-        for name, seconds in pairs { late = 7, four = 4 } do
-          flow.spawn(function()
-            flow.sleep(seconds)
-            note(name, "at", p:now())
-          end)
-        end
-        p:advance(2)
-        note("outer at", p:now())
-        flow.spawn(note, "after", p:now())
-        p:advance(10)
-        note("end", p:now())
-      end))
+      end
+      p:advance(2)
+      note("outer at", p:now())
+      flow.spawn(note, "after", p:now())
+      p:advance(10)
+      note("end", p:now())
+    end))
   end)
 
   it("is advanced by several tasks, each of which goes on at its own target", function()
