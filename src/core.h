@@ -499,6 +499,7 @@ struct runtime {
   bool seeded;
   struct births *births; /* who was made where; NULL: no test runs */
   uint64_t random;
+  lua_Integer seed;
   int passed_over; /* how often in succession the first ready task was not chosen */
 
   char library[256]; /* how the sources of the library's Lua files begin: "@…/coflow/" */

@@ -364,7 +364,8 @@ static int l_begin(lua_State *L) {
   rt->virtual_now = start;
   rt->quiet = quiet;
   rt->seeded = !lua_isnil(L, 4);
-  rt->random = (uint64_t)lua_tointeger(L, 4);
+  rt->seed = lua_tointeger(L, 4);
+  rt->random = (uint64_t)rt->seed;
   rt->passed_over = 0;
   return 0;
 }
