@@ -285,9 +285,16 @@ describe("what a test leaves behind", function()
       assert.is_false(kept:wait_for_next_tick()) -- it is now
       kept = nil
       testing.run(function()
-        local _ <close> = flow.PeriodicTimer(10)
-        use(flow.PeriodicTimer(10)) -- nobody can dispose of that one
+        local timer <close> = flow.PeriodicTimer(10)
+        use(timer)
       end)
+      for _, collect in ipairs { nothing, helper.collect } do -- nobody can dispose of that one
+        is_error("InvalidOperation", raised(testing.run, function()
+          line = helper.here(1)
+          use(flow.PeriodicTimer(10))
+          collect()
+        end), "an open coflow.PeriodicTimer", "made at ", line)
+      end
     end)
   end
 
@@ -700,7 +707,7 @@ describe("a seed", function()
       is_error("InvalidOperation", err, "deadlock: ", ("\n\t(seed %d)"):format(seed))
       assert.truthy(text:find("seed = " .. seed, 1, true), text)
     end
-    _, _, err = with_stderr(testing.run, function() flow.await(flow.TaskCompletionSource().task) end, { seed = false })
+    err = raised(testing.run, function() flow.await(flow.TaskCompletionSource().task) end, { seed = false })
     assert.is_nil(is_error("InvalidOperation", err, "deadlock: ").message:find("seed", 1, true))
     assert.equal("", (with_stderr(testing.run, function() error("boom") end, { seed = false })))
     assert.equal("", (with_stderr(testing.run, nothing, { seed = 1 })))

@@ -513,6 +513,8 @@ static int note_lost(lua_State *L) {
       lua_pushfstring(L, "%s, made at %s", lua_tostring(L, 3), lua_tostring(L, 2));
     else
       lua_pushvalue(L, 3);
+    if (object_test(L, 1, TAG_PERIODIC) != NULL) /* it is open still, and a task that was … */
+      lua_pushvalue(L, 1);                       /* … collected with it may dispose of it */
     lua_rawseti(L, 4, (lua_Integer)lua_rawlen(L, 4) + 1);
   }
   return 0;
@@ -540,13 +542,15 @@ static int l_lost(lua_State *L) {
   }
   if (pending) lua_gc(L, LUA_GCCOLLECT);
   lua_newtable(L); /* list opened */
-  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE)
-    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 2); n > 0; n--) {
-      lua_rawgeti(L, 2, n);
-      lua_rawseti(L, 1, n);
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) {
+    lua_Integer count = 0, n = (lua_Integer)lua_rawlen(L, 2);
+    for (lua_Integer k = 1; k <= n; k++, lua_settop(L, 2)) {
+      int type = lua_rawgeti(L, 2, k);
       lua_pushnil(L);
-      lua_rawseti(L, 2, n);
+      lua_rawseti(L, 2, k);
+      if (type == LUA_TSTRING) lua_rawseti(L, 1, ++count); /* else it is told as open, if it is */
     }
+  }
   lua_settop(L, 1);
   return 1;
 }

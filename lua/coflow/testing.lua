@@ -191,8 +191,8 @@ local function clean_up()
   end
 end
 
--- What the test has left. What is open says so, too, when it is collected; but a PeriodicTimer that is garbage is no
--- more than that. (Nothing is collected while there are tasks, which would be reported as abandoned.)
+-- What the test has left. What is open says so, too, when it is collected: here, if it is garbage, so that it is told
+-- in the same way whenever the collector comes. (But not while there are tasks, which would be reported as abandoned.)
 local function all_left()
   local list, open = left(), left_open()
   if #list == 0 and #open > 0 then
