@@ -42,8 +42,11 @@ describe("an operation that lands", function()
       return flow.PeriodicTimer(10):wait_for_next_tick_async(token)
     end,
   }
+  -- a test would want the timer to be disposed of, and whoever can do that has the operation
+  local function outside_tests(fn) return function() flow.run(fn) end end
   for name, start in pairs(kinds) do
-    it(("as it was canceled is not canceled again: %s"):format(name), in_order(function()
+    local body = name == "a wait for a tick" and outside_tests or in_order
+    it(("as it was canceled is not canceled again: %s"):format(name), body(function()
       sweep(function(at)
         local source = flow.CancellationTokenSource()
         local operations, by_itself = {}, nil

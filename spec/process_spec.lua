@@ -370,13 +370,95 @@ describe("what a process is given", function()
     local p <close> = process.spawn { args = { "cat" }, stdin = file, stdout = "pipe" }
     assert.equal("read by cat\n", p.stdout:read_all())
     p:wait()
-    assert.equal("read by cat", file:read_line())
+    assert.is_nil(file:read_line())
     local busy = file:read_async(1)
     local err = raises("InvalidOperation", process.spawn, { args = { "true" }, stdin = file })
     assert.matches("in use", err.message)
     flow.await(busy)
     file:close()
     assert.equal("EBADF", raises("IO", process.spawn, { args = { "true" }, stdin = file }).code)
+  end))
+
+  it("can be a file of coflow.fs, which it and the parent write by turns", clean(function()
+    -- once children and parent wrote over each other: the position did not follow
+    for mode, first in pairs { w = "", ["w+"] = "", a = "old\n", ["a+"] = "old\n", ["r+"] = "" } do
+      fs.write_file(path, "old\n")
+      local file <close> = fs.open(path, mode)
+      file:write("start\n")
+      for i = 1, 3 do
+        local p <close> = sh("echo child " .. i .. "; echo error >&2", { stdout = file, stderr = "stdout" })
+        p:wait()
+        file:write("parent ", i, "\n")
+      end
+      local expected = first .. "start\nchild 1\nerror\nparent 1\nchild 2\nerror\nparent 2\nchild 3\nerror\nparent 3\n"
+      assert.equal(expected, fs.read_file(path), mode)
+      assert.equal(#expected, file:seek(), mode)
+      assert.equal(#expected, file:stat().size, mode)
+    end
+  end))
+
+  it("can be a file of coflow.fs, which several write at once, and the parent", clean(function()
+    local file <close> = fs.open(path, "w")
+    local list = {}
+    for i = 1, 4 do list[i] = sh(("for i in 1 2 3 4 5; do echo child-%d; done"):format(i), { stdout = file }) end
+    for _ = 1, 20 do file:write("parent\n") end
+    for _, p in ipairs(list) do p:close() end
+    local text = fs.read_file(path)
+    assert.equal(20, select(2, text:gsub("parent\n", "")))
+    assert.equal("", (text:gsub("parent\n", ""):gsub("child%-%d\n", "")))
+    assert.equal(#text, file:seek())
+  end))
+
+  it("can be a file of coflow.fs, which it and the parent read by turns", clean(function()
+    fs.write_file(path, "1\n2\n3\n4\n5\n6\n7\n8\n")
+    local file <close> = fs.open(path)
+    local function child()
+      local p <close> = sh("read x; echo $x", { stdin = file, stdout = "pipe" })
+      local line = p.stdout:read_line()
+      p:wait()
+      return line
+    end
+    local seen = { child(), child(), file:read_line(), child(), file:read(2), child() }
+    assert.same({ "1", "2", "3", "4", "5\n", "6" }, seen)
+    for line in file:lines() do -- of which all have been read ahead
+      seen[#seen + 1] = line
+      seen[#seen + 1] = child()
+    end
+    assert.same({ "7", "8" }, { table.unpack(seen, 7) })
+    assert.equal("", file:read_all())
+  end))
+
+  it("leaves what was read ahead of it where it is, and goes where the parent seeks", clean(function()
+    fs.write_file(path, "1\n2\n3\n4\n")
+    local file <close> = fs.open(path, "r+")
+    local source = flow.CancellationTokenSource()
+    local canceled = file:read_async(nil, source.token)
+    source:cancel()
+    raises("OperationCanceled", flow.await, canceled)
+    assert.equal(0, file:seek()) -- which comes when the thread has read ahead, or has not begun
+    local p <close> = sh("read x; echo $x", { stdin = file, stdout = "pipe" })
+    assert.equal("1", p.stdout:read_line())
+    p:wait()
+    assert.equal(2, file:seek())
+    assert.equal(4, file:seek("cur", 2))
+    assert.equal("3", file:read_line())
+    local q <close> = sh("printf xx", { stdout = file })
+    q:wait()
+    assert.equal(8, file:seek())
+    assert.equal(2, file:seek("set", 2))
+    local r <close> = sh("printf two", { stdout = file })
+    r:wait()
+    assert.equal(5, file:seek())
+    file:truncate(5)
+    assert.equal(5, file:seek("end"))
+    file:write("!")
+    assert.equal("1\ntwo!", fs.read_file(path))
+    file:truncate(0) -- the position stays, for the child as well
+    local t <close> = sh("printf end", { stdout = file })
+    t:wait()
+    assert.equal("\0\0\0\0\0\0end", fs.read_file(path))
+    assert.equal(0, file:seek("set"))
+    assert.equal("\0\0\0\0\0\0end", file:read_all())
   end))
 
   it("can be a descriptor", clean(function()

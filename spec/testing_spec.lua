@@ -5,6 +5,7 @@ local testing = require "coflow.testing"
 local helper = require "spec.helper"
 
 local recorder, raised, is_error, closing = helper.recorder, helper.raised, helper.is_error, helper.closing
+local raises = helper.raises
 
 -- What fn(...) writes to io.stderr, and how it ends: text, ok, values.
 local function with_stderr(fn, ...)
@@ -284,9 +285,16 @@ describe("what a test leaves behind", function()
       assert.is_false(kept:wait_for_next_tick()) -- it is now
       kept = nil
       testing.run(function()
-        local _ <close> = flow.PeriodicTimer(10)
-        use(flow.PeriodicTimer(10)) -- nobody can dispose of that one
+        local timer <close> = flow.PeriodicTimer(10)
+        use(timer)
       end)
+      for _, collect in ipairs { nothing, helper.collect } do -- nobody can dispose of that one
+        is_error("InvalidOperation", raised(testing.run, function()
+          line = helper.here(1)
+          use(flow.PeriodicTimer(10))
+          collect()
+        end), "an open coflow.PeriodicTimer", "made at ", line)
+      end
     end)
   end
 
@@ -324,6 +332,40 @@ describe("what a test leaves behind", function()
       "a coflow.File '" .. path .. "' that was open when it was collected")
     testing.run(nothing)
     os.remove(path)
+  end)
+
+  for when, collect in pairs {
+    ["before it ends"] = "collectgarbage() collectgarbage() flow.yield()", afterwards = "",
+  } do
+    -- once the collector decided: a task that it found during the test was reported only, and the test passed
+    it("fails it: a task that nothing could ever wake, told once, though it is collected " .. when, function()
+      local output = helper.child(([[
+        local flow = require "coflow"
+        print(pcall(require("coflow.testing").run, function()
+          flow.spawn(function()
+            local _ <close> = setmetatable({}, { __close = function() print("closed") end })
+            flow.await(flow.TaskCompletionSource().task)
+          end)
+          flow.yield()
+          %s
+        end))
+      ]]):format(collect))
+      local out = output.out:gsub("closed\n", "", 1)
+      assert.matches("^false\tInvalidOperation: the test has left something behind:\n"
+        .. "\ttask '[^\n]*lua:3'[^\n]* at [^\n]*lua:5, made at [^\n]*lua:3\n$", out)
+    end)
+  end
+
+  it("is told to the handler of unobserved exceptions instead, if there is one: a task that is collected", function()
+    local reports = helper.reports()
+    testing.run(function()
+      flow.spawn(function() flow.await(flow.TaskCompletionSource().task) end)
+      flow.yield()
+      helper.collect()
+    end)
+    flow.on_unobserved_exception(nil)
+    assert.equal(1, #reports)
+    is_error("TaskAbandoned", reports[1].err)
   end)
 
   for what, case in pairs(cases) do
@@ -657,6 +699,16 @@ describe("a seed", function()
     assert.is_false(ok)
     is_error("InvalidOperation", err, "left something behind", "seed 44")
     assert.truthy(text:find("seed = 44", 1, true), text)
+    for seed, clock in pairs { [45] = false, [-46] = testing.FakeTimeProvider() } do -- which had no seed in it
+      text, ok, err = with_stderr(testing.run, function()
+        flow.await(flow.TaskCompletionSource().task)
+      end, { seed = seed, time_provider = clock or nil })
+      assert.is_false(ok)
+      is_error("InvalidOperation", err, "deadlock: ", ("\n\t(seed %d)"):format(seed))
+      assert.truthy(text:find("seed = " .. seed, 1, true), text)
+    end
+    err = raised(testing.run, function() flow.await(flow.TaskCompletionSource().task) end, { seed = false })
+    assert.is_nil(is_error("InvalidOperation", err, "deadlock: ").message:find("seed", 1, true))
     assert.equal("", (with_stderr(testing.run, function() error("boom") end, { seed = false })))
     assert.equal("", (with_stderr(testing.run, nothing, { seed = 1 })))
   end)
@@ -885,38 +937,51 @@ describe("a FakeTimeProvider", function()
     end))
   end)
 
-  for where, inner in pairs {
-    ["a callback"] = function(p, then_do)
-      local source = flow.CancellationTokenSource(1)
-      source.token:register(function() then_do(p) end)
-    end,
-    ["a task that it woke"] = function(p, then_do)
+  -- once an advance inside another one returned at once, with the clock where it was
+  it("is advanced inside another advance, which returns when it stands at its own target", function()
+    assert.same({
+      "inner at 1.0", "outer at 2.0", "after 2.0", "four at 4.0", "after it 6.0", "late at 7.0", "end 12.0",
+    }, fake(function(p, note)
       flow.spawn(function()
         flow.sleep(1)
-        then_do(p)
+        note("inner at", p:now())
+        p:advance(5)
+        note("after it", p:now())
       end)
-    end,
-  } do
-    it("is moved on by an advance inside another one, which returns at once: in " .. where, function()
-      assert.same({ "inner at 1.0", "after it 1.0", "late at 6.0", "outer at 7.0" }, fake(function(p, note)
-        inner(p, function()
-          note("inner at", p:now())
-          p:advance(5)
-          note("after it", p:now())
+      for name, seconds in pairs { late = 7, four = 4 } do
+        flow.spawn(function()
+          flow.sleep(seconds)
+          note(name, "at", p:now())
         end)
-        local late = flow.spawn(function()
-          flow.sleep(6)
-          note("late at", p:now())
-        end)
-        p:advance(2) -- 2 + 5
-        note("outer at", p:now())
-        late:await()
-      end))
-    end)
-  end
+      end
+      p:advance(2)
+      note("outer at", p:now())
+      flow.spawn(note, "after", p:now())
+      p:advance(10)
+      note("end", p:now())
+    end))
+  end)
 
-  it("is moved on also by what runs last, at the target itself", function()
-    assert.same({ "1.0", "3.0" }, fake(function(p, note)
+  it("is advanced by several tasks, each of which goes on at its own target", function()
+    assert.same({ "root 0.0", "b 3.0", "c 4.0", "d 4.0", "a 5.0", "e 5.0" }, fake(function(p, note)
+      local function go(name, seconds)
+        p:advance(seconds)
+        note(name, p:now())
+      end
+      local a, b, c = flow.spawn(go, "a", 5), flow.spawn(go, "b", 3), flow.spawn(function()
+        flow.sleep(4)
+        note("c", p:now())
+        flow.spawn(note, "d", p:now())
+      end)
+      go("root", 0)
+      flow.await_all(a, b, c)
+      flow.spawn(note, "e", p:now())
+      p:settle()
+    end))
+  end)
+
+  it("is advanced also by what runs last, at the target itself", function()
+    assert.same({ "1.0", "1.0", "3.0" }, fake(function(p, note)
       local task = flow.spawn(function()
         flow.sleep(1)
         note(p:now())
@@ -925,7 +990,47 @@ describe("a FakeTimeProvider", function()
       p:advance(1)
       note(p:now())
       task:await()
+      note(p:now())
     end))
+  end)
+
+  it("goes on for the others when the advance that leads, or any other, is canceled", function()
+    assert.same({ "lead 1.0", "second 2.0", "third 3.0" }, fake(function(p, note)
+      local function go(name, seconds, limit)
+        local ok = pcall(flow.with_timeout, limit, p.advance, p, seconds)
+        note(name, p:now())
+        return ok
+      end
+      local list = {
+        flow.spawn(go, "lead", 9, 1), flow.spawn(go, "second", 8, 2), flow.spawn(go, "third", 3, 10),
+      }
+      assert.same({ false, false, true }, { flow.await_all(table.unpack(list)) })
+      assert.equal(3, p:now())
+    end))
+  end)
+
+  it("stands while anybody settles, also when somebody else advances it", function()
+    assert.same({ "settled 0.0", "advanced 5.0" }, fake(function(p, note)
+      local settling = flow.spawn(function()
+        p:settle()
+        note("settled", p:now())
+      end)
+      flow.yield()
+      p:advance(5)
+      note("advanced", p:now())
+      settling:await()
+    end))
+  end)
+
+  it("is not advanced in a callback, which cannot wait for that", function()
+    fake(function(p)
+      local err
+      local source = flow.CancellationTokenSource(1)
+      source.token:register(function() err = raised(p.advance, p, 5) end)
+      p:advance(2)
+      is_error("InvalidOperation", err, "callback")
+      assert.equal(2, p:now())
+    end)
   end)
 
   it("settles inside a task that an advance woke, before that one goes on", function()
@@ -1100,6 +1205,76 @@ describe("what happens outside", function()
       outside.close(socket)
       outside.close(late)
     end, { autojump_threshold = 0.05 })
+  end)
+
+  describe("a FIFO of coflow.fs, where nobody may ever come,", function()
+    local fs = flow.fs
+    local path
+    before_each(function()
+      path = os.tmpname()
+      os.remove(path)
+      assert(os.execute("mkfifo " .. path))
+    end)
+    after_each(function() os.remove(path) end)
+
+    -- once these held the clock back for ever, as a file operation does that will certainly end
+    it("holds the clock back for the threshold", function()
+      testing.run(function(clock)
+        local file <close> = fs.open(path, "r+")
+        raises("Timeout", flow.with_timeout, 5, file.read, file)
+        assert.equal(5, clock:now())
+        raises("Timeout", flow.with_timeout, 5, file.write, file, ("x"):rep(1 << 20))
+        assert.equal(10, clock:now())
+        file:close()
+        raises("Timeout", flow.with_timeout, 5, fs.open, path, "w")
+        flow.sleep(1) -- until its thread has left, which it certainly will
+        raises("Timeout", flow.with_timeout, 5, fs.read_file, path)
+        raises("Timeout", flow.with_timeout, 5, fs.copy, path, path .. "-copy")
+        assert.equal(26, clock:now())
+      end)
+      os.remove(path .. "-copy")
+    end)
+
+    it("lets a fake clock settle", function()
+      local p = testing.FakeTimeProvider()
+      testing.run(function()
+        local file <close> = fs.open(path, "r+")
+        local reading = file:read_async()
+        p:advance(1)
+        assert.is_false(reading.is_completed)
+        file:write_async("x") -- which waits for its turn
+        file:close()
+      end, { time_provider = p })
+    end)
+
+    it("holds back neither the clock nor what waits for a thread, when there are many", function()
+      testing.run(function(clock)
+        local files, tasks = {}, {}
+        for i = 1, 10 do files[i] = fs.open(path, "r+") end
+        for i = 1, 10 do
+          tasks[i] = flow.spawn(function() raises("Timeout", flow.with_timeout, 5, files[i].read, files[i]) end)
+        end
+        flow.yield()
+        fs.stat("/")
+        assert.equal(5, clock:now()) -- then the threads came back
+        flow.await_all(tasks)
+        for i = 1, 10 do files[i]:close() end
+      end, { autojump_threshold = 0.05, seed = false })
+    end)
+
+    it("is waited for when somebody comes", function()
+      testing.run(function(clock)
+        local file <close> = fs.open(path, "r+")
+        local reading = file:read_async()
+        file:stat_async() -- which is behind it
+        local writer <close> = fs.open(path, "w")
+        writer:write("hello")
+        flow.sleep(1)
+        assert.is_true(reading.is_completed)
+        assert.equal("hello", reading.result)
+        assert.equal(1, clock:now())
+      end, { autojump_threshold = 0.3 })
+    end)
   end)
 
   it("does not hold the clock back at all with a threshold of 0", function()

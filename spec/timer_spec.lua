@@ -592,7 +592,10 @@ describe("a wait for a token", function()
   it("is given up with that, whatever its callbacks refer to", in_order(function()
     for name, wait in pairs {
       sleep = waits[1][2],
-      wait_for_next_tick = function(token) flow.PeriodicTimer(math.huge):wait_for_next_tick(token) end,
+      wait_for_next_tick = function(token)
+        local timer <close> = flow.PeriodicTimer(math.huge)
+        timer:wait_for_next_tick(token)
+      end,
     } do
       support.with_reports(function(reports)
         flow.spawn(function()

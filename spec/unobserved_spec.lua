@@ -305,6 +305,37 @@ describe("the default handler", function()
     assert.truthy(result.err:find("-- end of main", message, true), result.err)
   end)
 
+  it("writes a text with zero bytes whole, wherever it comes from", function()
+    -- once it was cut at the first one
+    local result = helper.child [[
+      local flow = require "coflow"
+      local errors = flow.errors
+      flow.run(function()
+        flow.spawn(error, "text\0of a string")
+        flow.spawn(error, { key = "text\0of a field" })
+        flow.spawn(error, setmetatable({}, { __tostring = function() return "text\0of tostring" end }))
+        flow.spawn(error, errors.IO("text\0of an error"))
+        flow.spawn(error, errors.Aggregate("text\0of many", { inner_exceptions = { "text\0of one" } }))
+        flow.yield()
+        local source = flow.CancellationTokenSource()
+        source.token:register(function() error("text\0of a callback", 0) end)
+        source:cancel_after(0.001)
+        flow.sleep(0.002)
+        collectgarbage()
+      end)
+      flow.on_unobserved_exception(function() error("text\0of the handler", 0) end)
+      flow.run(function() flow.spawn(error, "x") flow.yield() collectgarbage() end)
+      local code = flow.main(function() error("text\0of main", 0) end)
+      io.stdout:write(code, " ", tostring(errors.IO("text\0of tostring")))
+    ]]
+    for _, text in ipairs {
+      "a string", "a field }", "tostring", "an error", "many", "one", "a callback", "the handler", "main",
+    } do
+      assert.truthy(result.err:find("text\0of " .. text .. "\n", 1, true), text .. ": " .. result.err)
+    end
+    assert.equal("1 IO: text\0of tostring", result.out)
+  end)
+
   it("writes once about a task that is still there when the state closes", function()
     local script = [[
       local flow = require "coflow"

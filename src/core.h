@@ -499,6 +499,7 @@ struct runtime {
   bool seeded;
   struct births *births; /* who was made where; NULL: no test runs */
   uint64_t random;
+  lua_Integer seed;
   int passed_over; /* how often in succession the first ready task was not chosen */
 
   char library[256]; /* how the sources of the library's Lua files begin: "@…/coflow/" */
@@ -1298,7 +1299,8 @@ static inline void testing_opened(lua_State *L, struct runtime *rt) {
   if (rt->births != NULL) testing_note_opened(L, rt);
 }
 void testing_note_lost(lua_State *L, int i);
-/* [-0, +0, -] the open object at i, of these or of handle.c's, has been collected: its test has left it */
+/* [-0, +0, -] the open object at i, of these or of handle.c's, or the task that waits there has been collected: its test
+** has left it */
 static inline void testing_lost(lua_State *L, struct runtime *rt, int i) {
   if (rt->births != NULL) testing_note_lost(L, i);
 }

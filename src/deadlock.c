@@ -130,6 +130,10 @@ static void push_report(lua_State *L, struct fiber *f) {
 
 void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f) {
   push_report(L, f);
+  if (rt->seeded) {
+    lua_pushfstring(L, "%s\n\t(seed %I)", lua_tostring(L, -1), (LUAI_UACINT)rt->seed);
+    lua_replace(L, -2);
+  }
   if (rt->clock == CLOCK_HELD && deadline_any(rt))
     error_push(L, ERROR_OPERATION,
                "deadlock: no task is ready, and the fake clock never advances: it stands at "

@@ -152,19 +152,23 @@ void error_attach(lua_State *L, int i, int from) {
 
 /* ---- what a person is told ---- */
 
+/* A text of the user may have zero bytes, so none goes through a format. */
+
 /* [-1, +1, m] the text on top goes on with the fields of the table at i, which has no metatable */
 static void add_fields(lua_State *L, int i) {
   int text = lua_gettop(L), shown = 0;
   lua_pushnil(L);
   while (shown < FIELDS && lua_next(L, i)) { /* text key value */
     if (lua_type(L, -2) == LUA_TSTRING) {
-      luaL_tolstring(L, -1, NULL);
-      lua_pushfstring(L, "%s%s %s = %s", lua_tostring(L, text), shown++ > 0 ? "," : " {",
-                      lua_tostring(L, -3), lua_tostring(L, -1));
+      lua_pushvalue(L, text);
+      lua_pushstring(L, shown++ > 0 ? ", " : " { ");
+      lua_pushvalue(L, text + 1);
+      lua_pushliteral(L, " = ");
+      luaL_tolstring(L, text + 2, NULL);
+      lua_concat(L, 5);
       lua_replace(L, text);
-      lua_pop(L, 1);
     }
-    lua_pop(L, 1);
+    lua_settop(L, text + 1);
   }
   lua_settop(L, text);
   if (shown == 0) return;
@@ -183,13 +187,25 @@ static int to_line(lua_State *L) {
   return 1;
 }
 
+struct text {
+  const char *at;
+  size_t length;
+};
+
+static struct text text_of(const char *s) {
+  struct text t = {s, strlen(s)};
+  return t;
+}
+
 /* [-0, +1, -] what `to` makes of the error at i, which is on top if that can be had */
-static const char *push_made(lua_State *L, int i, lua_CFunction to) {
+static struct text push_made(lua_State *L, int i, lua_CFunction to) {
+  struct text t;
   i = lua_absindex(L, i);
   lua_pushcfunction(L, to);
   lua_pushvalue(L, i);
-  return lua_pcall(L, 1, 1, 0) == LUA_OK ? lua_tostring(L, -1)
-                                         : "(an error whose __tostring fails)";
+  if (lua_pcall(L, 1, 1, 0) != LUA_OK) return text_of("(an error whose __tostring fails)");
+  t.at = lua_tolstring(L, -1, &t.length);
+  return t;
 }
 
 /* [-1, +1, m] … with the errors of the Aggregate at i, a line each; it may be among them itself */
@@ -199,8 +215,11 @@ static void add_inner(lua_State *L, int i) {
     lua_Integer n = values_count(L, list);
     for (lua_Integer k = 1; k <= n && k <= FIELDS; k++) {
       lua_rawgeti(L, list, k);
-      const char *inner = push_made(L, -1, to_line);
-      lua_pushfstring(L, "%s\n  %d. %s", lua_tostring(L, text), (int)k, inner);
+      struct text inner = push_made(L, -1, to_line);
+      lua_pushvalue(L, text);
+      lua_pushfstring(L, "\n  %d. ", (int)k);
+      lua_pushlstring(L, inner.at, inner.length);
+      lua_concat(L, 3);
       lua_replace(L, text);
       lua_settop(L, list);
     }
@@ -220,19 +239,25 @@ static int to_text(lua_State *L) {
 }
 
 /* [-0, +1, -] the error at i as a person is shown it */
-static const char *push_text(lua_State *L, int i) { return push_made(L, i, to_text); }
+static struct text push_text(lua_State *L, int i) { return push_made(L, i, to_text); }
+
+static void write_line(const char *what, struct text t) {
+  fprintf(stderr, "coflow: %s", what);
+  fwrite(t.at, 1, t.length, stderr);
+  fputc('\n', stderr);
+}
 
 /* arguments: error, task or nil */
 static int default_handler(lua_State *L) {
   lua_settop(L, 2);
-  const char *text = push_text(L, 1);
+  struct text text = push_text(L, 1);
   if (lua_isnil(L, 2))
-    fprintf(stderr, "coflow: error in a callback: %s\n", text);
+    write_line("error in a callback: ", text);
   else {
     task_push_name(L, 2);
     trace_push(L, 2);
-    fprintf(stderr, "coflow: unobserved error in task '%s': %s\n%s\n", lua_tostring(L, 4), text,
-            lua_tostring(L, 5));
+    write_line(lua_pushfstring(L, "unobserved error in task '%s': ", lua_tostring(L, 4)), text);
+    fprintf(stderr, "%s\n", lua_tostring(L, 5));
   }
   fflush(stderr);
   return 0;
@@ -245,7 +270,7 @@ void error_report(lua_State *L, int error, int task) {
   int top = lua_gettop(L);
   if (!lua_checkstack(L, 16)) return;
   if (rt->reports == NESTED_REPORTS) { /* to report one brings about the next */
-    fprintf(stderr, "coflow: error while errors are reported: %s\n", push_text(L, error));
+    write_line("error while errors are reported: ", push_text(L, error));
     lua_settop(L, top);
     return;
   }
@@ -265,8 +290,8 @@ void error_report(lua_State *L, int error, int task) {
   rt->reports++;
   /* outside: it is not part of the task that happens to run now */
   if (schedule_call_outside(L, rt, 2) != LUA_OK) {
-    const char *text = push_text(L, -1);
-    fprintf(stderr, "coflow: error in the handler of unobserved exceptions: %s\n", text);
+    struct text text = push_text(L, -1);
+    write_line("error in the handler of unobserved exceptions: ", text);
   }
   rt->reports--;
   lua_settop(L, top);
@@ -324,11 +349,13 @@ static int l_error_concat(lua_State *L) {
 
 static int l_error_tostring(lua_State *L) {
   luaL_checktype(L, 1, LUA_TTABLE);
+  lua_settop(L, 1);
   lua_getfield(L, 1, "name");
   lua_getfield(L, 1, "message");
-  luaL_tolstring(L, -2, NULL);
-  luaL_tolstring(L, -2, NULL);
-  lua_pushfstring(L, "%s: %s", lua_tostring(L, -2), lua_tostring(L, -1));
+  luaL_tolstring(L, 2, NULL);
+  lua_pushliteral(L, ": ");
+  luaL_tolstring(L, 3, NULL);
+  lua_concat(L, 3);
   return 1;
 }
 
@@ -396,7 +423,8 @@ static int l_is_observed(lua_State *L) {
 /* error_text(value) -> what a person is shown, whatever its __tostring does */
 static int l_error_text(lua_State *L) {
   luaL_checkany(L, 1);
-  lua_pushstring(L, push_text(L, 1));
+  struct text text = push_text(L, 1);
+  lua_pushlstring(L, text.at, text.length);
   return 1;
 }
 

@@ -228,6 +228,7 @@ static int l_watch_gc(lua_State *L) {
   if (f->task.state == TASK_WAITING && fiber_naps(f)) waiter_leave(L, f, true);
   fiber_abandon(L, 3, f);
   if (!(f->task.flags & TASK_OBSERVED)) {
+    testing_lost(L, rt, 3);
     push_abandoned(L, 3);
     error_report(L, -1, 3);
   }

@@ -7,6 +7,11 @@
 ** and a canceled write may be repeated in its place. Bytes that were read ahead stay in the buffer: those
 ** at the position, which is the kernel's own for what cannot be sought (a pipe, a terminal).
 **
+** A file that has been *lent* to a child shares its descriptor's position with that for good, in both directions: what
+** is kept here follows the system's when a job has its turn (follow), and is told to the system when it moves. A
+** write to it is made where the system stands, so neither ever overwrites what the other wrote; like one that appends
+** it is then done, and what follows stands behind it, though its caller has been canceled meanwhile.
+**
 ** Making the string that a read gives may run finalizers of users. Only then are the bytes taken, if the read is not
 ** canceled by now; others wait meanwhile, for it is the running job until it has landed. next_line is no job, and so
 ** looks whether the file is still as it was.
@@ -97,10 +102,10 @@ static ssize_t run_read_line(struct job *j) {
 
 static ssize_t run_write(struct job *j) {
   struct file *f = j->file;
-  bool positioned = f->seekable && !f->append;
+  bool positioned = f->seekable && !f->append && !f->lent;
   ssize_t status =
       job_write_all(j, f->fd, j->data, j->length, positioned ? f->position : -1, f->seekable);
-  if (status >= 0 && f->append && f->seekable) { /* it stands behind what was written */
+  if (status >= 0 && f->seekable && !positioned) { /* it stands behind what was written */
     j->offset = (int64_t)lseek(f->fd, 0, SEEK_CUR);
     if (j->offset < 0) return job_checked(j, "lseek", -1);
   } else if (status >= 0)
@@ -132,11 +137,31 @@ static ssize_t run_close(struct job *j) {
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
 
+static void file_move(struct file *f, int64_t position) {
+  if (!f->seekable) return;
+  f->position = position;
+  f->at = f->length = 0;
+  f->epoch++;
+}
+
+/* no job runs: the position of a file that children have is where they have left it */
+static void follow(struct file *f) {
+  if (!f->lent) return;
+  int64_t now = (int64_t)lseek(f->fd, 0, SEEK_CUR);
+  if (now >= 0 && now != f->position) file_move(f, now);
+}
+
+/* … and where they go on */
+static void tell_position(const struct file *f) {
+  if (f->lent) lseek(f->fd, (off_t)f->position, SEEK_SET);
+}
+
 /* the next job of the file has its turn; one that needs no thread is done */
 void file_next(struct file *f) {
   struct job *j = f->first;
   f->running = j;
   if (j == NULL) return;
+  follow(f);
   f->first = j->next;
   if (f->first == NULL) f->last = NULL;
   if (j->ready != NULL && j->ready(j)) {
@@ -204,6 +229,7 @@ static void consume(struct file *f, size_t n) {
   f->at += n;
   f->length -= n;
   f->position += (int64_t)n;
+  tell_position(f);
   if (f->length > 0) return;
   f->at = 0;
   if (f->size <= BIG_CHUNK) return;
@@ -249,13 +275,6 @@ static int land_read_line(lua_State *L, struct io *op) {
   return 1;
 }
 
-static void file_move(struct file *f, int64_t position) {
-  if (!f->seekable) return;
-  f->position = position;
-  f->at = f->length = 0;
-  f->epoch++;
-}
-
 static int land_write(lua_State *L, struct io *op) {
   file_move(as_job(op)->file, as_job(op)->offset);
   lua_getiuservalue(L, 1, JOB_FILE);
@@ -265,6 +284,7 @@ static int land_write(lua_State *L, struct io *op) {
 static int land_seek(lua_State *L, struct io *op) {
   const struct job *j = as_job(op);
   if (j->offset != j->file->position) file_move(j->file, j->offset);
+  tell_position(j->file);
   lua_pushinteger(L, (lua_Integer)j->offset);
   return 1;
 }
@@ -299,7 +319,10 @@ static struct file *check_file(lua_State *L) {
 int file_lend(struct file *f) {
   if (f->fd < 0 || f->closing) return UV_EBADF;
   if (f->running != NULL || (!f->seekable && f->length > 0)) return UV_EBUSY;
-  if (f->seekable) lseek(f->fd, (off_t)f->position, SEEK_SET); /* the position is kept here */
+  if (f->seekable && !f->lent) { /* until now the position was kept here only */
+    f->lent = true;
+    tell_position(f);
+  }
   return f->fd;
 }
 
@@ -335,6 +358,7 @@ static int queue(lua_State *L, struct job *j) {
     return 1;
   }
   f->running = j;
+  follow(f);
   if (j->ready == NULL || !j->ready(j)) return job_started(L, j);
   io_end(&j->io); /* it is done already */
   io_land(L, lua_gettop(L));
@@ -380,6 +404,7 @@ static int l_read_line(lua_State *L) {
 static int l_next_line(lua_State *L) {
   struct file *f = check_file(L);
   const struct token *k = token_opt(L, 2);
+  if (f->running == NULL) follow(f);
   size_t line = f->running == NULL ? line_in(f, 0) : 0;
   const struct scope *s = ((const struct fiber *)runtime(L)->me)->member.scope;
   if (line == 0 || operation_canceled(k, s)) return 0; /* the operation says so */

@@ -31,8 +31,10 @@ static int open_path(struct job *j, const char *path, int flags, mode_t mode) {
   while ((fd = open(path, flags | O_NONBLOCK | O_CLOEXEC)) < 0) {
     if (errno != ENXIO) return job_error();
     if (job_stops(j)) return UV_ECANCELED;
+    atomic_store(&j->phase, JOB_WAITS);
     poll(NULL, 0, LOOK_MS / 5);
   }
+  atomic_store(&j->phase, JOB_WORKS);
   int now = fcntl(fd, F_GETFL);
   if (now >= 0) fcntl(fd, F_SETFL, now & ~O_NONBLOCK);
   return fd;

@@ -68,14 +68,18 @@ void io_abort_all(struct runtime *rt);   /* the state is closing */
 void io_release_all(struct runtime *rt); /* then: what was done, and has not landed */
 void io_open(lua_State *L);              /* [-0, +0, m] before all that begins operations */
 
-/* ---- fs.c, watch.c, dns.c ---- */
+/* ---- job.c, fs.c, watch.c, dns.c ---- */
+
+/* A thread is busy with a file, or soon will be, and that will end. False: of the requests that libuv has in hands,
+** that many are of file operations that may wait for ever. No Lua. */
+bool jobs_work(const struct runtime *rt, unsigned *patient);
 
 struct file;
 /* the state is closing: those that are open yet. No Lua. */
 void file_close_all(struct runtime *rt);
 void watch_close_all(struct runtime *rt);
-/* what a child gets: the descriptor, which stands at the position of the file; UV_EBADF: it is closed, UV_EBUSY: it
-** is in use, or has more than the system knows of */
+/* what a child gets: the descriptor, whose position is that of the file from then on; UV_EBADF: it is closed, UV_EBUSY:
+** it is in use, or has more than the system knows of */
 int file_lend(struct file *f);
 extern const struct part fs_part;
 void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */

@@ -9,6 +9,8 @@
 **
 ** Reads and writes of pipes and terminals wait in poll, as does who opens a FIFO for writing, and look at `stop`: each
 ** has a thread of the pool meanwhile, but once it is stopped no thread stays where nobody may ever come.
+** A test's clock must know of these, which may wait for ever, as no file operation else does: the thread says so in
+** `phase`, and the loop looks (jobs_work).
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -53,12 +55,15 @@ ssize_t job_read_some(int fd, char *to, size_t n, int64_t offset) {
 
 int job_wait(struct job *j, int fd, short events) {
   struct pollfd p = {.fd = fd, .events = events};
-  while (!job_stops(j)) {
-    int n = poll(&p, 1, LOOK_MS);
-    if (n > 0) return 0;
-    if (n < 0 && errno != EINTR) return job_error();
+  int n = 0;
+  for (int ms = 0; n == 0 && !job_stops(j); ms = LOOK_MS) {
+    if (ms > 0) atomic_store(&j->phase, JOB_WAITS);
+    n = poll(&p, 1, ms);
+    if (n < 0 && errno == EINTR) n = 0;
   }
-  return UV_ECANCELED;
+  atomic_store(&j->phase, JOB_WORKS);
+  if (n < 0) return job_error();
+  return n > 0 ? 0 : UV_ECANCELED;
 }
 
 ssize_t job_write_all(struct job *j, int fd, const char *data, size_t n, int64_t offset,
@@ -112,6 +117,7 @@ ssize_t job_read_to_end(struct job *j, int fd, struct bytes *b, int64_t offset, 
 
 static void on_run(uv_work_t *work) {
   struct job *j = container_of(work, struct job, work);
+  atomic_store(&j->phase, JOB_WORKS);
   j->result = job_stops(j) ? UV_ECANCELED : j->run(j);
 }
 
@@ -124,6 +130,22 @@ int job_start(struct job *j) {
   j->started = true;
   if (j->data != NULL) handle_ignore_broken_pipes(); /* it may write, to a FIFO as well */
   return uv_queue_work(loop_uv(j->io.rt), &j->work, on_run, on_job);
+}
+
+/* One that has no thread yet will soon get one; but if others wait, they may have all of them. */
+bool jobs_work(const struct runtime *rt, unsigned *patient) {
+  unsigned waiting = 0, queued = 0;
+  for (const struct link *l = rt->flights.next; l != &rt->flights; l = l->next) {
+    struct io *op = container_of(l, struct io, flight);
+    struct job *j = (struct job *)(void *)op;
+    if (op->class->abort != job_abort || !j->started) continue;
+    unsigned char phase = atomic_load(&j->phase);
+    if (phase == JOB_WORKS || atomic_load(&j->stop)) return true;
+    phase == JOB_WAITS ? waiting++ : queued++;
+  }
+  if (waiting == 0 && queued > 0) return true;
+  *patient = waiting + queued;
+  return false;
 }
 
 void job_abort(struct io *op) {

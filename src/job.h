@@ -23,6 +23,7 @@ struct file {
   uint32_t tag;
   int fd; /* -1: closed */
   bool seekable, append;
+  bool lent;    /* to a child: the position is that of the descriptor */
   bool closing; /* asked for: nothing new is begun */
   int64_t position;
   struct link link; /* in rt->files while it is open */
@@ -38,12 +39,14 @@ struct bytes {
   size_t length, size;
 };
 
+enum job_phase { JOB_QUEUED, JOB_WORKS, JOB_WAITS /* for what may never come */ };
 struct job {
   struct io io;
   uv_work_t work;
   ssize_t (*run)(struct job *); /* in a thread: a number >= 0 or an error of libuv */
   bool (*ready)(struct job *);  /* of a file's job, or NULL: it can do without a thread */
   atomic_bool stop;             /* loop writes, worker reads */
+  atomic_uchar phase;           /* worker writes, loop reads: enum job_phase */
   bool started;                 /* given to libuv */
   bool certain; /* it happens: a cancellation ends the wait for it only, `stop` is never set */
   const char *path, *to, *data;

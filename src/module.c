@@ -297,12 +297,12 @@ static int l_take(lua_State *L) {
   return 1;
 }
 
-/* [-0, +0, v] a module, whose name is at 3, could not be loaded: raises the error on top, or why the file cannot be read
-** now, if that is all */
-static void refuse_late(lua_State *L) {
+/* [-0, +0, v] the module coflow.<name> could not be loaded: raises the error on top, or why the file cannot be read now,
+** if that is all */
+static void refuse_module(lua_State *L, const char *name) {
   const struct runtime *rt = runtime(L);
   if (rt->library_length > 0) {
-    const char *path = lua_pushfstring(L, "%s%s.lua", rt->library + 1, lua_tostring(L, 3));
+    const char *path = lua_pushfstring(L, "%s%s.lua", rt->library + 1, name);
     FILE *file = fopen(path, "r");
     if (file != NULL)
       fclose(file);
@@ -311,6 +311,19 @@ static void refuse_late(lua_State *L) {
     if (!lua_istable(L, -1)) lua_pop(L, 1);
   }
   lua_error(L);
+}
+
+/* [-0, +1, e] the Lua module coflow.<name>. All that is loaded when it is first used comes in this way. */
+static void push_module(lua_State *L, const char *name) {
+  lua_getglobal(L, "require");
+  lua_pushfstring(L, "coflow.%s", name);
+  if (lua_pcall(L, 1, 1, 0) != LUA_OK) refuse_module(L, name);
+}
+
+/* require(name) -> the module coflow.<name>, in a function: there may be no descriptor to read it with */
+static int l_require(lua_State *L) {
+  push_module(L, luaL_checkstring(L, 1));
+  return 1;
 }
 
 /* upvalues: runtime, anchors, " field=module …": the __index of a table made by late */
@@ -325,9 +338,7 @@ static int l_late_index(lua_State *L) {
   const char *name = p += n + 1;
   while ((unsigned char)*p > ' ') p++;
   lua_pushlstring(L, name, (size_t)(p - name));
-  lua_getglobal(L, "require");
-  lua_pushfstring(L, "coflow.%s", lua_tostring(L, 3));
-  if (lua_pcall(L, 1, 1, 0) != LUA_OK) refuse_late(L); /* table key name module */
+  push_module(L, lua_tostring(L, 3)); /* table key name module */
   lua_pushvalue(L, 2);
   if (lua_rawget(L, 1) != LUA_TNIL) return 1; /* the module has put it there */
   lua_pushvalue(L, 2);
@@ -463,6 +474,7 @@ static int l_runtime_gc(lua_State *L) {
 static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {"take", l_take},
                                      {"late", l_late},
+                                     {"require", l_require},
                                      {"argument_error", l_argument_error},
                                      {"type_error", l_type_error},
                                      {"check_function", l_check_function},

@@ -557,6 +557,13 @@ static int l_periodic_new(lua_State *L) {
   return 1;
 }
 
+/* It has nothing to give back; but a test that forgets one fails, whether or not the collector comes before its end. */
+static int l_periodic_gc(lua_State *L) {
+  const struct periodic *p = (const struct periodic *)object_test(L, 1, TAG_PERIODIC);
+  if (p != NULL && !p->closed && !runtime(L)->closed) testing_lost(L, runtime(L), 1);
+  return 0;
+}
+
 bool periodic_is_open(const void *periodic) { return !((const struct periodic *)periodic)->closed; }
 
 static int l_period(lua_State *L) {
@@ -612,10 +619,13 @@ static const luaL_Reg functions[] = {
 
 static const luaL_Reg timer_methods[] = {
     {"change", l_timer_change}, {"dispose", l_timer_dispose}, {NULL, NULL}};
-static const luaL_Reg methods[] = {
-    {"wait_for_next_tick", l_wait}, {"wait_for_next_tick_async", l_wait_async},
-    {"dispose", l_dispose},         {"__close", l_dispose},
-    {"__newindex", l_newindex},     {NULL, NULL}};
+static const luaL_Reg methods[] = {{"wait_for_next_tick", l_wait},
+                                   {"wait_for_next_tick_async", l_wait_async},
+                                   {"dispose", l_dispose},
+                                   {"__close", l_dispose},
+                                   {"__newindex", l_newindex},
+                                   {"__gc", l_periodic_gc},
+                                   {NULL, NULL}};
 static const luaL_Reg properties[] = {{"period", l_period}, {NULL, NULL}};
 static const luaL_Reg origin_methods[] = {{"__gc", l_origin_gc}, {NULL, NULL}};
 

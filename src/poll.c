@@ -20,6 +20,8 @@
 #include <math.h>
 #include <signal.h>
 
+#define LOOK_SECONDS 0.01
+
 /* ---- turns of libuv's loop ---- */
 
 /* Before 1.45, libuv runs timers first and waits for events then: a timer that fires before that wait (it
@@ -112,11 +114,15 @@ static bool is_idle(struct runtime *rt) {
   double end = 0;
   while (rt->ready == NULL && !rt->signaled) {
     if (!outside_alive(rt)) return true;
-    struct outside o = {rt->loop.active_reqs.count > rt->patient, rt->patient > 0};
+    unsigned jobs = 0;
+    bool threads = jobs_work(rt, &jobs) || rt->loop.active_reqs.count > rt->patient + jobs;
+    struct outside o = {threads, rt->patient + jobs > 0};
     uv_walk(&rt->loop, look_at, &o);
     double now = loop_real_now();
     if (o.work) {
       end = 0;
+      if (threads)
+        arm(rt, LOOK_SECONDS); /* one that comes to wait for what may never come tells nobody */
       run_uv(rt, UV_RUN_ONCE);
     } else if (!o.events) { /* handles that are closing: they need a turn */
       run_uv(rt, UV_RUN_NOWAIT);

@@ -4,7 +4,8 @@
 ** A test runs on the scheduler, the timers and the poll of production. While one runs
 **
 ** - time is virtual (poll.c). What waits until the loop is *idle*, a task of KIND_IDLE, comes before any
-**   jump of the clock: one at a time, the last one first, so that settling inside settling nests.
+**   jump of the clock: one at a time, the last one first, so that settling inside settling nests. Whoever moves a
+**   clock by hand comes after all of these.
 ** - with a seed, any of the first WINDOW ready tasks comes next, and equal deadlines fire in any order.
 **   Nothing but the seed decides: no address, no hash, no real clock. Nobody starves: the first of the
 **   list is passed over PATIENCE times at most.
@@ -17,8 +18,9 @@
 **   no loop alive while nobody waits. Nothing of ours refers to an idle one; so that it can be closed,
 **   RUNTIME_WEAK knows those that were made meanwhile by their addresses, and watchers of files by their handles'.
 **   So does a PeriodicTimer or a File, of which RUNTIME_OPENED knows.
-** - what holds a descriptor and is collected while it is open is left behind as well, or a test that leaves it in a
-**   local would pass: its finalizer says so (testing_lost). A PeriodicTimer has nothing to lose.
+** - what is open, or a task that waits, and is collected is left behind as well, or whether a test passes that leaves
+**   it in a local would be the collector's to say: its finalizer tells (testing_lost). But where somebody has set a
+**   handler for unobserved exceptions, that is told of such a task instead.
 **
 ** With no test running this costs one untaken branch for each slice of ready tasks, each fiber made and
 ** each deadline set.
@@ -311,16 +313,20 @@ void testing_land(lua_State *L, int i) {
   task_settle(L, runtime(L), i, 0);
 }
 
-/* idle() -> a task that is complete once nothing else is left to do */
+/* idle(last) -> a task that is complete once nothing else is left to do; last: nor anybody else waits for that */
 static int l_idle(lua_State *L) {
   struct runtime *rt = runtime(L);
+  struct task **at = &rt->idlers;
+  lua_settop(L, 1);
   struct task *t = task_new(L, KIND_IDLE, sizeof *t, TASK_WAITERS, false);
   if (rt->clock == CLOCK_REAL)
     return error_throw(L, ERROR_OPERATION, "only under testing.run is there such a moment");
   task_hold(L, -1, t);
+  if (lua_toboolean(L, 1))
+    while (*at != NULL) at = &(*at)->next;
   t->flags |= TASK_LINKED;
-  t->next = rt->idlers;
-  rt->idlers = t;
+  t->next = *at;
+  *at = t;
   return 1;
 }
 
@@ -358,7 +364,8 @@ static int l_begin(lua_State *L) {
   rt->virtual_now = start;
   rt->quiet = quiet;
   rt->seeded = !lua_isnil(L, 4);
-  rt->random = (uint64_t)lua_tointeger(L, 4);
+  rt->seed = lua_tointeger(L, 4);
+  rt->random = (uint64_t)rt->seed;
   rt->passed_over = 0;
   return 0;
 }
@@ -430,6 +437,7 @@ static int l_left(lua_State *L) {
     push_place(L, rt->births, BIRTH_SLOT, (size_t)slot);
     task_push_name(L, 2); /* list task place name */
     if (task_is(t, KIND_FIBER)) {
+      t->flags |= TASK_OBSERVED; /* told now, not again when it is collected */
       deadlock_push_wait(L, 2);
       lua_pushfstring(L, "task '%s' %s", lua_tostring(L, -2), lua_tostring(L, -1));
     } else if (task_is(t, KIND_IO))
@@ -470,21 +478,52 @@ static void push_opening(lua_State *L, int i) {
     lua_pushnil(L);
 }
 
-/* note_lost(object). Its weak key is there until its finalizer has run. What calls this runs in the midst of anything, but a
-** traversal of that table. */
+/* [-0, +2, m] where the task at i, which waits, was made, or nil: before the test; and what it was */
+static void push_lost_task(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  const struct births *b = runtime(L)->births;
+  if (born_at(b, BIRTH_SLOT, (size_t)f->task.slot) != 0)
+    push_place(L, b, BIRTH_SLOT, (size_t)f->task.slot);
+  else
+    lua_pushnil(L);
+  task_push_name(L, i);
+  if (!fiber_push_place(L, f))
+    lua_pushfstring(L, "task '%s' was collected while it waited", lua_tostring(L, -1));
+  else
+    lua_pushfstring(L, "task '%s' was collected while it waited at %s", lua_tostring(L, -2),
+                    lua_tostring(L, -1));
+  lua_replace(L, i + 2);
+  lua_settop(L, i + 2);
+}
+
+/* note_lost(object). The weak key of what is no task is there until its finalizer has run. What calls this runs in the
+** midst of anything, but a traversal of that table. */
 static int note_lost(lua_State *L) {
-  push_opening(L, 1);
-  if (lua_toboolean(L, 2) &&
-      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) { /* object place list */
+  if (object_test(L, 1, TAG_TASK) != NULL)
+    push_lost_task(L, 1);
+  else {
+    push_opening(L, 1);
     lua_pushfstring(L, "a %s that was open when it was collected", luaL_tolstring(L, 1, NULL));
+    lua_replace(L, 3);
+    lua_settop(L, 3);
+  }
+  if (lua_toboolean(L, 2) &&
+      lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) { /* object place text list */
     if (lua_isstring(L, 2))
-      lua_pushfstring(L, "%s, made at %s", lua_tostring(L, -1), lua_tostring(L, 2));
-    lua_rawseti(L, 3, (lua_Integer)lua_rawlen(L, 3) + 1);
+      lua_pushfstring(L, "%s, made at %s", lua_tostring(L, 3), lua_tostring(L, 2));
+    else
+      lua_pushvalue(L, 3);
+    if (object_test(L, 1, TAG_PERIODIC) != NULL) /* it is open still, and a task that was … */
+      lua_pushvalue(L, 1);                       /* … collected with it may dispose of it */
+    lua_rawseti(L, 4, (lua_Integer)lua_rawlen(L, 4) + 1);
   }
   return 0;
 }
 
 void testing_note_lost(lua_State *L, int i) {
+  bool handled = lua_getiuservalue(L, UP_RUNTIME, RUNTIME_HANDLER) != LUA_TNIL;
+  lua_pop(L, 1);
+  if (handled && object_test(L, i, TAG_TASK) != NULL) return;
   lua_pushvalue(L, i);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LOSSES);
   lua_insert(L, -2);
@@ -503,13 +542,15 @@ static int l_lost(lua_State *L) {
   }
   if (pending) lua_gc(L, LUA_GCCOLLECT);
   lua_newtable(L); /* list opened */
-  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE)
-    for (lua_Integer n = (lua_Integer)lua_rawlen(L, 2); n > 0; n--) {
-      lua_rawgeti(L, 2, n);
-      lua_rawseti(L, 1, n);
+  if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_OPENED) == LUA_TTABLE) {
+    lua_Integer count = 0, n = (lua_Integer)lua_rawlen(L, 2);
+    for (lua_Integer k = 1; k <= n; k++, lua_settop(L, 2)) {
+      int type = lua_rawgeti(L, 2, k);
       lua_pushnil(L);
-      lua_rawseti(L, 2, n);
+      lua_rawseti(L, 2, k);
+      if (type == LUA_TSTRING) lua_rawseti(L, 1, ++count); /* else it is told as open, if it is */
     }
+  }
   lua_settop(L, 1);
   return 1;
 }

@@ -1253,6 +1253,8 @@ function flow.fs.watch(path) end
 ---own (after "a" writes go to the end all the same), and moves when an operation succeeds. What was read ahead is not
 ---read again: changes that others make to these bytes are not seen until the file is sought.
 ---A canceled read loses nothing. A canceled write may have been done in part; it may be repeated in its place.
+---A file that was given to a program shares its position with that, both ways, so that they write, or read, one after
+---the other; a write to it that is canceled may have moved the position, as one after "a" has.
 ---Raises: ObjectDisposed after `close`.
 ---@class coflow.File
 ---@field path string

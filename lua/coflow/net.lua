@@ -404,7 +404,7 @@ local shared = {
 return setmetatable(net, {
   __index = function(_, key)
     if key ~= "udp" and key ~= "udp_async" then return nil end
-    for name, fn in pairs(require "coflow.udp"(shared)) do net[name] = fn end
+    for name, fn in pairs(core.require "udp"(shared)) do net[name] = fn end
     return rawget(net, key)
   end,
 })

@@ -149,8 +149,9 @@ local function wait(self, token)
 end
 
 ---Waits for its end. Any number of tasks may wait, also when it has ended.
----Cancellation: ends it as `close` does, but for the pipes, and raises when it has ended; unless others wait for it as
----well, or it is detached: then it goes on. Canceled before the call: raises, and leaves it alone.
+---Cancellation: ends it as `close` does, but for the pipes, and raises when it has ended; unless other tasks wait for
+---it as well (the cancellation of the last one ends it), or it is detached: then it goes on, and this raises at once.
+---Canceled before the call: raises, and leaves it alone.
 ---To wait for some time only, `process:wait_async():wait_async(seconds)`.
 ---Source: .NET's WaitForExitAsync, which leaves the process alone.
 ---@param token? coflow.CancellationToken

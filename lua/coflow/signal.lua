@@ -83,7 +83,7 @@ signal.wait_async = arguments.twin(signal.wait, check_wait)
 ---@return coflow.Stream
 function signal.stream(which)
   local numbers = numbers_of(which)
-  return require("coflow.stream").new(function(emit)
+  return core.require("stream").new(function(emit)
     local catcher <close> = core.catch(false, table.unpack(numbers))
     while true do emit(next_of(catcher)) end
   end)

@@ -56,7 +56,8 @@ function Clock.settle(_) core.await(core.testing.idle()) end
 ---@class coflow.testing.FakeTimeProvider
 ---@field _now number its time while it is not installed
 ---@field _installed boolean
----@field _target number? where an `advance` is going to
+---@field _advances table[] those under way, by their targets; `turn`: a completion source of one that waits
+---@field _leader table? the one of these that moves the clock
 local FakeTimeProvider = { __name = "coflow.testing.FakeTimeProvider" }
 FakeTimeProvider.__index = FakeTimeProvider
 
@@ -86,35 +87,70 @@ function FakeTimeProvider:settle()
   Clock.settle(self)
 end
 
-local advancing = { __close = function(guard) guard.provider._target = nil end }
+-- One of the advances under way, the leader, moves the clock, no further than to the first of their targets; the others
+-- wait for theirs, or for their turn to lead. Whoever leads and ends, in whatever way, leaves that to the first.
+
+local function lead(provider, entry)
+  provider._leader = entry
+  if entry and entry.turn then entry.turn:try_set_result() end
+end
+
+local advancing = {
+  __close = function(guard)
+    local provider, entry = guard.provider, guard.entry
+    local list = provider._advances
+    for at = #list, 1, -1 do
+      if list[at] == entry then table.remove(list, at) end
+    end
+    if provider._leader == entry then lead(provider, list[1]) end
+  end,
+}
+
+local function begin_advance(self, seconds)
+  local entry, list = { target = core.loop.now() + seconds }, self._advances
+  local at = #list + 1
+  while at > 1 and list[at - 1].target > entry.target do at = at - 1 end
+  if self._leader then
+    entry.turn = core.TaskCompletionSource()
+    entry.turn.task.name = "FakeTimeProvider:advance"
+  else
+    lead(self, entry)
+  end
+  table.insert(list, at, entry)
+  return entry
+end
 
 local function advance(self, seconds)
-  self._target = core.loop.now() + seconds
-  local _ <close> = setmetatable({ provider = self }, advancing)
-  self:settle()
-  repeat
-    while core.testing.step(self._target) do self:settle() end
-    self:settle()
-  until core.loop.now() >= self._target -- what ran last may have asked for more
+  local entry = begin_advance(self, seconds)
+  local _ <close> = setmetatable({ provider = self, entry = entry }, advancing)
+  if entry.turn then core.await(entry.turn.task) end
+  while not entry.reached do
+    core.await(core.testing.idle(true))
+    local first = self._advances[1]
+    if core.loop.now() < first.target then
+      core.testing.step(first.target)
+    else
+      first.reached = true
+      table.remove(self._advances, 1)
+      if first ~= entry then first.turn:try_set_result() end
+    end
+  end
 end
 
 ---Moves the time on: what is ready runs; then the clock steps to each time at which something is due, up to
 ---and including the target, and all that becomes ready there runs; then it stands at the target, and settles.
----So whatever runs reads its own due time. Called while another `advance` of this clock is under way (in what
----that has woken, a callback included), it moves the target on by `seconds` and returns at once.
----Cancellation: the clock stays where it is.
----Raises: InvalidOperation if it is not installed.
----Source: .NET FakeTimeProvider.Advance, but that one moves to the target first.
+---So whatever runs reads its own due time. Several may be under way, of several tasks or in what another one has woken:
+---each returns when the clock stands at its own target, as far from where the clock stood when it was called.
+---Cancellation: the clock stays where it is, or goes on to the targets of others.
+---Raises: InvalidOperation if it is not installed, or where it cannot suspend, as in a callback: start a task there.
+---Source: .NET FakeTimeProvider.Advance, but that one moves to the target first, and in a callback returns at once.
 ---@param seconds number >= 0
 function FakeTimeProvider:advance(seconds)
   check_provider(self)
   local wrong = wrong_seconds(seconds)
   if wrong then core.argument_error(2, wrong) end
   check_installed(self, "advance")
-  if self._target then
-    self._target = self._target + seconds
-    return
-  end
+  core.check_here()
   closing(advance, self, seconds)
 end
 
@@ -127,7 +163,7 @@ function testing.FakeTimeProvider(options)
   local start = options.start_time or 0
   local wrong = wrong_seconds(start)
   if wrong then core.argument_error(1, "start_time: " .. wrong) end
-  return setmetatable({ _now = start, _installed = false }, FakeTimeProvider)
+  return setmetatable({ _now = start, _installed = false, _advances = {} }, FakeTimeProvider)
 end
 
 -- Running -----------------------------------------------------------------------------------------
@@ -153,8 +189,8 @@ local function clean_up()
   end
 end
 
--- What the test has left. What is open says so, too, when it is collected; but a PeriodicTimer that is garbage is no
--- more than that. (Nothing is collected while there are tasks, which would be reported as abandoned.)
+-- What the test has left. What is open says so, too, when it is collected: here, if it is garbage, so that it is told
+-- in the same way whenever the collector comes. (But not while there are tasks, which would be reported as abandoned.)
 local function all_left()
   local list, open = left(), left_open()
   if #list == 0 and #open > 0 then
@@ -206,7 +242,7 @@ local function run_under(fn, seed, start, threshold, provider)
   begin(not provider, start, threshold, seed)
   local _ <close> = ending
   if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
-  provider._installed, provider._target = true, nil
+  provider._installed, provider._advances, provider._leader = true, {}, nil
   local _ <close> = setmetatable({}, { __close = function()
     provider._now, provider._installed = core.loop.now(), false
   end })
@@ -215,8 +251,9 @@ end
 
 ---Runs `fn(clock)` as the root task while time is virtual, and returns what it returns. When nothing is ready
 ---the clock jumps to the next deadline, so nothing ever sleeps. What happens outside has its own time: worker
----jobs, file operations and processes that somebody waits for hold the clock back until they end; sockets, pipes and
----signals, which may wait for ever, until no task became ready for `autojump_threshold` real seconds.
+---jobs, file operations and processes that somebody waits for hold the clock back until they end; sockets, pipes,
+---signals, and what files do that are none (FIFOs, terminals), which may wait for ever, until no task became ready for
+---`autojump_threshold` real seconds.
 ---
 ---`seed`: any task that is ready comes next, and equal deadlines fire in any order, as the seed decides; the same
 ---seed gives the same course, every time. A failure writes the seed to standard error. nil: the order of
@@ -226,7 +263,8 @@ end
 ---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
 ---
 ---Tasks started, timers armed, and what was opened meanwhile, sockets, listeners, watchers of files and other handles,
----must have ended, or have been closed: that the collector does it does not count. What is merely ready may still run
+---must have ended, or have been closed: that the collector does it does not count (but a handler of unobserved
+---exceptions, if there is one, is told of a task that is collected while it waits). What is merely ready may still run
 ---when `fn` returns; then what is left fails the test, and is closed, so that the next one starts clean: tasks
 ---as if they had been abandoned, their `<close>` variables run.
 ---Raises: the error of `fn`, first of all. InvalidOperation: what was left, each with its name, where it waits
