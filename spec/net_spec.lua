@@ -1475,3 +1475,156 @@ describe("a stream", function()
     ]])
   end)
 end)
+
+describe("what need not wait", function()
+  -- How many turns another task that is ready has while `fn` runs in a task of its own.
+  local function turns_during(fn)
+    local turns, done = 0, false
+    local other = flow.spawn(function()
+      while not done do
+        turns = turns + 1
+        flow.yield()
+      end
+    end)
+    flow.await(flow.spawn(fn))
+    done = true
+    flow.await(other)
+    return turns
+  end
+
+  -- A connection whose other end takes all, and a function that closes it.
+  local function drained()
+    local client, server = pair()
+    local reader = flow.spawn(function() while server:read() do end end)
+    return client, function()
+      client:close()
+      flow.await(reader)
+    end
+  end
+
+  local kinds = {
+    ["a write"] = function()
+      local client, close = drained()
+      return function() client:write("x") end, close
+    end,
+    ["a write with a token"] = function()
+      local client, close = drained()
+      local source = flow.CancellationTokenSource()
+      return function() client:write("x", source.token) end, close
+    end,
+    ["a write that is an operation"] = function()
+      local client, close = drained()
+      return function() flow.await(client:write_async("x")) end, close
+    end,
+    ["a datagram"] = function()
+      local socket = net.udp { host = "127.0.0.1" }
+      return function() socket:send("x", "127.0.0.1", socket.port) end, function() socket:close() end
+    end,
+  }
+  for name, make in pairs(kinds) do
+    it("lets others have their turn all the same: " .. name, connected(function()
+      local step, close = make()
+      local turns = turns_during(function() for _ = 1, 2000 do step() end end)
+      assert.is_true(turns >= 5, turns)
+      close()
+    end))
+  end
+
+  for _, name in ipairs { "a write", "a write that is an operation", "a datagram" } do
+    it("ends at a deadline, and lets timers tick: " .. name, connected(function()
+      local step, close = kinds[name]()
+      local ticks, start = 0, os.clock()
+      local timer <close> = flow.Timer(function() ticks = ticks + 1 end, 0.001, 0.001)
+      helper.raises("Timeout", flow.with_timeout, 0.05, function()
+        while os.clock() - start < 20 do step() end -- which only ever ends a broken run
+      end)
+      assert.is_true(ticks > 0)
+      timer:dispose()
+      close()
+    end))
+  end
+
+  it("is an accept, too", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local clients = {}
+    for i = 1, 40 do clients[i] = net.connect("127.0.0.1", listener.port) end
+    assert.is_true(turns_during(function() for _ = 1, 40 do listener:accept():close() end end) >= 2)
+    for i = 1, 40 do clients[i]:close() end
+  end))
+
+  it("has happened when it is canceled in its turn, and tells so", connected(function()
+    local client, server = pair()
+    local sent = 0
+    local writer = flow.spawn(function()
+      for _ = 1, 5000 do
+        assert(client:write("x"))
+        sent = sent + 1
+      end
+    end)
+    flow.spawn(function() writer:cancel() end)
+    helper.raises("OperationCanceled", flow.await, writer)
+    assert.is_true(sent > 0 and sent < 5000)
+    client:close()
+    assert.equal(sent, #server:read_all())
+  end))
+
+  it("is an operation that has come to its end, and cannot be canceled, before that is known", connected(function()
+    local client, server = pair()
+    local late
+    for i = 1, 2000 do
+      local op = client:write_async("x")
+      if not op.is_completed then
+        late = i
+        assert.is_false(op:cancel())
+        assert.is_true(flow.await(op))
+        assert.is_true(op.is_completed)
+        break
+      end
+    end
+    client:close()
+    assert.equal(late, #server:read_all())
+  end))
+
+  it("is no accept yet that is canceled in its turn: the next one gets that connection", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local clients, streams = {}, {}
+    for i = 1, 40 do
+      clients[i] = net.connect("127.0.0.1", listener.port)
+      clients[i]:write(("%02d"):format(i))
+    end
+    local canceled = 0
+    while #streams < 40 do
+      local op = listener:accept_async()
+      if op.is_completed then
+        streams[#streams + 1] = flow.await(op)
+      else
+        canceled = canceled + (op:cancel() and 1 or 0)
+        flow.yield()
+      end
+    end
+    assert.is_true(canceled > 0)
+    for i = 1, 40 do
+      assert.equal(("%02d"):format(i), streams[i]:read())
+      streams[i]:close()
+      clients[i]:close()
+    end
+  end))
+
+  it("goes on at once where nobody can suspend", connected(function()
+    local client, server = pair()
+    ;(("x"):rep(1000)):gsub("x", function(x) client:write(x) end)
+    coroutine.wrap(function() for _ = 1, 1000 do client:write("y") end end)()
+    local inner = flow.coroutine.wrap(function() for _ = 1, 1000 do client:write("z") end end)
+    inner()
+    client:close()
+    assert.equal(("x"):rep(1000) .. ("y"):rep(1000) .. ("z"):rep(1000), server:read_all())
+  end))
+
+  it("goes on outside every task", function()
+    local client, server = pair()
+    for _ = 1, 1000 do client:write("x") end
+    assert.equal(("x"):rep(1000), server:read_exactly(1000))
+    client:close()
+    server:close()
+  end)
+end)

@@ -128,6 +128,7 @@ struct request {
   const struct verb *verb;
   int data; /* index of a value that it is about, or 0 */
   int what;
+  int cost; /* of the slice of ready tasks, if it need not wait; 0: none */
   size_t size, seen, found, skip;
 };
 /* [-0, +1, m] not libuv's yet */
@@ -148,6 +149,22 @@ int64_t handle_left(struct handle *h); /* a waiter has given up: a number for it
 void handle_tell_written(lua_State *L, int i);
 /* x(…) with the arguments 1 … k, the last one the token */
 int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFunction f);
+/* an answer that need not wait costs a part of the slice; true: there is no more of it. No Lua. */
+static inline bool handle_spend(struct runtime *rt, int cost) {
+  rt->slice -= cost;
+  if (rt->slice > 0 || cost == 0) return false;
+  rt->slice = 0;
+  return true;
+}
+enum { COST_BYTES = 16384 }; /* so many cost as much as an answer by itself */
+static inline int handle_cost(size_t bytes) {
+  return 1 + (int)(bytes < (size_t)COST_BYTES << 10 ? bytes / COST_BYTES : 1 << 10);
+}
+/* [-1, …, e] gives the value, or the error, on top to the running fiber when it is its turn again */
+int handle_give_way(lua_State *L, struct runtime *rt, bool failed);
+static inline int handle_return(lua_State *L, struct runtime *rt, int cost) { /* … if it must */
+  return handle_spend(rt, cost) ? handle_give_way(L, rt, false) : 1;
+}
 /* suspends the running fiber, with the handle and nil on its stack */
 int handle_wait(lua_State *L, struct fiber *me, struct link *q);
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */

@@ -183,6 +183,7 @@ static bool wait_accept(lua_State *L, struct handle *h, struct request *r) {
 
 static struct link *queue_accept(struct handle *h) { return &as_listener(h)->acceptors; }
 
+enum { ACCEPT_COST = 16 }; /* whoever has got one has more to do */
 static const struct verb accept_verb = {"accept", look_accept, take_accept, wait_accept,
                                         queue_accept};
 
@@ -193,7 +194,7 @@ static void land(lua_State *L, struct handle *h, int i) {
 
 static int accept_any(lua_State *L, lua_CFunction f) {
   struct listener *l = check(L);
-  struct request r = {.verb = &accept_verb};
+  struct request r = {.verb = &accept_verb, .cost = ACCEPT_COST};
   token_opt(L, 2);
   lua_settop(L, 2);
   return f != NULL ? handle_ask(L, &l->handle, &r, 2, f) : handle_ask_async(L, &l->handle, &r, 2);

@@ -395,7 +395,7 @@ static int l_try_send(lua_State *L) {
     return lua_error(L);
   }
   lua_pushboolean(L, status == 0);
-  return 1;
+  return status == 0 ? handle_return(L, u->handle.rt, handle_cost(length)) : 1;
 }
 
 static void land(lua_State *L, struct handle *h, int i) {

@@ -446,6 +446,7 @@ static int write_any(lua_State *L, lua_CFunction f) {
     r.size += length;
   }
   r.what = n;
+  r.cost = handle_cost(r.size);
   if (r.size > SHORT) make_room(L);
   if (f == NULL) return handle_ask_async(L, &s->handle, &r, n + 1);
   if (lua_isnil(L, n + 1) && !s->handle.disposed && !s->broken && !s->shut &&
@@ -456,7 +457,7 @@ static int write_any(lua_State *L, lua_CFunction f) {
       if (s->queued > 0) handle_changed(L, 1);
       if (s->write_status == 0) {
         lua_pushboolean(L, 1);
-        return 1;
+        return handle_return(L, s->handle.rt, r.cost);
       }
     }
   }
