@@ -1245,6 +1245,71 @@ describe("a reset", function()
     helper.is_error("IO", err)
     assert.equal("ECONNRESET", helper.raises("IO", server.read, server).code)
   end))
+
+  -- A stream to read from, with `text` in it, whose peer has gone without having read what was written to it.
+  local function left(text, make)
+    local client, server = make()
+    client:write(text)
+    server:write("unread by the client")
+    flow.sleep(0.002)
+    client:dispose()
+    flow.sleep(0.002)
+    return server
+  end
+
+  local function pipe_pair()
+    local path = os.tmpname()
+    os.remove(path)
+    local listener <close> = net.listen_pipe(path)
+    local client = net.connect_pipe(path)
+    local server = listener:accept()
+    opened[client], opened[server] = true, true
+    return client, server
+  end
+
+  local function is_reset(fn, ...)
+    assert.equal("ECONNRESET", helper.raises("IO", fn, ...).code)
+  end
+
+  for name, make in pairs { TCP = pair, ["a pipe"] = pipe_pair } do
+    it("comes after what was read, and again, by " .. name, connected(function()
+      local stream = left("data", make)
+      assert.equal("data", stream:read())
+      is_reset(stream.read, stream)
+      is_reset(stream.read, stream)
+      stream = left("data", make)
+      assert.equal("da", stream:read(2))
+      assert.equal("ta", stream:read_exactly(2))
+      is_reset(stream.read_exactly, stream, 1)
+      stream = left("one\npart of two", make)
+      assert.equal("one", stream:read_line())
+      is_reset(stream.read_line, stream)
+      is_reset(function() for _ in stream:lines() do end end)
+      stream = left("half", make)
+      is_reset(stream.read_all, stream)
+    end))
+
+    it("ends a read that has been waiting, by " .. name, connected(function()
+      local client, server = make()
+      server:write("unread")
+      local reading = server:read_all_async()
+      flow.sleep(0.002)
+      client:write("half")
+      client:dispose()
+      is_reset(flow.await, reading)
+    end))
+
+    it("is not the end of one who has read all, by " .. name, connected(function()
+      local client, server = make()
+      client:write("all")
+      server:write("read")
+      assert.equal("read", client:read())
+      client:close()
+      flow.sleep(0.002)
+      assert.equal("all", server:read_all())
+      assert.is_nil(server:read())
+    end))
+  end
 end)
 
 describe("listen_pipe", function()
