@@ -1503,6 +1503,44 @@ describe("bytes that were taken, and lost", function()
     assert.is_true(client:close())
     do local _ <close> = client end
   end))
+
+  it("are not told of by close after a suspended write has raised it", connected(function()
+    local client, server = pair()
+    fill(client)
+    local writing = client:write_async(("x"):rep(1 << 20))
+    server:abort()
+    check_lost(flow.try_await(writing))
+    assert.is_true(client:close())
+  end))
+
+  it("are not those of a canceled write, which has told what became of it", connected(function()
+    for _, refused in ipairs { false, true } do
+      local client, server = pair()
+      local err = helper.raises("Timeout", flow.with_timeout, 0.005, client.write, client, ("x"):rep(30 << 20))
+      if refused then helper.raises("IO", client.write, client, "more") end
+      assert.equal(err.written, #server:read_exactly(err.written))
+      assert.is_true(client:close())
+    end
+  end))
+
+  it("are told of by the first that is refused after a canceled write has broken the stream", connected(function()
+    local function broken()
+      local client = pair()
+      fill(client)
+      local source = flow.CancellationTokenSource()
+      local writing = client:write_async(("x"):rep(100000), source.token)
+      flow.sleep(0.002)
+      source:cancel()
+      helper.raises("OperationCanceled", flow.await, writing)
+      assert.is_true(client.is_closed)
+      return client
+    end
+    local client = broken()
+    helper.raises("IO", client.close, client)
+    client = broken()
+    helper.raises("IO", client.write, client, "more")
+    assert.is_true(client:close())
+  end))
 end)
 
 describe("a stream", function()

@@ -137,9 +137,10 @@ bool stream_push_hindrance(lua_State *L, struct stream *s, const struct request 
                            const struct link *q) {
   if (s->handle.disposed)
     handle_push_disposed(L, &s->handle);
-  else if (s->broken)
+  else if (s->broken) {
     stream_push_broken(L, s, r->verb->name);
-  else if (q != NULL && is_new(s, r) && waiter_any(q))
+    s->unsent = false; /* it is told */
+  } else if (q != NULL && is_new(s, r) && waiter_any(q))
     error_push(L, ERROR_OPERATION, "%s: another task is %s this stream: one at a time",
                r->verb->name, q == &s->readers ? "reading from" : "writing to");
   else
@@ -158,9 +159,10 @@ static void refuse_all(lua_State *L, int i, struct stream *s) {
   write_refuse(L, i, s); /* which may break it */
   for (int n = 0; n < 3; n++) {
     if (!waiter_any(queues[n]) || (n > 0 && !s->broken)) continue;
-    if (s->broken)
+    if (s->broken) {
       stream_push_broken(L, s, n == 0 ? "read" : "write");
-    else
+      s->unsent = false;
+    } else
       handle_push_code(L, "ECANCELED", "read", "the stream was closed by another task");
     handle_refuse(L, i, queues[n]);
   }

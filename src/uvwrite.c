@@ -84,9 +84,11 @@ static void drop_all(struct stream *s) {
   while (s->first != NULL) drop_first(s);
 }
 
-/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever flushes or closes. */
+/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever comes first. Of what a
+** canceled write has lost, `cut` knows. */
 static void lose_all(struct stream *s) {
-  if (s->queued > 0 && (!waiter_any(&s->writes) || record_of(s->writes.next)->from > s->sent))
+  if (s->queued > 0 && !s->broken &&
+      (!waiter_any(&s->writes) || record_of(s->writes.next)->from > s->sent))
     s->unsent = true;
   drop_all(s);
 }
@@ -569,6 +571,7 @@ void write_refuse(lua_State *L, int i, struct stream *s) {
     if (!failed)
       lua_pushboolean(L, 1);
     else {
+      if (broken || s->write_status != 0) s->unsent = false; /* it is told */
       if (broken)
         stream_push_broken(L, s, "write");
       else if (s->write_status != 0)
