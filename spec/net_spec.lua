@@ -1101,6 +1101,92 @@ describe("listener:serve", function()
     assert.same({ "true in time", "false OperationCanceled" }, log)
   end))
 
+  for _, name in ipairs { "close", "dispose", "__close" } do
+    it("winds down after " .. name .. " as after stop", connected(function()
+      local log, note = helper.recorder()
+      local listener = net.listen("127.0.0.1", 0)
+      local server = listener:serve_async(function(s, stopping)
+        stopping:register(function() note("stopping") end)
+        local ok, got = pcall(s.read, s)
+        note(ok, ok and got or got.name)
+        if ok then s:write("bye") end
+      end, { grace = 0.1 })
+      local quick <close> = net.connect("127.0.0.1", listener.port)
+      local slow <close> = net.connect("127.0.0.1", listener.port)
+      flow.sleep(0.01)
+      if name == "__close" then
+        do local _ <close> = listener end
+      else
+        listener[name](listener)
+      end
+      quick:write("in time")
+      assert.equal("bye", quick:read_all())
+      assert.is_nil(slow:read())
+      flow.await(server)
+      assert.same({ "stopping", "stopping", "true in time", "false OperationCanceled" }, log)
+      listener:stop()
+    end))
+  end
+
+  it("ends when it is closed while all its connections are taken, and says why", connected(function()
+    local listener = net.listen("127.0.0.1", 0)
+    local said
+    local server = listener:serve_async(function(s)
+      s:write("hello\n")
+      local _, err = pcall(s.read, s)
+      said = err.reason
+    end, { max_connections = 1 })
+    local c <close> = net.connect("127.0.0.1", listener.port)
+    local waiting <close> = net.connect("127.0.0.1", listener.port)
+    c:read_line()
+    listener:close()
+    flow.await(server)
+    assert.equal("the listener was closed", said)
+    assert.is_false((pcall(waiting.read_exactly, waiting, 1)))
+  end))
+
+  it("tells what a callback of its token raises: stop its caller, close the handler", connected(function()
+    local reports = helper.reports()
+    for _, name in ipairs { "stop", "close" } do
+      local listener = net.listen("127.0.0.1", 0)
+      local server = listener:serve_async(function(s, stopping)
+        stopping:register(function() error(name, 0) end)
+        s:write("hello\n")
+        s:read()
+      end)
+      local c <close> = net.connect("127.0.0.1", listener.port)
+      c:read_line()
+      assert.equal(name == "close", (pcall(listener[name], listener)))
+      flow.await(server)
+    end
+    flow.on_unobserved_exception(nil)
+    assert.equal(1, #reports)
+    assert.same({ "close" }, helper.inner(reports[1].err))
+  end))
+
+  it("tells at once what on_error raises, and goes on", connected(function()
+    local reports = helper.reports()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local server = listener:serve_async(function(s)
+      error(s:read_line(), 0)
+    end, { on_error = function(err)
+      flow.yield()
+      error("about " .. err, 0)
+    end })
+    for i = 1, 2 do
+      local c <close> = net.connect("127.0.0.1", listener.port)
+      c:write(i, "\n")
+      assert.is_nil(c:read())
+      until_true(function() return #reports == i end)
+      assert.equal("about " .. i, reports[i].err)
+    end
+    assert.is_false(server.is_completed)
+    listener:stop()
+    flow.await(server)
+    flow.on_unobserved_exception(nil)
+    assert.equal(2, #reports)
+  end))
+
   it("is canceled from outside with its connections", connected(function()
     local listener <close> = net.listen("127.0.0.1", 0)
     local log, note = helper.recorder()
@@ -1521,25 +1607,6 @@ describe("bytes that were taken, and lost", function()
       assert.equal(err.written, #server:read_exactly(err.written))
       assert.is_true(client:close())
     end
-  end))
-
-  it("are told of by the first that is refused after a canceled write has broken the stream", connected(function()
-    local function broken()
-      local client = pair()
-      fill(client)
-      local source = flow.CancellationTokenSource()
-      local writing = client:write_async(("x"):rep(100000), source.token)
-      flow.sleep(0.002)
-      source:cancel()
-      helper.raises("OperationCanceled", flow.await, writing)
-      assert.is_true(client.is_closed)
-      return client
-    end
-    local client = broken()
-    helper.raises("IO", client.close, client)
-    client = broken()
-    helper.raises("IO", client.write, client, "more")
-    assert.is_true(client:close())
   end))
 end)
 

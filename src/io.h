@@ -195,7 +195,7 @@ struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, 
 /* a status of libuv; it owns fd, and the path if any. No Lua. */
 int listener_adopt(struct listener *l, int fd, const char *path);
 
-void listener_open(lua_State *L);
+void listener_open(lua_State *L); /* [-0, +0, m] into the table of coflow.net on top */
 bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
 /* of either family: what the system is told of its length; its port, in the order of the net */
 static inline socklen_t address_length(const struct sockaddr_storage *a) {

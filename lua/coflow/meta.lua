@@ -1508,8 +1508,8 @@ function Stream:read_all_async(max, token) end
 ---Cancellation: nothing is sent if libuv has not begun with it. If it has, the stream is broken and closed: `written`
 ---in the error, and in the IO errors with code ECANCELED that all later use raises, tells how many bytes of it the
 ---system took. So does `written` in the error of a suspended write whose stream is closed, or fails.
----A loop of writes lets others have their turn, also while the system takes all: now and then one suspends that has been
----done, which no cancellation takes back.
+---A loop of writes lets others have their turn, also while the system takes all: now and then one suspends that has
+---been done, which no cancellation takes back.
 ---Raises: IO (EPIPE, ECONNRESET …); InvalidOperation while another task's write is suspended, and after `shutdown`.
 ---@param ... string|number|coflow.CancellationToken
 ---@return true
