@@ -141,8 +141,8 @@ bool stream_push_hindrance(lua_State *L, struct stream *s, const struct request 
     stream_push_broken(L, s, r->verb->name);
     s->unsent = false; /* it is told */
   } else if (q != NULL && is_new(s, r) && waiter_any(q))
-    error_push(L, ERROR_OPERATION, "%s: another task is %s this stream: one at a time",
-               r->verb->name, q == &s->readers ? "reading from" : "writing to");
+    error_push(L, ERROR_OPERATION, "%s: another task is reading from this stream: one at a time",
+               r->verb->name);
   else
     return false;
   return true;

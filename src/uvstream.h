@@ -82,7 +82,7 @@ static inline struct stream *stream_check(lua_State *L) { /* [-0, +0, v] at inde
 
 /* ---- uvstream.c ---- */
 
-/* [-0, +0/1, m] what hinders every new request; q: one at a time in it */
+/* [-0, +0/1, m] what hinders every new request; q: that of the readers, one at a time, or NULL */
 bool stream_push_hindrance(lua_State *L, struct stream *s, const struct request *r,
                            const struct link *q);
 /* [-0, +1, m] why it is of no use any more */

@@ -5,8 +5,9 @@
 ** together in blocks, long ones are held, not copied. libuv has at most one request at a time, of up to BUFFERS
 ** pieces, so what is written meanwhile goes out together. A write returns when no more than HIGH bytes are waiting;
 ** else it suspends until only LOW are. To standard output and error it returns when it is all sent, so that what the
-** program writes otherwise (print) comes after it; and as it is everybody's, any number of tasks may be suspended in
-** such writes, each a record of what is its own in the queue.
+** program writes otherwise (print) comes after it. Any number of tasks may be suspended in writes, each a record of
+** what is its own in the queue; while one is, others that come suspend behind it. libuv is given nothing of those that
+** are behind the first, so that they can be taken back.
 **
 **     written before │ a write that suspends │ the next one
 **     ───────────────┼───────────────────────┼─────────────
@@ -138,13 +139,24 @@ static void on_write(uv_write_t *req, int status) {
   write_done(s, status);
 }
 
+/* how many bytes may be given: not beyond the first write that is suspended and not yet sent */
+static size_t most_to_give(const struct stream *s) {
+  for (struct link *l = s->writes.next; l != &s->writes; l = l->next) {
+    const struct record *r = record_of(l);
+    if (r->from + r->size <= s->sent) continue;
+    uint64_t n = r->from + r->size - s->sent;
+    return n < FLIGHT_MOST ? (size_t)n : FLIGHT_MOST;
+  }
+  return FLIGHT_MOST;
+}
+
 /* the first `flight` bytes of the queue, to libuv */
 static int launch(struct stream *s) {
   uv_buf_t buffers[BUFFERS];
   unsigned n = 0;
-  size_t size = 0;
-  for (struct piece *p = s->first; p != NULL && n < BUFFERS && size < FLIGHT_MOST; p = p->next) {
-    size_t length = p->length < FLIGHT_MOST - size ? p->length : FLIGHT_MOST - size;
+  size_t size = 0, most = most_to_give(s);
+  for (struct piece *p = s->first; p != NULL && n < BUFFERS && size < most; p = p->next) {
+    size_t length = p->length < most - size ? p->length : most - size;
     buffers[n++] = uv_buf_init((char *)p->base, (unsigned)length);
     size += length;
   }
@@ -343,9 +355,8 @@ static void make_room(lua_State *L) {
   lua_pop(L, 1);
 }
 
-static bool push_write_hindrance(lua_State *L, struct stream *s, const struct request *r,
-                                 const struct link *q) {
-  if (stream_push_hindrance(L, s, r, s->standard != 0 ? NULL : q)) return true;
+static bool push_write_hindrance(lua_State *L, struct stream *s, const struct request *r) {
+  if (stream_push_hindrance(L, s, r, NULL)) return true;
   int status = s->standard == 1 ? UV_EBADF : s->write_status;
   if (status != 0) {
     io_push_error(L, status, r->verb->name, NULL);
@@ -364,7 +375,7 @@ static size_t patience(const struct stream *s, size_t usual) {
 static enum look look_write(lua_State *L, int i, struct handle *h, struct request *r) {
   struct stream *s = as_stream(h);
   (void)i;
-  if (push_write_hindrance(L, s, r, &s->writers)) return LOOK_ERROR;
+  if (push_write_hindrance(L, s, r)) return LOOK_ERROR;
   if (is_new(s, r) && s->shut) {
     error_push(L, ERROR_OPERATION, "write: this side of the stream has been shut down");
     return LOOK_ERROR;
@@ -416,7 +427,7 @@ static bool wait_write(lua_State *L, struct handle *h, struct request *r) {
   put(L, s, r->what);
   r->found = 1;
   if (s->write_status != 0) return false;
-  if (s->queued <= patience(s, HIGH)) {
+  if (s->queued <= patience(s, HIGH) && !waiter_any(&s->writes)) {
     handle_changed(L, 1); /* libuv may have it in hands */
     return false;
   }
@@ -526,8 +537,6 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
   bool canceled =
       token != NULL ? operation_canceled(token, scope) : scope->canceled && !token_none(L, 2);
   if (!s->handle.disposed && !s->broken && s->write_status == 0 && !canceled) {
-    if (waiter_any(&s->writers))
-      return error_throw(L, ERROR_OPERATION, "shutdown: another task is writing to this stream");
     if (f != NULL && s->queued > 0) fiber_here(L, s->handle.rt);
     s->shut = true;
     end_writing(s);
