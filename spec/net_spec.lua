@@ -820,12 +820,15 @@ end)
 describe("closing", function()
   it("ends the operations of other tasks with IO errors", connected(function()
     local client, server = pair()
-    local reader, writer = server:read_async(), server:write_async(("x"):rep(30 << 20))
+    local reader, writer = server:read_async(), flow.spawn(server.write, server, ("x"):rep(30 << 20))
     local flush = flow.spawn(server.flush, server)
     flow.sleep(0.005)
     server:close()
-    assert.equal("ECANCELED", helper.raises("IO", flow.await, reader).code)
-    assert.equal("ECANCELED", helper.raises("IO", flow.await, writer).code)
+    for _, task in ipairs { reader, writer } do
+      local err = helper.raises("IO", flow.await, task)
+      assert.equal("ECANCELED", err.code)
+      helper.is_error("IO", err, "the stream was closed meanwhile")
+    end
     assert.equal("ECANCELED", helper.raises("IO", flow.await, flush).code)
     for _, method in ipairs { "read", "read_line", "read_all", "write", "flush", "shutdown", "nodelay" } do
       helper.raises("ObjectDisposed", server[method], server)
@@ -848,6 +851,89 @@ describe("closing", function()
     assert.is_false(closing.is_completed)
     assert.equal(n, #server:read_all())
     flow.await(closing)
+  end))
+
+  for name, close in pairs {
+    close = function(stream) stream:close() end,
+    close_async = function(stream) flow.await(stream:close_async()) end,
+    ["the end of a block"] = function(stream) local _ <close> = stream end,
+  } do
+    it("waits for writes that are operations: " .. name, connected(function()
+      local client, server = pair()
+      local big = ("x"):rep(10 << 20)
+      local first, last = client:write_async(big), client:write_async("last")
+      local reading = server:read_all_async()
+      close(client)
+      assert.is_true(first.is_completed and last.is_completed)
+      assert.is_true(flow.await(first) and flow.await(last))
+      assert.is_true(flow.await(reading) == big .. "last")
+    end))
+  end
+
+  it("ends who is suspended in a write, and waits for the operations before and behind", connected(function()
+    local client, server = pair()
+    local source = flow.CancellationTokenSource()
+    local first = client:write_async(("x"):rep(10 << 20))
+    local direct = flow.spawn(client.write, client, "never")
+    local given = flow.spawn(client.write, client, "never", source.token)
+    flow.yield()
+    local last = client:write_async("last")
+    local closing = client:close_async()
+    for _, task in ipairs { direct, given } do
+      local err = helper.raises("IO", flow.await, task)
+      assert.equal("ECANCELED", err.code)
+      assert.equal(0, err.written)
+    end
+    assert.is_false(first.is_completed)
+    assert.is_true(server:read_all() == ("x"):rep(10 << 20) .. "last")
+    flow.await(closing)
+    assert.is_true(flow.await(first) and flow.await(last))
+  end))
+
+  for name, cut in pairs {
+    ["is canceled"] = function(client)
+      helper.raises("Timeout", flow.with_timeout, 0.005, client.close, client)
+    end,
+    ["is followed by dispose"] = function(client)
+      local closing = client:close_async()
+      flow.sleep(0.002)
+      client:dispose()
+      flow.try_await(closing)
+    end,
+  } do
+    it("that " .. name .. " ends them, and tells what was sent", connected(function()
+      local client, server = pair()
+      local first, last = client:write_async(("x"):rep(30 << 20)), client:write_async("last")
+      cut(client)
+      local err = helper.raises("IO", flow.await, first)
+      assert.equal("ECANCELED", err.code)
+      helper.is_error("IO", err, "the stream was closed meanwhile")
+      assert.is_true(err.written > 0)
+      assert.equal(0, helper.raises("IO", flow.await, last).written)
+      assert.equal(err.written, #server:read_all())
+      assert.is_true(client:close())
+    end))
+  end
+
+  it("does not tell again what such an operation has told", connected(function()
+    local client, server = pair()
+    local writing = client:write_async(("x"):rep(30 << 20))
+    local closing = client:close_async()
+    flow.sleep(0.002)
+    server:abort()
+    helper.raises("IO", flow.await, writing)
+    assert.is_true(flow.await(closing))
+  end))
+
+  it("goes on when such an operation is canceled", connected(function()
+    local client, server = pair()
+    local n = fill(client)
+    local first, last = client:write_async(("x"):rep(100000)), client:write_async("last")
+    local closing = client:close_async()
+    first:cancel()
+    assert.equal(0, helper.raises("OperationCanceled", flow.await, first).written)
+    assert.equal(n + 4, #server:read_all())
+    assert.is_true(flow.await(last) and flow.await(closing))
   end))
 
   it("that is canceled drops what was not sent", connected(function()

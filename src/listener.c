@@ -207,7 +207,7 @@ static int l_close(lua_State *L) {
   struct listener *l = check(L);
   lua_settop(L, 1);
   if (l->handle.disposed) return 0;
-  handle_push_code(L, "ECANCELED", "accept", "the listener was closed by another task");
+  handle_push_code(L, "ECANCELED", "accept", "the listener was closed meanwhile");
   if (l->handle.disposed) return 0; /* by a finalizer */
   l->handle.disposed = true;
   handle_refuse(L, 1, &l->acceptors);

@@ -1542,8 +1542,9 @@ function Stream:shutdown(token) end
 ---@return coflow.Task
 function Stream:shutdown_async(token) end
 
----Closes the stream for everybody at once, and suspends until all that was written is sent. Other tasks that read or
----write get an IO error with code ECANCELED; if a write was half sent, nothing more is. A second time is harmless.
+---Closes the stream for everybody at once, and suspends until all that was written is sent, by operations
+---(`write_async`) as well. Tasks that read, or are suspended in `write`, get an IO error with code ECANCELED; if such a
+---write was half sent, nothing more is. A second time is harmless.
 ---As a `<close>` variable it is closed so, or disposed while an error unwinds. A standard stream leaves its descriptor
 ---to print and its like.
 ---Cancellation: what has not been sent is dropped.
