@@ -464,16 +464,126 @@ describe("writing", function()
     end
   end))
 
-  it("takes one suspended writer at a time", connected(function()
+  it("waits behind a suspended one, also when the stream is shut down meanwhile", connected(function()
     local client, server = pair()
     local big = ("x"):rep(20 << 20)
     local first = client:write_async(big)
     flow.sleep(0.002)
     assert.is_false(first.is_completed)
-    helper.raises("InvalidOperation", client.write, client, "second")
-    helper.raises("InvalidOperation", client.shutdown, client)
-    assert.is_true(#server:read_exactly(#big) == #big)
-    assert.is_true(flow.await(first))
+    local log, note = helper.recorder()
+    for i = 1, 3 do
+      flow.spawn(function() note(i, client:write(i, "")) end)
+    end
+    flow.yield()
+    local last = client:write_async("last")
+    local shut = client:shutdown_async()
+    helper.raises("InvalidOperation", client.write, client, "late")
+    flow.sleep(0.002)
+    assert.is_false(last.is_completed)
+    assert.same({}, log)
+    assert.is_true(server:read_exactly(#big) == big)
+    assert.equal("123last", server:read_all())
+    assert.is_true(flow.await(first) and flow.await(last) and flow.await(shut))
+    assert.same({ "1 true", "2 true", "3 true" }, log)
+  end))
+
+  it("is sent whole, in the order of the calls, however many wait", connected(function()
+    local client, server = pair()
+    fill(client)
+    local n = many(300, 40)
+    local tasks = {}
+    for i = 1, n do
+      local line = ("%04d"):format(i):rep(i % 7 == 0 and 9000 or 500)
+      tasks[i] = i % 2 == 0 and client:write_async(line, "\n") or flow.spawn(client.write, client, line, "\n")
+      if i % 2 == 1 then flow.yield() end
+    end
+    local closing = flow.spawn(function()
+      flow.await_all(tasks)
+      client:close()
+    end)
+    local i = 0
+    for line in server:lines(math.huge) do
+      i = i + 1
+      assert.is_true(line:match("x*(.*)") == ("%04d"):format(i):rep(i % 7 == 0 and 9000 or 500), i)
+    end
+    assert.equal(n, i)
+    flow.await(closing)
+  end))
+
+  it("that waits behind another is taken back when it is canceled, each by itself", connected(function()
+    local client, server = pair()
+    local n = fill(client)
+    local source = flow.CancellationTokenSource()
+    local first = client:write_async(("a"):rep(100000))
+    local second = client:write_async("never", source.token)
+    local third = flow.spawn(client.write, client, ("n"):rep(100000))
+    flow.yield()
+    local last = client:write_async("last")
+    source:cancel()
+    third:cancel()
+    assert.equal(0, helper.raises("OperationCanceled", flow.await, second).written)
+    assert.equal(0, helper.raises("OperationCanceled", flow.await, third).written)
+    local reading = server:read_exactly_async(n + 100004)
+    assert.is_true(flow.await(reading):sub(n + 1) == ("a"):rep(100000) .. "last")
+    assert.is_true(flow.await(first) and flow.await(last))
+    client:close()
+    assert.is_nil(server:read())
+  end))
+
+  it("ends with the stream, however many wait", connected(function()
+    local client, server = pair()
+    local tasks = {}
+    for i = 1, 5 do tasks[i] = flow.spawn(client.write, client, ("x"):rep(20 << 20)) end
+    flow.sleep(0.002)
+    client:dispose()
+    for i = 1, 5 do
+      local err = helper.raises("IO", flow.await, tasks[i])
+      assert.equal("ECANCELED", err.code)
+      assert.is_true(i == 1 or err.written == 0)
+    end
+    server:dispose()
+  end))
+
+  it("by many, canceled by chance: what is told is what was sent", connected(function()
+    for seed = 1, helper.seeds(4, 1) do
+      local state = seed
+      local function random(n)
+        state = state * 6364136223846793005 + 1442695040888963407
+        return (state >> 33) % n + 1
+      end
+      local client, server = pair()
+      local expected, got = { ("x"):rep(fill(client)) }, {}
+      local reader = flow.spawn(function()
+        for data in function() return server:read(random(100000)) end do
+          got[#got + 1] = data
+          if random(3) == 1 then flow.sleep(0) end
+        end
+      end)
+      local broken
+      for _ = 1, 8 do
+        local tasks = {}
+        for i = 1, random(6) do
+          local size = ({ 0, 1, 100, 5000, 70000, 200000, 400000 })[random(7)]
+          local text = string.char(96 + random(26)):rep(size)
+          tasks[i] = { text = text, task = client:write_async(text) }
+        end
+        if random(3) == 1 then flow.sleep(0) flow.yield() end
+        for i = #tasks, 1, -1 do
+          if random(3) == 1 then tasks[i].task:cancel() end
+        end
+        for _, t in ipairs(tasks) do
+          local ok, err = flow.try_await(t.task)
+          expected[#expected + 1] = t.text:sub(1, ok and #t.text or err.written)
+        end
+        broken = client.is_closed
+        if broken then break end
+      end
+      client:close()
+      flow.await(reader)
+      got, expected = table.concat(got), table.concat(expected)
+      -- of a stream that is broken, what had returned may be lost as well
+      assert.is_true(got == expected or broken and #got <= #expected and got == expected:sub(1, #got), seed)
+    end
   end))
 
   it("that is canceled before libuv has begun it sends nothing", connected(function()
@@ -710,12 +820,15 @@ end)
 describe("closing", function()
   it("ends the operations of other tasks with IO errors", connected(function()
     local client, server = pair()
-    local reader, writer = server:read_async(), server:write_async(("x"):rep(30 << 20))
+    local reader, writer = server:read_async(), flow.spawn(server.write, server, ("x"):rep(30 << 20))
     local flush = flow.spawn(server.flush, server)
     flow.sleep(0.005)
     server:close()
-    assert.equal("ECANCELED", helper.raises("IO", flow.await, reader).code)
-    assert.equal("ECANCELED", helper.raises("IO", flow.await, writer).code)
+    for _, task in ipairs { reader, writer } do
+      local err = helper.raises("IO", flow.await, task)
+      assert.equal("ECANCELED", err.code)
+      helper.is_error("IO", err, "the stream was closed meanwhile")
+    end
     assert.equal("ECANCELED", helper.raises("IO", flow.await, flush).code)
     for _, method in ipairs { "read", "read_line", "read_all", "write", "flush", "shutdown", "nodelay" } do
       helper.raises("ObjectDisposed", server[method], server)
@@ -738,6 +851,89 @@ describe("closing", function()
     assert.is_false(closing.is_completed)
     assert.equal(n, #server:read_all())
     flow.await(closing)
+  end))
+
+  for name, close in pairs {
+    close = function(stream) stream:close() end,
+    close_async = function(stream) flow.await(stream:close_async()) end,
+    ["the end of a block"] = function(stream) local _ <close> = stream end,
+  } do
+    it("waits for writes that are operations: " .. name, connected(function()
+      local client, server = pair()
+      local big = ("x"):rep(10 << 20)
+      local first, last = client:write_async(big), client:write_async("last")
+      local reading = server:read_all_async()
+      close(client)
+      assert.is_true(first.is_completed and last.is_completed)
+      assert.is_true(flow.await(first) and flow.await(last))
+      assert.is_true(flow.await(reading) == big .. "last")
+    end))
+  end
+
+  it("ends who is suspended in a write, and waits for the operations before and behind", connected(function()
+    local client, server = pair()
+    local source = flow.CancellationTokenSource()
+    local first = client:write_async(("x"):rep(10 << 20))
+    local direct = flow.spawn(client.write, client, "never")
+    local given = flow.spawn(client.write, client, "never", source.token)
+    flow.yield()
+    local last = client:write_async("last")
+    local closing = client:close_async()
+    for _, task in ipairs { direct, given } do
+      local err = helper.raises("IO", flow.await, task)
+      assert.equal("ECANCELED", err.code)
+      assert.equal(0, err.written)
+    end
+    assert.is_false(first.is_completed)
+    assert.is_true(server:read_all() == ("x"):rep(10 << 20) .. "last")
+    flow.await(closing)
+    assert.is_true(flow.await(first) and flow.await(last))
+  end))
+
+  for name, cut in pairs {
+    ["is canceled"] = function(client)
+      helper.raises("Timeout", flow.with_timeout, 0.005, client.close, client)
+    end,
+    ["is followed by dispose"] = function(client)
+      local closing = client:close_async()
+      flow.sleep(0.002)
+      client:dispose()
+      flow.try_await(closing)
+    end,
+  } do
+    it("that " .. name .. " ends them, and tells what was sent", connected(function()
+      local client, server = pair()
+      local first, last = client:write_async(("x"):rep(30 << 20)), client:write_async("last")
+      cut(client)
+      local err = helper.raises("IO", flow.await, first)
+      assert.equal("ECANCELED", err.code)
+      helper.is_error("IO", err, "the stream was closed meanwhile")
+      assert.is_true(err.written > 0)
+      assert.equal(0, helper.raises("IO", flow.await, last).written)
+      assert.equal(err.written, #server:read_all())
+      assert.is_true(client:close())
+    end))
+  end
+
+  it("does not tell again what such an operation has told", connected(function()
+    local client, server = pair()
+    local writing = client:write_async(("x"):rep(30 << 20))
+    local closing = client:close_async()
+    flow.sleep(0.002)
+    server:abort()
+    helper.raises("IO", flow.await, writing)
+    assert.is_true(flow.await(closing))
+  end))
+
+  it("goes on when such an operation is canceled", connected(function()
+    local client, server = pair()
+    local n = fill(client)
+    local first, last = client:write_async(("x"):rep(100000)), client:write_async("last")
+    local closing = client:close_async()
+    first:cancel()
+    assert.equal(0, helper.raises("OperationCanceled", flow.await, first).written)
+    assert.equal(n + 4, #server:read_all())
+    assert.is_true(flow.await(last) and flow.await(closing))
   end))
 
   it("that is canceled drops what was not sent", connected(function()
@@ -1101,6 +1297,92 @@ describe("listener:serve", function()
     assert.same({ "true in time", "false OperationCanceled" }, log)
   end))
 
+  for _, name in ipairs { "close", "dispose", "__close" } do
+    it("winds down after " .. name .. " as after stop", connected(function()
+      local log, note = helper.recorder()
+      local listener = net.listen("127.0.0.1", 0)
+      local server = listener:serve_async(function(s, stopping)
+        stopping:register(function() note("stopping") end)
+        local ok, got = pcall(s.read, s)
+        note(ok, ok and got or got.name)
+        if ok then s:write("bye") end
+      end, { grace = 0.1 })
+      local quick <close> = net.connect("127.0.0.1", listener.port)
+      local slow <close> = net.connect("127.0.0.1", listener.port)
+      flow.sleep(0.01)
+      if name == "__close" then
+        do local _ <close> = listener end
+      else
+        listener[name](listener)
+      end
+      quick:write("in time")
+      assert.equal("bye", quick:read_all())
+      assert.is_nil(slow:read())
+      flow.await(server)
+      assert.same({ "stopping", "stopping", "true in time", "false OperationCanceled" }, log)
+      listener:stop()
+    end))
+  end
+
+  it("ends when it is closed while all its connections are taken, and says why", connected(function()
+    local listener = net.listen("127.0.0.1", 0)
+    local said
+    local server = listener:serve_async(function(s)
+      s:write("hello\n")
+      local _, err = pcall(s.read, s)
+      said = err.reason
+    end, { max_connections = 1 })
+    local c <close> = net.connect("127.0.0.1", listener.port)
+    local waiting <close> = net.connect("127.0.0.1", listener.port)
+    c:read_line()
+    listener:close()
+    flow.await(server)
+    assert.equal("the listener was closed", said)
+    assert.is_false((pcall(waiting.read_exactly, waiting, 1)))
+  end))
+
+  it("tells what a callback of its token raises: stop its caller, close the handler", connected(function()
+    local reports = helper.reports()
+    for _, name in ipairs { "stop", "close" } do
+      local listener = net.listen("127.0.0.1", 0)
+      local server = listener:serve_async(function(s, stopping)
+        stopping:register(function() error(name, 0) end)
+        s:write("hello\n")
+        s:read()
+      end)
+      local c <close> = net.connect("127.0.0.1", listener.port)
+      c:read_line()
+      assert.equal(name == "close", (pcall(listener[name], listener)))
+      flow.await(server)
+    end
+    flow.on_unobserved_exception(nil)
+    assert.equal(1, #reports)
+    assert.same({ "close" }, helper.inner(reports[1].err))
+  end))
+
+  it("tells at once what on_error raises, and goes on", connected(function()
+    local reports = helper.reports()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local server = listener:serve_async(function(s)
+      error(s:read_line(), 0)
+    end, { on_error = function(err)
+      flow.yield()
+      error("about " .. err, 0)
+    end })
+    for i = 1, 2 do
+      local c <close> = net.connect("127.0.0.1", listener.port)
+      c:write(i, "\n")
+      assert.is_nil(c:read())
+      until_true(function() return #reports == i end)
+      assert.equal("about " .. i, reports[i].err)
+    end
+    assert.is_false(server.is_completed)
+    listener:stop()
+    flow.await(server)
+    flow.on_unobserved_exception(nil)
+    assert.equal(2, #reports)
+  end))
+
   it("is canceled from outside with its connections", connected(function()
     local listener <close> = net.listen("127.0.0.1", 0)
     local log, note = helper.recorder()
@@ -1245,6 +1527,71 @@ describe("a reset", function()
     helper.is_error("IO", err)
     assert.equal("ECONNRESET", helper.raises("IO", server.read, server).code)
   end))
+
+  -- A stream to read from, with `text` in it, whose peer has gone without having read what was written to it.
+  local function left(text, make)
+    local client, server = make()
+    client:write(text)
+    server:write("unread by the client")
+    flow.sleep(0.002)
+    client:dispose()
+    flow.sleep(0.002)
+    return server
+  end
+
+  local function pipe_pair()
+    local path = os.tmpname()
+    os.remove(path)
+    local listener <close> = net.listen_pipe(path)
+    local client = net.connect_pipe(path)
+    local server = listener:accept()
+    opened[client], opened[server] = true, true
+    return client, server
+  end
+
+  local function is_reset(fn, ...)
+    assert.equal("ECONNRESET", helper.raises("IO", fn, ...).code)
+  end
+
+  for name, make in pairs { TCP = pair, ["a pipe"] = pipe_pair } do
+    it("comes after what was read, and again, by " .. name, connected(function()
+      local stream = left("data", make)
+      assert.equal("data", stream:read())
+      is_reset(stream.read, stream)
+      is_reset(stream.read, stream)
+      stream = left("data", make)
+      assert.equal("da", stream:read(2))
+      assert.equal("ta", stream:read_exactly(2))
+      is_reset(stream.read_exactly, stream, 1)
+      stream = left("one\npart of two", make)
+      assert.equal("one", stream:read_line())
+      is_reset(stream.read_line, stream)
+      is_reset(function() for _ in stream:lines() do end end)
+      stream = left("half", make)
+      is_reset(stream.read_all, stream)
+    end))
+
+    it("ends a read that has been waiting, by " .. name, connected(function()
+      local client, server = make()
+      server:write("unread")
+      local reading = server:read_all_async()
+      flow.sleep(0.002)
+      client:write("half")
+      client:dispose()
+      is_reset(flow.await, reading)
+    end))
+
+    it("is not the end of one who has read all, by " .. name, connected(function()
+      local client, server = make()
+      client:write("all")
+      server:write("read")
+      assert.equal("read", client:read())
+      client:close()
+      flow.sleep(0.002)
+      assert.equal("all", server:read_all())
+      assert.is_nil(server:read())
+    end))
+  end
 end)
 
 describe("listen_pipe", function()
@@ -1438,6 +1785,25 @@ describe("bytes that were taken, and lost", function()
     assert.is_true(client:close())
     do local _ <close> = client end
   end))
+
+  it("are not told of by close after a suspended write has raised it", connected(function()
+    local client, server = pair()
+    fill(client)
+    local writing = client:write_async(("x"):rep(1 << 20))
+    server:abort()
+    check_lost(flow.try_await(writing))
+    assert.is_true(client:close())
+  end))
+
+  it("are not those of a canceled write, which has told what became of it", connected(function()
+    for _, refused in ipairs { false, true } do
+      local client, server = pair()
+      local err = helper.raises("Timeout", flow.with_timeout, 0.005, client.write, client, ("x"):rep(30 << 20))
+      if refused then helper.raises("IO", client.write, client, "more") end
+      assert.equal(err.written, #server:read_exactly(err.written))
+      assert.is_true(client:close())
+    end
+  end))
 end)
 
 describe("a stream", function()
@@ -1473,5 +1839,158 @@ describe("a stream", function()
         print(err.code)
       end)
     ]])
+  end)
+end)
+
+describe("what need not wait", function()
+  -- How many turns another task that is ready has while `fn` runs in a task of its own.
+  local function turns_during(fn)
+    local turns, done = 0, false
+    local other = flow.spawn(function()
+      while not done do
+        turns = turns + 1
+        flow.yield()
+      end
+    end)
+    flow.await(flow.spawn(fn))
+    done = true
+    flow.await(other)
+    return turns
+  end
+
+  -- A connection whose other end takes all, and a function that closes it.
+  local function drained()
+    local client, server = pair()
+    local reader = flow.spawn(function() while server:read() do end end)
+    return client, function()
+      client:close()
+      flow.await(reader)
+    end
+  end
+
+  local kinds = {
+    ["a write"] = function()
+      local client, close = drained()
+      return function() client:write("x") end, close
+    end,
+    ["a write with a token"] = function()
+      local client, close = drained()
+      local source = flow.CancellationTokenSource()
+      return function() client:write("x", source.token) end, close
+    end,
+    ["a write that is an operation"] = function()
+      local client, close = drained()
+      return function() flow.await(client:write_async("x")) end, close
+    end,
+    ["a datagram"] = function()
+      local socket = net.udp { host = "127.0.0.1" }
+      return function() socket:send("x", "127.0.0.1", socket.port) end, function() socket:close() end
+    end,
+  }
+  for name, make in pairs(kinds) do
+    it("lets others have their turn all the same: " .. name, connected(function()
+      local step, close = make()
+      local turns = turns_during(function() for _ = 1, 2000 do step() end end)
+      assert.is_true(turns >= 5, turns)
+      close()
+    end))
+  end
+
+  for _, name in ipairs { "a write", "a write that is an operation", "a datagram" } do
+    it("ends at a deadline, and lets timers tick: " .. name, connected(function()
+      local step, close = kinds[name]()
+      local ticks, start = 0, os.clock()
+      local timer <close> = flow.Timer(function() ticks = ticks + 1 end, 0.001, 0.001)
+      helper.raises("Timeout", flow.with_timeout, 0.05, function()
+        while os.clock() - start < 20 do step() end -- which only ever ends a broken run
+      end)
+      assert.is_true(ticks > 0)
+      timer:dispose()
+      close()
+    end))
+  end
+
+  it("is an accept, too", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local clients = {}
+    for i = 1, 40 do clients[i] = net.connect("127.0.0.1", listener.port) end
+    assert.is_true(turns_during(function() for _ = 1, 40 do listener:accept():close() end end) >= 2)
+    for i = 1, 40 do clients[i]:close() end
+  end))
+
+  it("has happened when it is canceled in its turn, and tells so", connected(function()
+    local client, server = pair()
+    local sent = 0
+    local writer = flow.spawn(function()
+      for _ = 1, 5000 do
+        assert(client:write("x"))
+        sent = sent + 1
+      end
+    end)
+    flow.spawn(function() writer:cancel() end)
+    helper.raises("OperationCanceled", flow.await, writer)
+    assert.is_true(sent > 0 and sent < 5000)
+    client:close()
+    assert.equal(sent, #server:read_all())
+  end))
+
+  it("is an operation that has come to its end, and cannot be canceled, before that is known", connected(function()
+    local client, server = pair()
+    local late
+    for i = 1, 2000 do
+      local op = client:write_async("x")
+      if not op.is_completed then
+        late = i
+        assert.is_false(op:cancel())
+        assert.is_true(flow.await(op))
+        assert.is_true(op.is_completed)
+        break
+      end
+    end
+    client:close()
+    assert.equal(late, #server:read_all())
+  end))
+
+  it("is no accept yet that is canceled in its turn: the next one gets that connection", connected(function()
+    local listener <close> = net.listen("127.0.0.1", 0)
+    local clients, streams = {}, {}
+    for i = 1, 40 do
+      clients[i] = net.connect("127.0.0.1", listener.port)
+      clients[i]:write(("%02d"):format(i))
+    end
+    local canceled = 0
+    while #streams < 40 do
+      local op = listener:accept_async()
+      if op.is_completed then
+        streams[#streams + 1] = flow.await(op)
+      else
+        canceled = canceled + (op:cancel() and 1 or 0)
+        flow.yield()
+      end
+    end
+    assert.is_true(canceled > 0)
+    for i = 1, 40 do
+      assert.equal(("%02d"):format(i), streams[i]:read())
+      streams[i]:close()
+      clients[i]:close()
+    end
+  end))
+
+  it("goes on at once where nobody can suspend", connected(function()
+    local client, server = pair()
+    ;(("x"):rep(1000)):gsub("x", function(x) client:write(x) end)
+    coroutine.wrap(function() for _ = 1, 1000 do client:write("y") end end)()
+    local inner = flow.coroutine.wrap(function() for _ = 1, 1000 do client:write("z") end end)
+    inner()
+    client:close()
+    assert.equal(("x"):rep(1000) .. ("y"):rep(1000) .. ("z"):rep(1000), server:read_all())
+  end))
+
+  it("goes on outside every task", function()
+    local client, server = pair()
+    for _ = 1, 1000 do client:write("x") end
+    assert.equal(("x"):rep(1000), server:read_exactly(1000))
+    client:close()
+    server:close()
   end)
 end)

@@ -17,6 +17,13 @@
 ** if they have changed something), and only when it is certain who gets it does `take` take it: whoever is
 ** canceled has taken nothing. Whoever must wait does so in the queue of the verb.
 **
+** What need not wait costs a part of the slice of ready tasks that is running (loop.c): writes, sends, accepts. When the
+** slice is spent, others, deadlines and signals have their turn. What a verb takes is not taken then: who asked waits
+** for it in the queue, as if it had not come yet. What a verb does is done, and who asked goes behind those that are
+** ready, with the answer: it waits for nothing, so no cancellation reaches it; its next suspension raises. An operation
+** (x_async) comes to its end that much later. Where nobody can suspend all goes on at once. (Reads and receives need no
+** such bound: each takes from what the system, or one turn of libuv's, could hold.)
+**
 ** Invariants: anchors[task.slot] is the handle while it is `held`, else its address. It is held while somebody
 **             waits for it, while it is on the ready list, while libuv has a request of it, and from
 **             uv_close until the close callback has landed.
@@ -214,9 +221,25 @@ void handle_refuse(lua_State *L, int i, struct link *q) {
   lua_settop(L, error - 1);
 }
 
-/* [-0, +1, m] the operation, settled or under way; the token at k */
-static struct task *start(lua_State *L, struct handle *h, struct request *r, int k,
-                          struct scope *s) {
+static int answered_k(lua_State *L, int status, lua_KContext failed) {
+  (void)status;
+  lua_settop(L, 1);
+  if (!fiber_on_top(L, runtime(L))) return lua_yieldk(L, 0, failed, answered_k);
+  return failed ? lua_error(L) : 1;
+}
+
+int handle_give_way(lua_State *L, struct runtime *rt, bool failed) {
+  if (!fiber_can_suspend(L, rt)) return failed ? lua_error(L) : 1;
+  struct fiber *me = (struct fiber *)rt->me;
+  lua_replace(L, 1);
+  lua_settop(L, 1);
+  loop_queue(rt, me);
+  return fiber_suspend(L, rt, me, failed, answered_k);
+}
+
+/* [-0, +1, m] the operation, settled or under way; the token at k. late: it may end on a later turn */
+static struct task *start(lua_State *L, struct handle *h, struct request *r, int k, struct scope *s,
+                          bool late) {
   struct runtime *rt = h->rt;
   struct token *token = token_opt(L, k);
   struct queued *op = waiter_operation(L, KIND_QUEUED, 1, HUGE_VAL);
@@ -226,20 +249,28 @@ static struct task *start(lua_State *L, struct handle *h, struct request *r, int
     task_settle_canceled(L, rt, i);
     return &op->timed.pending.task;
   }
+  bool spent = late && r->verb->take != NULL && handle_spend(rt, r->cost);
   for (;;) {
     enum look a = r->verb->look(L, 1, h, r);
-    if (a == LOOK_VALUE) {
-      if (r->verb->take != NULL) r->verb->take(L, 1, h, r);
+    if (a == LOOK_VALUE && !spent) {
+      if (r->verb->take != NULL)
+        r->verb->take(L, 1, h, r);
+      else if (late && handle_spend(rt, r->cost)) {
+        waiter_settle_later(L, rt, i);
+        break;
+      }
       task_settle(L, rt, i, 1);
     } else if (operation_canceled(token, s)) { /* by a finalizer */
       operation_push_canceled(L, token, k, s);
       task_settle_canceled(L, rt, i);
     } else if (a == LOOK_ERROR)
       task_settle_error(L, rt, i, 0);
-    else if (a == LOOK_AGAIN || !r->verb->wait(L, h, r))
-      continue;
-    else
+    else {
+      spent = spent && a != LOOK_VALUE;
+      if (a == LOOK_AGAIN || !r->verb->wait(L, h, r)) continue;
       waiter_start(L, i, r->verb->queue(h), k, s);
+      if (a == LOOK_VALUE) handle_news(h);
+    }
     break;
   }
   lua_settop(L, i);
@@ -281,7 +312,7 @@ void handle_tell_written(lua_State *L, int i) {
 }
 
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k) {
-  start(L, h, r, k, operation_scope(L, k));
+  start(L, h, r, k, operation_scope(L, k), true);
   return 1;
 }
 
@@ -291,23 +322,31 @@ int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFu
   if (token_opt(L, k) != NULL) {
     me = fiber_here(L, rt);
     if (me == NULL) return fiber_outside(L, f);
-    struct task *op = start(L, h, r, k, scope_ambient(L, rt));
-    return waiter_await(L, me, op, false);
+    struct task *op = start(L, h, r, k, scope_ambient(L, rt), false);
+    bool done = task_done(op);
+    int n = waiter_await(L, me, op, false);
+    return done ? handle_return(L, rt, r->cost) : n;
   }
   bool deaf = token_none(L, k);
   if (me->member.scope->canceled && !deaf) scope_throw(L, me->member.scope);
+  bool spent = r->verb->take != NULL && handle_spend(rt, r->cost) && fiber_can_suspend(L, rt);
   for (;;) {
     enum look a = r->verb->look(L, 1, h, r);
-    if (a == LOOK_VALUE) {
-      if (r->verb->take != NULL) r->verb->take(L, 1, h, r);
+    if (a == LOOK_VALUE && !spent) {
+      if (r->verb->take == NULL) return handle_return(L, rt, r->cost);
+      r->verb->take(L, 1, h, r);
       return 1;
     }
-    if (a == LOOK_ERROR) return lua_error(L);
+    if (a == LOOK_ERROR)
+      return r->verb->take == NULL && handle_spend(rt, r->cost) ? handle_give_way(L, rt, true)
+                                                                : lua_error(L);
     if (me->member.scope->canceled && !deaf) scope_throw(L, me->member.scope); /* by a finalizer */
     if (a == LOOK_AGAIN) continue;
     me = fiber_here(L, rt); /* raises before anything is changed */
     if (me == NULL) return fiber_outside(L, f);
+    spent = spent && a != LOOK_VALUE;
     if (!r->verb->wait(L, h, r)) continue;
+    if (a == LOOK_VALUE) handle_news(h);
     lua_settop(L, 1);
     lua_pushnil(L);
     return handle_wait(L, me, r->verb->queue(h), deaf);

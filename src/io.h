@@ -132,6 +132,7 @@ struct request {
   const struct verb *verb;
   int data; /* index of a value that it is about, or 0 */
   int what;
+  int cost; /* of the slice of ready tasks, if it need not wait; 0: none */
   size_t size, seen, found, skip;
 };
 /* [-0, +1, m] not libuv's yet */
@@ -152,6 +153,22 @@ int64_t handle_left(struct handle *h); /* a waiter has given up: a number for it
 void handle_tell_written(lua_State *L, int i);
 /* x(…) with the arguments 1 … k, the last one the token */
 int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFunction f);
+/* an answer that need not wait costs a part of the slice; true: there is no more of it. No Lua. */
+static inline bool handle_spend(struct runtime *rt, int cost) {
+  rt->slice -= cost;
+  if (rt->slice > 0 || cost == 0) return false;
+  rt->slice = 0;
+  return true;
+}
+enum { COST_BYTES = 16384 }; /* so many cost as much as an answer by itself */
+static inline int handle_cost(size_t bytes) {
+  return 1 + (int)(bytes < (size_t)COST_BYTES << 10 ? bytes / COST_BYTES : 1 << 10);
+}
+/* [-1, …, e] gives the value, or the error, on top to the running fiber when it is its turn again */
+int handle_give_way(lua_State *L, struct runtime *rt, bool failed);
+static inline int handle_return(lua_State *L, struct runtime *rt, int cost) { /* … if it must */
+  return handle_spend(rt, cost) ? handle_give_way(L, rt, false) : 1;
+}
 /* suspends the running fiber, with the handle and nil on its stack */
 int handle_wait(lua_State *L, struct fiber *me, struct link *q, bool deaf);
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
@@ -182,7 +199,7 @@ struct listener *listener_new(lua_State *L, enum stream_kind kind); /* [-0, +1, 
 /* a status of libuv; it owns fd, and the path if any. No Lua. */
 int listener_adopt(struct listener *l, int fd, const char *path);
 
-void listener_open(lua_State *L);
+void listener_open(lua_State *L); /* [-0, +0, m] into the table of coflow.net on top */
 bool address_parse(const char *host, int port, struct sockaddr_storage *to); /* a numeric one */
 /* of either family: what the system is told of its length; its port, in the order of the net */
 static inline socklen_t address_length(const struct sockaddr_storage *a) {

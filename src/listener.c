@@ -23,7 +23,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { LISTENER_STREAM = HOLDER_WAITERS + 1 };
+enum { LISTENER_STREAM = HOLDER_WAITERS + 1, LISTENER_HOOK };
 
 struct listener {
   struct handle handle;
@@ -124,7 +124,7 @@ static const struct handle_class class = {"listener", changed, land, collected, 
 
 struct listener *listener_new(lua_State *L, enum stream_kind kind) {
   struct listener *l =
-      (struct listener *)handle_new(L, TAG_LISTENER, &class, sizeof *l, LISTENER_STREAM);
+      (struct listener *)handle_new(L, TAG_LISTENER, &class, sizeof *l, LISTENER_HOOK);
   link_init(&l->acceptors);
   l->kind = (uint8_t)kind;
   l->fd = -1;
@@ -183,6 +183,7 @@ static bool wait_accept(lua_State *L, struct handle *h, struct request *r) {
 
 static struct link *queue_accept(struct handle *h) { return &as_listener(h)->acceptors; }
 
+enum { ACCEPT_COST = 16 }; /* whoever has got one has more to do */
 static const struct verb accept_verb = {"accept", look_accept, take_accept, wait_accept,
                                         queue_accept};
 
@@ -193,7 +194,7 @@ static void land(lua_State *L, struct handle *h, int i) {
 
 static int accept_any(lua_State *L, lua_CFunction f) {
   struct listener *l = check(L);
-  struct request r = {.verb = &accept_verb};
+  struct request r = {.verb = &accept_verb, .cost = ACCEPT_COST};
   token_opt(L, 2);
   lua_settop(L, 2);
   return f != NULL ? handle_ask(L, &l->handle, &r, 2, f) : handle_ask_async(L, &l->handle, &r, 2);
@@ -206,7 +207,7 @@ static int l_close(lua_State *L) {
   struct listener *l = check(L);
   lua_settop(L, 1);
   if (l->handle.disposed) return 0;
-  handle_push_code(L, "ECANCELED", "accept", "the listener was closed by another task");
+  handle_push_code(L, "ECANCELED", "accept", "the listener was closed meanwhile");
   if (l->handle.disposed) return 0; /* by a finalizer */
   l->handle.disposed = true;
   handle_refuse(L, 1, &l->acceptors);
@@ -220,6 +221,16 @@ static int l_close(lua_State *L) {
     lua_pushnil(L);
     lua_setiuservalue(L, 1, LISTENER_STREAM);
   }
+  lua_getiuservalue(L, 1, LISTENER_HOOK);
+  if (!lua_isnil(L, -1)) lua_call(L, 0, 0);
+  return 0;
+}
+
+/* when_closed(listener, fn): fn is called once it is closed, by whatever name; nil: nobody is */
+static int l_when_closed(lua_State *L) {
+  check(L);
+  lua_settop(L, 2);
+  lua_setiuservalue(L, 1, LISTENER_HOOK);
   return 0;
 }
 
@@ -266,6 +277,9 @@ static const luaL_Reg methods[] = {{"accept", l_accept},       {"accept_async", 
 static const luaL_Reg properties[] = {
     {"port", l_port}, {"local_address", l_local_address}, {"is_closed", l_is_closed}, {NULL, NULL}};
 
+static const luaL_Reg functions[] = {{"when_closed", l_when_closed}, {NULL, NULL}};
+
 void listener_open(lua_State *L) {
+  module_functions(L, functions);
   module_class(L, TAG_LISTENER, "coflow.Listener", methods, properties);
 }

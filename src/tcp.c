@@ -250,9 +250,9 @@ static const luaL_Reg plain[] = {{"listen_address", l_listen_address},
 
 /* open_net() -> the functions that coflow.net is made of; makes the classes */
 static int l_open_net(lua_State *L) {
+  lua_newtable(L);
   stream_open(L);
   listener_open(L);
-  lua_newtable(L);
   io_functions(L, operations);
   module_functions(L, plain);
   return 1;

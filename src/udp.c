@@ -395,7 +395,7 @@ static int l_try_send(lua_State *L) {
     return lua_error(L);
   }
   lua_pushboolean(L, status == 0);
-  return 1;
+  return status == 0 ? handle_return(L, u->handle.rt, handle_cost(length)) : 1;
 }
 
 static void land(lua_State *L, struct handle *h, int i) {
@@ -530,7 +530,7 @@ static int l_close(lua_State *L) {
   struct udp *u = check(L);
   lua_settop(L, 1);
   if (u->handle.disposed) return 0;
-  handle_push_code(L, "ECANCELED", "socket", "it was closed by another task");
+  handle_push_code(L, "ECANCELED", "socket", "it was closed meanwhile");
   if (u->handle.disposed) return 0; /* by a finalizer */
   u->handle.disposed = true;
   lua_pushvalue(L, -1);

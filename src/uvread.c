@@ -14,9 +14,11 @@
 */
 #include "uvstream.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 enum { SLAB = 65536, SLAB_LEAST = 8192, GROW_LEAST = 16384 };
 #define LINE_MOST ((size_t)1 << 20)
@@ -168,13 +170,33 @@ static void take_part(struct stream *s, const char *base, size_t n) {
   s->part.length = n;
 }
 
+static void on_read(uv_stream_t *uv, ssize_t n, const uv_buf_t *buf);
+
+static int start_reading(struct stream *s) {
+  return s->kind == STREAM_FD ? fd_read(s) : uv_read_start(&s->uv.stream, on_alloc, on_read);
+}
+
+/* libuv says that this is the end. It also does so where the system has said no more than that the connection is gone
+** (POLLHUP after a read that brought less than it could): the end, or its error, or even bytes, are still to be read. 0:
+** these. */
+static int end_of(const struct stream *s) {
+  uv_os_fd_t fd;
+  char byte;
+  if (s->write_status == UV_ECONNRESET) return UV_ECONNRESET; /* told once, to who wrote */
+  if (uv_fileno(s->handle.uv, &fd) != 0) return UV_EOF;
+  ssize_t n;
+  do n = recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+  while (n < 0 && errno == EINTR);
+  if (n > 0) return 0;
+  if (n == 0 || errno == ENOTSOCK || errno == EAGAIN || errno == EWOULDBLOCK) return UV_EOF;
+  return uv_translate_sys_error(errno);
+}
+
 static void on_read(uv_stream_t *uv, ssize_t n, const uv_buf_t *buf) {
   struct stream *s = of_uv(uv);
   if (n == 0) return;
-  if (n == UV_EOF && s->write_status == UV_ECONNRESET)
-    s->read_status =
-        UV_ECONNRESET; /* the system has told it once, to who wrote: this is no clean end */
-  else if (n < 0)
+  if (n == UV_EOF && (n = end_of(s)) == 0 && (n = start_reading(s)) == 0) return;
+  if (n < 0)
     s->read_status = n == UV_ENOBUFS ? UV_ENOMEM : (int)n;
   else if (s->in.end > s->in.start)
     s->in.end += (size_t)n;
@@ -208,10 +230,6 @@ void read_came(struct stream *s, char *base, size_t n, size_t size, int status) 
   }
   if (status != 0) s->read_status = status;
   if (waiter_any(&s->readers)) handle_news(&s->handle);
-}
-
-static int start_reading(struct stream *s) {
-  return s->kind == STREAM_FD ? fd_read(s) : uv_read_start(&s->uv.stream, on_alloc, on_read);
 }
 
 /* ---- Lua face ---- */

@@ -2,9 +2,10 @@
 ** uvstream.c - streams of bytes: life and closing; shared by TCP, pipes and the standard streams. uvread.c reads,
 ** uvwrite.c writes; libuv does both, or for what it cannot poll, a thread (fdstream.c).
 **
-** Closing: a script's `close` makes the stream unusable for everybody, and waits for the queue; who is still
-** reading or writing is told so (ECANCELED). With nobody waiting for the queue any more, canceled or not, the
-** handle is closed.
+** Closing: a script's `close` makes the stream unusable for everybody, and waits for the queue, in which are also the
+** writes that are operations (x_async): these come to their end. Whoever else is still reading or writing is told so
+** (ECANCELED). With nobody waiting for the queue any more, canceled or not, the handle is closed; what is then left of
+** such operations is told so as well.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -32,7 +33,13 @@ static bool changed(struct handle *h) {
   s->was_cut = false;
   if (waiter_any(&s->writes)) write_changed(s);
   if (waiter_any(&s->closers)) s->lingers = false;
-  if (h->disposed && !s->lingers && !waiter_any(&s->closers)) handle_close(h);
+  if (h->disposed && !s->lingers && !waiter_any(&s->closers) && !h->closing) {
+    if (waiter_any(&s->writes)) { /* operations, for which nobody waits any more */
+      write_stop(s);
+      handle_news(h);
+    }
+    handle_close(h);
+  }
   bool reads = waiter_any(&s->readers), awaited = reads;
   if (s->kind == STREAM_FD) {
     if (!reads && s->reading) read_stop(s);
@@ -137,11 +144,12 @@ bool stream_push_hindrance(lua_State *L, struct stream *s, const struct request 
                            const struct link *q) {
   if (s->handle.disposed)
     handle_push_disposed(L, &s->handle);
-  else if (s->broken)
+  else if (s->broken) {
     stream_push_broken(L, s, r->verb->name);
-  else if (q != NULL && is_new(s, r) && waiter_any(q))
-    error_push(L, ERROR_OPERATION, "%s: another task is %s this stream: one at a time",
-               r->verb->name, q == &s->readers ? "reading from" : "writing to");
+    s->unsent = false; /* it is told */
+  } else if (q != NULL && is_new(s, r) && waiter_any(q))
+    error_push(L, ERROR_OPERATION, "%s: another task is reading from this stream: one at a time",
+               r->verb->name);
   else
     return false;
   return true;
@@ -153,24 +161,27 @@ static const struct verb close_verb = {"close", write_look_flush, NULL, write_wa
                                        queue_close};
 
 /* [-0, +0, m] the stream at i is of no use any more: whoever waits is told so */
-static void refuse_all(lua_State *L, int i, struct stream *s) {
+static void refuse_all(lua_State *L, int i, struct stream *s, bool linger) {
   struct link *queues[] = {&s->readers, &s->flushers, &s->closers};
-  write_refuse(L, i, s); /* which may break it */
+  bool broken = s->broken; /* before: else it is closed, whatever that breaks */
+  write_refuse(L, i, s, linger);
   for (int n = 0; n < 3; n++) {
     if (!waiter_any(queues[n]) || (n > 0 && !s->broken)) continue;
-    if (s->broken)
-      stream_push_broken(L, s, n == 0 ? "read" : "write");
-    else
-      handle_push_code(L, "ECANCELED", "read", "the stream was closed by another task");
+    const char *syscall = n == 0 ? "read" : n == 1 ? "flush" : "close";
+    if (broken) {
+      stream_push_broken(L, s, syscall);
+      s->unsent = false;
+    } else
+      handle_push_code(L, "ECANCELED", syscall, "the stream was closed meanwhile");
     handle_refuse(L, i, queues[n]);
   }
 }
 
-/* [-0, +0, m] nothing new is begun from here on */
-static void dispose(lua_State *L, struct stream *s) {
+/* [-0, +0, m] nothing new is begun from here on; linger: operations that write go on */
+static void dispose(lua_State *L, struct stream *s, bool linger) {
   s->handle.disposed = true;
   read_stop(s);
-  refuse_all(L, 1, s);
+  refuse_all(L, 1, s, linger);
 }
 
 /* it is closed, and there is nothing to wait for */
@@ -198,10 +209,10 @@ static int closed_now(lua_State *L, struct stream *s, bool async) {
 /* (stream, token, async): it lingers */
 static int wait_and_close(lua_State *L) {
   struct stream *s = stream_check(L);
-  struct request r = {.verb = &close_verb, .what = FLUSH_WAITING};
+  struct request r = {.verb = &close_verb, .what = FLUSH_CLOSING};
   bool async = lua_toboolean(L, 3);
   lua_settop(L, 2);
-  dispose(L, s); /* which may break it */
+  dispose(L, s, true); /* which may break it */
   if (s->queued == 0 || s->broken || s->handle.closing) return closed_now(L, s, async);
   return async ? handle_ask_async(L, &s->handle, &r, 2)
                : handle_ask(L, &s->handle, &r, 2, wait_and_close);
@@ -231,7 +242,7 @@ static int close_any(lua_State *L, lua_CFunction f) {
     return closed_now(L, s, f == NULL);
   }
   if (s->queued == 0) {
-    dispose(L, s);
+    dispose(L, s, false);
     return closed_now(L, s, f == NULL);
   }
   lua_pushvalue(L, 1);
@@ -248,7 +259,7 @@ static int l_close_async(lua_State *L) { return close_any(L, NULL); }
 static int l_dispose(lua_State *L) {
   struct stream *s = stream_check(L);
   lua_settop(L, 1);
-  if (!s->handle.disposed) dispose(L, s);
+  if (!s->handle.disposed || waiter_any(&s->writers)) dispose(L, s, false);
   handle_close(&s->handle);
   handle_changed(L, 1);
   return 0;
@@ -274,13 +285,13 @@ static int l_leave(lua_State *L) {
 
 static void land(lua_State *L, struct handle *h, int i) {
   struct stream *s = as_stream(h);
-  struct request end = {.verb = &close_verb, .what = FLUSH_WAITING};
+  struct request end = {.verb = &close_verb, .what = FLUSH_CLOSING};
   if (s->done != NULL) write_forget(L, s, i);
   if (h->uv == NULL) { /* on_close knows nothing of them */
     lua_pushnil(L);
     lua_setiuservalue(L, i, STREAM_STRINGS);
   }
-  if (s->broken) refuse_all(L, i, s);
+  if (s->broken || (h->closing && waiter_any(&s->writers))) refuse_all(L, i, s, false);
   if (waiter_any(&s->readers) || s->part.length > 0) read_answer(L, i, s);
   if (waiter_any(&s->writers) || waiter_any(&s->flushers)) write_answer(L, i, s);
   if (waiter_any(&s->closers)) handle_answer(L, i, h, &end);

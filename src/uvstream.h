@@ -45,12 +45,12 @@ struct stream {
   struct link writes;                /* the suspended ones, as in `writers` */
   struct record *spare;              /* for the next one, or NULL */
   size_t queued;
-  uint64_t sent;      /* since the beginning of the stream */
-  int64_t written;    /* of the write that was cut short last */
-  int64_t broken_by;  /* the same, of the one that has broken it */
-  uint64_t broken_at; /* `sent`, then */
+  uint64_t sent;       /* since the beginning of the stream */
+  int64_t written;     /* of the write that was cut short last */
+  int64_t broken_by;   /* the same, of the one that has broken it */
+  uint64_t stopped_at; /* `sent`, when nothing more is sent */
   int write_status, free_slot;
-  bool broken, shut, ended;
+  bool broken, stopped, shut, ended;
   bool was_cut; /* a write, by the last change of who waits */
   bool unsent;  /* bytes of writes that have returned were lost, and nobody has been told */
   bool lingers; /* `close` is about to wait for the queue: the handle stays open */
@@ -82,7 +82,7 @@ static inline struct stream *stream_check(lua_State *L) { /* [-0, +0, v] at inde
 
 /* ---- uvstream.c ---- */
 
-/* [-0, +0/1, m] what hinders every new request; q: one at a time in it */
+/* [-0, +0/1, m] what hinders every new request; q: that of the readers, one at a time, or NULL */
 bool stream_push_hindrance(lua_State *L, struct stream *s, const struct request *r,
                            const struct link *q);
 /* [-0, +1, m] why it is of no use any more */
@@ -105,9 +105,11 @@ void write_free(struct stream *s);             /* … and all is freed. No Lua. 
 void write_done(struct stream *s, int status); /* of what was in flight. No Lua. */
 enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request *r);
 bool write_wait_flush(lua_State *L, struct handle *h, struct request *r);
-enum { FLUSH_NEW, FLUSH_WAITING };                        /* what is asked of these */
+enum { FLUSH_NEW, FLUSH_WAITING, FLUSH_CLOSING };         /* what is asked of these */
 void write_answer(lua_State *L, int i, struct stream *s); /* [-0, +0, m] of the one at i */
-void write_refuse(lua_State *L, int i, struct stream *s); /* [-0, +0, m] all that are suspended */
+/* [-0, +0, m] all that are suspended; linger: but for operations, if it can be written to */
+void write_refuse(lua_State *L, int i, struct stream *s, bool linger);
+void write_stop(struct stream *s);                        /* nothing more is sent. No Lua. */
 void write_forget(lua_State *L, struct stream *s, int i); /* [-0, +0, -] strings that are sent */
 /* the first of the queue. No Lua. */
 size_t write_copy(const struct stream *s, char *to, size_t most);

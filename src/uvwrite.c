@@ -5,8 +5,9 @@
 ** together in blocks, long ones are held, not copied. libuv has at most one request at a time, of up to BUFFERS
 ** pieces, so what is written meanwhile goes out together. A write returns when no more than HIGH bytes are waiting;
 ** else it suspends until only LOW are. To standard output and error it returns when it is all sent, so that what the
-** program writes otherwise (print) comes after it; and as it is everybody's, any number of tasks may be suspended in
-** such writes, each a record of what is its own in the queue.
+** program writes otherwise (print) comes after it. Any number of tasks may be suspended in writes, each a record of
+** what is its own in the queue; while one is, others that come suspend behind it. libuv is given nothing of those that
+** are behind the first, so that they can be taken back.
 **
 **     written before │ a write that suspends │ the next one
 **     ───────────────┼───────────────────────┼─────────────
@@ -84,16 +85,19 @@ static void drop_all(struct stream *s) {
   while (s->first != NULL) drop_first(s);
 }
 
-/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever flushes or closes. */
+/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever comes first. Of what a
+** canceled write has lost, `cut` knows. */
 static void lose_all(struct stream *s) {
-  if (s->queued > 0 && (!waiter_any(&s->writes) || record_of(s->writes.next)->from > s->sent))
+  if (s->queued > 0 && !s->broken &&
+      (!waiter_any(&s->writes) || record_of(s->writes.next)->from > s->sent))
     s->unsent = true;
   drop_all(s);
 }
 
 void write_free(struct stream *s) {
   drop_all(s);
-  while (waiter_any(&s->writes)) drop_record(record_of(s->writes.next));
+  if (!waiter_any(&s->writers) || s->handle.rt->closed) /* else they are to be told what was sent */
+    while (waiter_any(&s->writes)) drop_record(record_of(s->writes.next));
   for (struct piece *p; (p = s->done) != NULL; free(p)) s->done = p->next;
   free(s->spare);
   s->spare = NULL;
@@ -136,13 +140,24 @@ static void on_write(uv_write_t *req, int status) {
   write_done(s, status);
 }
 
+/* how many bytes may be given: not beyond the first write that is suspended and not yet sent */
+static size_t most_to_give(const struct stream *s) {
+  for (struct link *l = s->writes.next; l != &s->writes; l = l->next) {
+    const struct record *r = record_of(l);
+    if (r->from + r->size <= s->sent) continue;
+    uint64_t n = r->from + r->size - s->sent;
+    return n < FLIGHT_MOST ? (size_t)n : FLIGHT_MOST;
+  }
+  return FLIGHT_MOST;
+}
+
 /* the first `flight` bytes of the queue, to libuv */
 static int launch(struct stream *s) {
   uv_buf_t buffers[BUFFERS];
   unsigned n = 0;
-  size_t size = 0;
-  for (struct piece *p = s->first; p != NULL && n < BUFFERS && size < FLIGHT_MOST; p = p->next) {
-    size_t length = p->length < FLIGHT_MOST - size ? p->length : FLIGHT_MOST - size;
+  size_t size = 0, most = most_to_give(s);
+  for (struct piece *p = s->first; p != NULL && n < BUFFERS && size < most; p = p->next) {
+    size_t length = p->length < most - size ? p->length : most - size;
     buffers[n++] = uv_buf_init((char *)p->base, (unsigned)length);
     size += length;
   }
@@ -224,8 +239,8 @@ static void take_out(struct stream *s, size_t at, size_t n) {
 
 /* how much of it has been sent; *given: up to there nobody can take anything back */
 static size_t sent_of(struct stream *s, const struct record *r, uint64_t *given) {
-  uint64_t sent = s->broken_at;
-  if (!s->broken) {
+  uint64_t sent = s->stopped_at;
+  if (!s->stopped) {
     if (s->flying && s->kind == STREAM_FD && s->sent + s->flight > r->from)
       s->flight = fd_write_stop(s);
     sent = s->sent + s->flight;
@@ -243,13 +258,20 @@ static uint64_t reached(const struct stream *s) {
   return s->sent + s->flight - left;
 }
 
+void write_stop(struct stream *s) {
+  if (s->stopped) return;
+  if (s->flying && s->kind == STREAM_FD) s->flight = fd_write_stop(s);
+  s->stopped_at = reached(s);
+  s->stopped = true;
+}
+
 /* a suspended write is canceled, or its stream is being closed */
 static void cut(struct stream *s, struct record *r) {
   uint64_t given = 0;
   size_t n = sent_of(s, r, &given);
   s->was_cut = true;
   s->written = (int64_t)n;
-  if (s->broken || s->write_status != 0 || n == r->size) { /* nothing is left of it in the queue */
+  if (s->stopped || s->write_status != 0 || n == r->size) { /* nothing is left of it in the queue */
   } else if (given <= r->from) {
     take_out(s, (size_t)(r->from - s->sent), r->size);
     for (struct link *l = r->link.next; l != &s->writes; l = l->next) record_of(l)->from -= r->size;
@@ -262,7 +284,8 @@ static void cut(struct stream *s, struct record *r) {
     if (reached(s) < r->from) s->unsent = true;
     s->broken = true;
     s->broken_by = s->written;
-    s->broken_at = r->from + n;
+    s->stopped = true;
+    s->stopped_at = r->from + n;
     handle_close(&s->handle);
     handle_news(&s->handle);
   }
@@ -341,9 +364,8 @@ static void make_room(lua_State *L) {
   lua_pop(L, 1);
 }
 
-static bool push_write_hindrance(lua_State *L, struct stream *s, const struct request *r,
-                                 const struct link *q) {
-  if (stream_push_hindrance(L, s, r, s->standard != 0 ? NULL : q)) return true;
+static bool push_write_hindrance(lua_State *L, struct stream *s, const struct request *r) {
+  if (stream_push_hindrance(L, s, r, NULL)) return true;
   int status = s->standard == 1 ? UV_EBADF : s->write_status;
   if (status != 0) {
     io_push_error(L, status, r->verb->name, NULL);
@@ -362,7 +384,7 @@ static size_t patience(const struct stream *s, size_t usual) {
 static enum look look_write(lua_State *L, int i, struct handle *h, struct request *r) {
   struct stream *s = as_stream(h);
   (void)i;
-  if (push_write_hindrance(L, s, r, &s->writers)) return LOOK_ERROR;
+  if (push_write_hindrance(L, s, r)) return LOOK_ERROR;
   if (is_new(s, r) && s->shut) {
     error_push(L, ERROR_OPERATION, "write: this side of the stream has been shut down");
     return LOOK_ERROR;
@@ -414,7 +436,7 @@ static bool wait_write(lua_State *L, struct handle *h, struct request *r) {
   put(L, s, r->what);
   r->found = 1;
   if (s->write_status != 0) return false;
-  if (s->queued <= patience(s, HIGH)) {
+  if (s->queued <= patience(s, HIGH) && !waiter_any(&s->writes)) {
     handle_changed(L, 1); /* libuv may have it in hands */
     return false;
   }
@@ -446,6 +468,7 @@ static int write_any(lua_State *L, lua_CFunction f) {
     r.size += length;
   }
   r.what = n;
+  r.cost = handle_cost(r.size);
   if (r.size > SHORT) make_room(L);
   if (f == NULL) return handle_ask_async(L, &s->handle, &r, n + 1);
   if (lua_isnil(L, n + 1) && !s->handle.disposed && !s->broken && !s->shut &&
@@ -456,7 +479,7 @@ static int write_any(lua_State *L, lua_CFunction f) {
       if (s->queued > 0) handle_changed(L, 1);
       if (s->write_status == 0) {
         lua_pushboolean(L, 1);
-        return 1;
+        return handle_return(L, s->handle.rt, r.cost);
       }
     }
   }
@@ -472,9 +495,10 @@ enum look write_look_flush(lua_State *L, int i, struct handle *h, struct request
   struct stream *s = as_stream(h);
   (void)i;
   if (r->what == FLUSH_NEW && stream_push_hindrance(L, s, r, NULL)) return LOOK_ERROR;
-  if (s->broken)
+  bool lost = r->what != FLUSH_CLOSING || s->unsent; /* else those whose bytes they were are told */
+  if (s->broken && lost)
     stream_push_broken(L, s, r->verb->name);
-  else if (s->write_status != 0)
+  else if (s->write_status != 0 && lost)
     io_push_error(L, s->write_status, r->verb->name, NULL);
   else if (s->queued > 0)
     return LOOK_WAIT;
@@ -523,8 +547,6 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
   bool canceled =
       token != NULL ? operation_canceled(token, scope) : scope->canceled && !token_none(L, 2);
   if (!s->handle.disposed && !s->broken && s->write_status == 0 && !canceled) {
-    if (waiter_any(&s->writers))
-      return error_throw(L, ERROR_OPERATION, "shutdown: another task is writing to this stream");
     if (f != NULL && s->queued > 0) fiber_here(L, s->handle.rt);
     s->shut = true;
     end_writing(s);
@@ -536,13 +558,13 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
 static int l_shutdown(lua_State *L) { return shutdown_any(L, l_shutdown); }
 static int l_shutdown_async(lua_State *L) { return shutdown_any(L, NULL); }
 
-/* [-1, +0, m] the first of who is suspended in a write gets what is on top; nobody else, should somebody have closed
-** its coroutine */
-static void end_first(lua_State *L, int i, struct stream *s, bool failed) {
-  struct link one, *first = s->writers.next;
+/* [-1, +0, m] who is suspended in a write at `link` gets what is on top; nobody else, should somebody have closed its
+** coroutine */
+static void end_one(lua_State *L, int i, struct stream *s, struct link *link, bool failed) {
+  struct link one;
   link_init(&one);
-  link_drop(first);
-  link_append(&one, first);
+  link_drop(link);
+  link_append(&one, link);
   struct nap *n = waiter_take(L, i, &one);
   if (n == NULL) {
     lua_pop(L, 1);
@@ -555,36 +577,55 @@ static void end_first(lua_State *L, int i, struct stream *s, bool failed) {
     waiter_grant(L, s->handle.rt, n);
 }
 
-void write_refuse(lua_State *L, int i, struct stream *s) {
+/* an operation that somebody may look at, and no task that is suspended in the call */
+static bool is_operation(struct link *l) {
+  const struct clause *c = waiter_clause(container_of(l, struct nap, link));
+  return c != NULL && !container_of(c - c->index, struct queued, clauses)->direct;
+}
+
+/* the first to be refused, or NULL */
+static struct link *first_refused(struct stream *s, bool linger) {
+  for (struct link *l = s->writers.next; l != &s->writers; l = l->next)
+    if (!linger || s->stopped || s->write_status != 0 || !is_operation(l)) return l;
+  return NULL;
+}
+
+static const struct record *record_for(struct stream *s, const struct link *who) {
+  for (struct link *l = s->writes.next; l != &s->writes; l = l->next)
+    if (record_of(l)->who != NULL && &record_of(l)->who->link == who) return record_of(l);
+  return NULL;
+}
+
+void write_refuse(lua_State *L, int i, struct stream *s, bool linger) {
   int top = lua_gettop(L);
   bool broken = s->broken;
-  while (waiter_any(&s->writers)) {
-    write_changed(s);
-    const struct record *first = waiter_any(&s->writes) ? record_of(s->writes.next) : NULL;
+  for (struct link *l; write_changed(s), (l = first_refused(s, linger)) != NULL;) {
+    const struct record *r = record_for(s, l);
     uint32_t epoch = s->epoch;
     uint64_t given;
-    size_t sent = first != NULL ? sent_of(s, first, &given) : 0;
-    bool failed = first == NULL || sent < first->size;
+    size_t sent = r != NULL ? sent_of(s, r, &given) : 0;
+    bool failed = r == NULL || sent < r->size;
     if (!failed)
       lua_pushboolean(L, 1);
     else {
+      if (broken || s->write_status != 0) s->unsent = false; /* it is told */
       if (broken)
         stream_push_broken(L, s, "write");
-      else if (s->write_status != 0)
+      else if (s->write_status != 0 && !s->stopped)
         io_push_error(L, s->write_status, "write", NULL);
       else
-        handle_push_code(L, "ECANCELED", "write", "the stream was closed by another task");
+        handle_push_code(L, "ECANCELED", "write", "the stream was closed meanwhile");
       lua_pushinteger(L, (lua_Integer)sent);
       lua_setfield(L, -2, "written");
     }
-    if (s->epoch == epoch) end_first(L, i, s, failed); /* else a finalizer has been here */
+    if (s->epoch == epoch) end_one(L, i, s, l, failed); /* else a finalizer has been here */
     lua_settop(L, top);
   }
 }
 
 void write_answer(lua_State *L, int i, struct stream *s) {
   struct request flush = {.verb = &flush_verb, .what = FLUSH_WAITING};
-  if (s->write_status != 0) write_refuse(L, i, s);
+  if (s->write_status != 0) write_refuse(L, i, s, false);
   write_changed(s); /* somebody may have closed the coroutine of one: it has gone without a word */
   while (waiter_any(&s->writes) && !s->broken) {
     struct record *first = record_of(s->writes.next);
@@ -593,7 +634,7 @@ void write_answer(lua_State *L, int i, struct stream *s) {
     drop_record(first);
     lua_pushboolean(L, 1);
     if (waits)
-      end_first(L, i, s, false);
+      end_one(L, i, s, s->writers.next, false);
     else
       lua_pop(L, 1);
   }

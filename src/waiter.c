@@ -309,6 +309,14 @@ void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool fai
   task_settle(L, rt, i, 1);
 }
 
+void waiter_settle_later(lua_State *L, struct runtime *rt, int i) {
+  struct queued *op = (struct queued *)lua_touserdata(L, i);
+  lua_setiuservalue(L, i, OP_KEYS);
+  op->granted = true;
+  task_hold(L, i, &op->timed.pending.task);
+  loop_ready(rt, &op->timed.pending.task);
+}
+
 /* the first of its tasks that is complete, or NULL */
 static struct clause *complete_task(lua_State *L, int i, struct queued *op) {
   for (uint32_t k = 0; k < op->count; k++) {
@@ -339,11 +347,19 @@ static void end_like(lua_State *L, struct runtime *rt, int i, struct queued *op,
   lua_settop(L, input - 1);
 }
 
-/* It was canceled, or its time is up, or a task of a select is complete; it is in no queue. */
+/* It was canceled, or its time is up, or a task of a select is complete; it is in no queue. Or it was granted before. */
 void waiter_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
   struct queued *op = (struct queued *)lua_touserdata(L, i);
   struct task *t = &op->timed.pending.task;
+  if (op->granted) {
+    lua_getiuservalue(L, i, OP_KEYS);
+    lua_pushnil(L);
+    lua_setiuservalue(L, i, OP_KEYS);
+    task_forget(L, t);
+    task_settle(L, rt, i, 1);
+    return;
+  }
   struct clause *c = complete_task(L, i, op);
   if (c != NULL)
     end_like(L, rt, i, op, c);

@@ -35,7 +35,8 @@ struct clause {
 struct queued {
   struct timed timed;
   uint32_t count;
-  bool direct; /* known to nobody but the fiber that awaits it, from when it does */
+  bool direct;  /* known to nobody but the fiber that awaits it, from when it does */
+  bool granted; /* OP_KEYS, when it lands; nothing interrupts it */
   struct clause clauses[];
 }; /* OP_INPUT: the holder, OP_KEYS: a value of its; of a select: lists of these, one for each clause */
 
@@ -68,6 +69,8 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q);
 void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
 /* [-1, +0, m] the operation at i, by its clause k */
 void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool failed);
+/* [-1, +0, m] the operation at i, which has not been started, with that value, when it lands */
+void waiter_settle_later(lua_State *L, struct runtime *rt, int i);
 void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n); /* [-2, +0, m] */
 void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n);  /* [-2, +0, m] */
 /* quiet: the holder need not hear of it: it knows, or is being collected with its waiters.

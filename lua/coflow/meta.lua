@@ -1430,10 +1430,11 @@ function flow.net.connect_pipe(path, token) end
 ---@return coflow.Task
 function flow.net.connect_pipe_async(path, token) end
 
----A connection, TCP or a pipe, or a standard stream. One task reads and one writes at a time; a second one is refused
----with InvalidOperation, the first unharmed; but any number may write to standard output and error. Whatever waits on
----it is under the ambient token, and ends at once when that is canceled; a token of its own may stand in place of what
----may be left out before it: `stream:read(token)`. One that is forgotten is closed when it is collected.
+---A connection, TCP or a pipe, or a standard stream. One task reads at a time; a second one is refused with
+---InvalidOperation, the first unharmed. Any number may write: each write is sent whole, in the order of the calls, and
+---while one is suspended the others wait behind it. Whatever waits on a stream is under the ambient token, and ends at
+---once when that is canceled; a token of its own may stand in place of what may be left out before it:
+---`stream:read(token)`. One that is forgotten is closed when it is collected.
 ---@class coflow.Stream
 ---@field local_address string? "127.0.0.1:80", "[fe80::1%eth0]:80", or the path of a pipe; nil once it is closed
 ---@field peer_address string? the same, of the other end
@@ -1507,10 +1508,13 @@ function Stream:read_all_async(max, token) end
 ---Writes the strings, in one go, and a token if that is the last argument. Returns when the system has taken them,
 ---or no more than 64 KiB wait for it; else it suspends until only 16 KiB do. To standard output and error it returns
 ---when the system has taken them; what was printed before is first.
----Cancellation: nothing is sent if libuv has not begun with it. If it has, the stream is broken and closed: `written`
----in the error, and in the IO errors with code ECANCELED that all later use raises, tells how many bytes of it the
----system took. So does `written` in the error of a suspended write whose stream is closed, or fails.
----Raises: IO (EPIPE, ECONNRESET …); InvalidOperation while another task's write is suspended, and after `shutdown`.
+---Cancellation: nothing is sent if libuv has not begun with it, which it has not while another one is before it. If it
+---has, the stream is broken and closed: `written` in the error, and in the IO errors with code ECANCELED that all later
+---use raises, tells how many bytes of it the system took. So does `written` in the error of a suspended write whose
+---stream is closed, or fails.
+---A loop of writes lets others have their turn, also while the system takes all: now and then one suspends that has
+---been done, which no cancellation takes back.
+---Raises: IO (EPIPE, ECONNRESET …); InvalidOperation after `shutdown`.
 ---@param ... string|number|coflow.CancellationToken
 ---@return true
 function Stream:write(...) end
@@ -1529,10 +1533,9 @@ function Stream:flush(token) end
 ---@return coflow.Task
 function Stream:flush_async(token) end
 
----Ends this direction once all that was written is sent: the peer reads up to the end, and may go on writing. Of
----standard output: print and its like have nobody to write to, either.
+---Ends this direction once all that was written is sent, by writes that are suspended as well: the peer reads up to the
+---end, and may go on writing. Of standard output: print and its like have nobody to write to, either.
 ---Cancellation: ends the wait only; under a token that is canceled already nothing is begun.
----Raises: InvalidOperation while a write is suspended.
 ---@param token? coflow.CancellationToken
 ---@return true
 function Stream:shutdown(token) end
@@ -1541,8 +1544,9 @@ function Stream:shutdown(token) end
 ---@return coflow.Task
 function Stream:shutdown_async(token) end
 
----Closes the stream for everybody at once, and suspends until all that was written is sent. Other tasks that read or
----write get an IO error with code ECANCELED; if a write was half sent, nothing more is. A second time is harmless.
+---Closes the stream for everybody at once, and suspends until all that was written is sent, by operations
+---(`write_async`) as well. Tasks that read, or are suspended in `write`, get an IO error with code ECANCELED; if such a
+---write was half sent, nothing more is. A second time is harmless.
 ---As a `<close>` variable it is closed so, or disposed while an error unwinds. A standard stream leaves its descriptor
 ---to print and its like.
 ---Cancellation: what has not been sent is dropped.

@@ -15,6 +15,7 @@ local net = core.open_net()
 
 local connect_address, listen_address, listen_pipe = net.connect_address, net.listen_address, net.listen_pipe
 local is_address, report_failure, name_after = net.is_address, net.report_failure, core.name_after
+local when_closed = net.when_closed
 local Stream, Listener = core.methods "coflow.Stream", core.methods "coflow.Listener"
 
 local BACKLOG = 1024
@@ -172,7 +173,7 @@ function net.listen_pipe(path, options)
 end
 
 net.connect_address, net.connect_address_async, net.listen_address = nil, nil, nil
-net.is_address, net.report_failure = nil, nil
+net.is_address, net.report_failure, net.when_closed = nil, nil, nil
 
 -- Streams ------------------------------------------------------------------------------------------
 
@@ -270,10 +271,30 @@ local function talk(fn, stream, stopping)
   fn(s, stopping)
 end
 
+-- An error of on_error itself is told as one that nobody observes.
+local function tell(state, err, stream)
+  local ok, failure = xpcall(state.on_error, core.trace_handler, err, stream)
+  if not ok and not core.errors.is(failure, "OperationCanceled") then report_failure(failure) end
+end
+
 local function connection(state, fn, stream)
   local _ <close> = setmetatable({ state = state }, leaving)
   local ok, err = xpcall(talk, core.trace_handler, fn, stream, state.stopping.token)
-  if not ok and not core.errors.is(err, "OperationCanceled") then state.on_error(err, stream) end
+  if not ok and not core.errors.is(err, "OperationCanceled") then tell(state, err, stream) end
+end
+
+-- No connection is begun any more, and those that are may end within the grace. What callbacks of the token raise is
+-- returned, as from pcall.
+local function wind_down(state, why)
+  if state.stopping.is_cancellation_requested then return true end
+  local ok, err = pcall(state.stopping.cancel, state.stopping, "the listener is stopping")
+  if state.free then state.free:try_set_result() end
+  if state.group and (state.grace or 0) > 0 then
+    state.group:stop()
+  elseif state.group then
+    state.group:cancel(why)
+  end
+  return ok, err
 end
 
 local function accept_all(listener, state, group, fn, max)
@@ -292,7 +313,7 @@ local function accept_all(listener, state, group, fn, max)
       elseif is_closed_error(listener, stream) then
         return
       elseif core.errors.is(stream, "IO") then -- the system is short of something: EMFILE, ENFILE, ENOBUFS …
-        if not short then state.on_error(stream) end -- once, until it is over
+        if not short then tell(state, stream) end -- once, until it is over
         short = true
         core.sleep(PAUSE)
       else
@@ -308,9 +329,14 @@ local function serve_all(listener, fn, max, grace, on_error)
   end
   local state = { running = 0, stopping = core.call_source(), grace = grace, on_error = on_error }
   serving[listener] = state
+  when_closed(listener, function()
+    local ok, err = wind_down(state, "the listener was closed")
+    if not ok then report_failure(err) end
+  end)
   local _ <close> = setmetatable({}, {
     __close = function()
       serving[listener] = nil
+      when_closed(listener, nil)
       state.stopping:dispose()
     end,
   })
@@ -349,17 +375,17 @@ end
 
 ---Calls `fn(stream, stopping)` in a task of its own for each connection, and closes the stream when it returns.
 ---`stopping` is a token that `listener:stop()` cancels: `stream:read_line(nil, stopping)` waits for a next request no
----longer than that. Returns when `stop` or `close` has been called and the last connection has ended. An error in a
----connection ends that one only: it is told to `on_error(err, stream)`, by default to the handler of
----`on_unobserved_exception`. So is a want of descriptors (`IO` with code EMFILE, without a stream); then connections
----wait until some are free. One that ends canceled (by a token of yours that it reads with) has not failed, and is
----told to nobody.
+---longer than that. Returns when `stop` or `close` has been called and the last connection has ended, for which it has
+---`grace` seconds either way. An error in a connection ends that one only: it is told to `on_error(err, stream)`, by
+---default to the handler of `on_unobserved_exception`, as is what `on_error` itself raises. So is a want of descriptors
+---(`IO` with code EMFILE, without a stream); then connections wait until some are free. One that ends canceled (by a
+---token of yours that it reads with) has not failed, and is told to nobody.
 ---Cancellation: cancels the connections, and raises when they have ended. The listener stays open. Canceled before
 ---the call: accepts nothing.
 ---@param fn fun(stream: coflow.Stream, stopping: coflow.CancellationToken)
 ---@param options? { max_connections?: integer, grace?: number, on_error?: fun(err: any, stream?: coflow.Stream) }
----max_connections: at the same time; the others wait. grace: seconds for the connections to end after `stop`, before
----they are canceled; none: at once.
+---max_connections: at the same time; the others wait. grace: seconds for the connections to end after `stop`, or
+---`close`, before they are canceled; none: at once.
 ---@param token? coflow.CancellationToken
 function Listener:serve(fn, options, token)
   serve(self, fn, check_serve(self, fn, options, token))
@@ -380,16 +406,11 @@ end
 ---Raises: an Aggregate of the errors of callbacks of that token.
 function Listener:stop()
   core.check_class(1, self, "coflow.Listener")
-  self:close()
   local state = serving[self]
-  if not state or state.stopping.is_cancellation_requested then return end
-  local ok, err = pcall(state.stopping.cancel, state.stopping, "the listener is stopping")
-  if state.free then state.free:try_set_result() end
-  if state.group and (state.grace or 0) > 0 then
-    state.group:stop()
-  elseif state.group then
-    state.group:cancel("the listener was stopped")
-  end
+  if state then when_closed(self, nil) end
+  self:close()
+  if not state then return end
+  local ok, err = wind_down(state, "the listener was stopped")
   if not ok then error(err, 0) end
 end
 
