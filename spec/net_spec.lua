@@ -545,7 +545,7 @@ describe("writing", function()
   end))
 
   it("by many, canceled by chance: what is told is what was sent", connected(function()
-    for seed = 1, helper.seeds(4, 1) do
+    for seed = 1, math.min(helper.seeds(4, 1), 12) do -- each sends megabytes
       local state = seed
       local function random(n)
         state = state * 6364136223846793005 + 1442695040888963407
