@@ -804,6 +804,7 @@ describe("cancel_after", function()
     local linked <close> = Source.linked(second.token)
     linked.token:register(record, "linked")
     scope:try_await()
+    flow.sleep(1)
     assert.same({ "first", "linked", "second", "third" }, events)
   end))
 

@@ -869,6 +869,24 @@ describe("a host that gets a signal", function()
     assert.equal("0", tostring(code) .. err)
   end)
 
+  it("has the signal for itself in flow.main, which goes on behind it", function()
+    local out, code, err = run [[
+      io.stdout:setvbuf("no")
+      os.exit(flow.main(function()
+        local host = flow.Host():add(slow("a", 0.01))
+        flow.spawn(send)
+        host:run()
+        flow.sleep(0.01)
+        print("awake", flow.cancellation_token().is_cancellation_requested)
+        send()
+        flow.sleep(20)
+        print("not reached")
+      end), true)
+    ]]
+    assert.equal("start a\nstop a\nstopped a\nawake\tfalse\n", out)
+    assert.equal(143, code, err)
+  end)
+
   it("lets services that started a server serve on in flow.main until they are stopped", function()
     local out, code, err = run [[
       os.exit(flow.main(function()

@@ -378,7 +378,7 @@ describe("the ambient token", function()
     local last = flow.CancellationTokenSource(1)
     last.token:register(note, "last")
     raises("Timeout", flow.await, scope)
-    flow.yield()
+    flow.sleep(1)
     assert.same({ "first", "scope", "last" }, log)
   end))
 

@@ -93,6 +93,25 @@ describe("signal.wait", function()
     assert.equal(128 + 15, result.code)
   end)
 
+  it("takes its signal before flow.main, which is not canceled then", function()
+    local result = helper.child [[
+      local flow = require "coflow"
+      local function main()
+        local name = flow.signal.wait { "SIGTERM", "SIGHUP" }
+        flow.sleep(0.001)
+        print(name)
+      end
+      local function send()
+        flow.sleep(0.001)
+        os.execute("kill -TERM $PPID")
+      end
+      flow.spawn(send)
+      os.exit(flow.main(main), true)
+    ]]
+    assert.equal("SIGTERM\n", result.out)
+    assert.equal("0", result.code .. result.err)
+  end)
+
   it("leaves flow.main its signals", function()
     local result = helper.child [[
       local flow = require "coflow"
@@ -108,7 +127,7 @@ describe("signal.wait", function()
       flow.spawn(send)
       os.exit(flow.main(main), true)
     ]]
-    assert.equal("false\tinterrupted by signal 15\n", result.out)
+    assert.equal("false\tinterrupted by SIGTERM\n", result.out)
     assert.equal("", result.err)
     assert.equal(7, result.code)
   end)

@@ -728,6 +728,9 @@ describe("a seed", function()
       end
       print(course(nil) == course(12), course(false) == "1 2 3 4 5 6 7 8 9", course(nil) == course(13))
       print(course(nil))
+      local seeds = {}
+      pcall(testing.explore, function(clock) seeds[#seeds + 1] = clock.seed end, { runs = 2 })
+      print(table.concat(seeds, " "))
     ]]
     local path = os.tmpname()
     local file <close> = assert(io.open(path, "w"))
@@ -735,14 +738,49 @@ describe("a seed", function()
     file:flush()
     local function lines(seed)
       local pipe <close> = io.popen(("COFLOW_SEED=%s %s %s"):format(seed, os.getenv("LUA") or "lua5.4", path))
-      return pipe:read("l"), pipe:read("l")
+      return pipe:read("l"), pipe:read("l"), pipe:read("l")
     end
-    assert.equal("true\ttrue\tfalse", (lines("12")))
-    local _, fifo = lines("''")
+    local same, _, seeds = lines("12")
+    assert.equal("true\ttrue\tfalse", same)
+    assert.equal("12 13", seeds)
+    local _, fifo, none = lines("''")
     assert.equal("1 2 3 4 5 6 7 8 9", fifo)
+    assert.equal("1 2", none)
     local _, message = lines("often")
     assert.truthy(message:find("COFLOW_SEED", 1, true), message)
     os.remove(path)
+  end)
+end)
+
+describe("a seed", function()
+  it("is that of math.random, too, which has other numbers again behind the test", function()
+    local function draw() return math.random(1 << 30), math.random(1 << 30) end
+    local first = { testing.run(draw, { seed = 5 }) }
+    local between = draw()
+    assert.same(first, { testing.run(draw, { seed = 5 }) })
+    assert.not_equal(between, draw())
+    assert.not_same(first, { testing.run(draw, { seed = 6 }) })
+    local delays = {}
+    for i = 1, 2 do
+      testing.run(function(clock)
+        assert.equal(7, clock.seed)
+        local retry = flow.resilience.retry { delay = 1, backoff = "exponential", use_jitter = true }
+        pcall(retry.execute, retry, error, "no")
+        delays[i] = clock:now()
+      end, { seed = 7 })
+    end
+    assert.equal(delays[1], delays[2])
+    testing.run(function(clock) assert.is_nil(clock.seed) end, { seed = false })
+  end)
+
+  it("is told with the name of the test that busted knows", function()
+    local test
+    rawset(_G, "it", function(_, fn) test = fn end)
+    testing.it("deposits", { seed = 9 }, function() error("no", 0) end)
+    rawset(_G, "it", nil)
+    local text, ok = with_stderr(test)
+    assert.is_false(ok)
+    assert.truthy(text:find("coflow.testing: 'deposits' failed under seed 9; ", 1, true), text)
   end)
 end)
 
@@ -786,7 +824,7 @@ describe("testing.explore", function()
     local text, ok, err = with_stderr(testing.explore, function()
       runs = runs + 1
       race()
-    end)
+    end, { seed = 1 })
     assert.is_false(ok)
     local seed = tonumber(text:match("seed = (%d+)"))
     assert.equal(runs, seed)

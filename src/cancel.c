@@ -378,12 +378,16 @@ static int call(lua_State *L, struct runtime *rt, int i, struct registration *r)
   } else
     context_push_current(L);    /* the canceler's, whom the callback's writes do not reach */
   schedule_push_context(L, me); /* what it does to the synchronization context stays inside, too */
-  lua_getiuservalue(L, i, REGISTRATION_TARGET);
-  int arguments = r->packed ? values_unpack(L) - 1 : 0;
-  clear(L, i, r);
-  rt->depth++;
-  int status = lua_pcall(L, arguments, 0, 0);
-  rt->depth--;
+  int status = LUA_OK;
+  if (lua_getiuservalue(L, i, REGISTRATION_TARGET) == LUA_TNIL)
+    lua_pop(L, 1); /* a value_changed handler has unregistered it */
+  else {
+    int arguments = r->packed ? values_unpack(L) - 1 : 0;
+    clear(L, i, r);
+    rt->depth++;
+    status = lua_pcall(L, arguments, 0, 0);
+    rt->depth--;
+  }
   if (me->traits & TRAIT_PLAN) {
     lua_pushvalue(L, i + SAVED_CONTEXT);
     schedule_set_context(L, me);

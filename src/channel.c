@@ -420,7 +420,7 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
   }                    /* channel item token */
   if (token != NULL) { /* as an operation, whose scope is ours whatever flows to others */
     struct scope *s = scope_ambient(L, rt);
-    return waiter_await(L, me, start(L, c, what, 0, s), false);
+    return waiter_await_direct(L, me, start(L, c, what, 0, s), false);
   }
   lua_settop(L, 2);
   if (c->capacity == 0) {

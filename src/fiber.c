@@ -79,6 +79,7 @@ static bool is_idle(lua_State *co) { return lua_status(co) == LUA_YIELD; }
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
   if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) &&
+      lua_gethook(co) == NULL && /* one of its own, or its function, is not for the next task */
       idle_room(L, rt)) {
     if (held) { /* else the slot holds it already */
       lua_pushthread(co);

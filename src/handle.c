@@ -324,7 +324,7 @@ int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFu
     if (me == NULL) return fiber_outside(L, f);
     struct task *op = start(L, h, r, k, scope_ambient(L, rt), false);
     bool done = task_done(op);
-    int n = waiter_await(L, me, op, false);
+    int n = waiter_await_direct(L, me, op, false);
     return done ? handle_return(L, rt, r->cost) : n;
   }
   bool deaf = token_none(L, k);

@@ -230,6 +230,7 @@ extern const struct part stdio_part;
 
 const char *signal_name(int number); /* "SIGTERM"; NULL: it has none */
 int signal_number(const char *name); /* 0: no such signal */
+bool signal_is_caught(const struct runtime *rt, int number);
 void signal_land(lua_State *L, int i);
 void signal_end_all(struct runtime *rt);            /* the state is closing. No Lua. */
 void signal_free(lua_State *L, struct runtime *rt); /* [-0, +0, -] when the loop is closed */

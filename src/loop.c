@@ -425,7 +425,7 @@ static int run(lua_State *L, bool operation) {
   if (end == DRIVE_DEAD)
     deadlock_push(L, rt, operation ? root : NULL);
   else if (end == DRIVE_SIGNALED) {
-    error_push(L, ERROR_CANCELED, "interrupted by signal %d", rt->signaled);
+    error_push(L, ERROR_CANCELED, "interrupted by %s", signal_name(rt->signaled));
     lua_pushinteger(L, rt->signaled);
     lua_setfield(L, -2, "signal");
   } else

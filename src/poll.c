@@ -163,7 +163,9 @@ bool poll_pass_time(struct runtime *rt) {
 ** the process although the program computes for ever and nobody hears of the first. */
 
 static void on_signal(uv_signal_t *handle, int number) {
-  container_of(handle->loop, struct runtime, loop)->signaled = number;
+  struct runtime *rt = container_of(handle->loop, struct runtime, loop);
+  if (!signal_is_caught(rt, number))
+    rt->signaled = number; /* else it is for whoever waits for it */
 }
 
 void poll_watch_signals(struct runtime *rt, bool on) {

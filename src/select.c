@@ -228,7 +228,7 @@ static int select_here(lua_State *L, bool outside) {
     select_start(L, op, s);
   }
   lua_settop(L, SELECT_OP);
-  return waiter_await(L, me, t, deaf);
+  return waiter_await_direct(L, me, t, deaf);
 }
 
 static int l_select(lua_State *L) { return select_here(L, false); }

@@ -99,6 +99,12 @@ static void on_signal(uv_signal_t *handle, int number) {
   }
 }
 
+bool signal_is_caught(const struct runtime *rt, int number) {
+  for (const struct link *l = rt->catchers.next; l != &rt->catchers; l = l->next)
+    if (container_of(l, struct catcher, link)->mask & (uint32_t)1 << number) return true;
+  return false;
+}
+
 static struct caught *find(struct runtime *rt, int number, bool once) {
   struct caught *s = rt->caught;
   while (s != NULL && (s->number != number || s->once != once)) s = s->next;

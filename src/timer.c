@@ -1,11 +1,17 @@
 /*
 ** timer.c - what waits for a time: delay, sleep, wait_async; and how waits are interrupted.
 **
-** The deadlines themselves are kept in deadline.c. All that are due fire before anything of the user's runs, in the order
+** The deadlines themselves are kept in deadline.c. Those that are due fire in the order of their times, equal ones in that
 ** in which they were set: a sleeper is made ready, an operation is settled, a scope or a source is canceled,
-** and its callbacks are put on the ready list, before whoever that wakes. So what came first has won,
-** and a task resumed by a deadline may freely set or drop others. Callbacks wait for no task when others are linked
-** to one of these sources: those are canceled by them. The time deadlines fire by is loop_now: real or virtual.
+** and its callbacks are put on the ready list, before whoever that wakes. None of the user's code runs meanwhile, so
+** whoever is resumed may freely set or drop others.
+**
+** A deadline that ends what somebody waits for *judges*: what was due before it has the time to be done. So it fires when
+** whoever earlier ones have made ready has run; of real time, in which it may be late, a quarter of the delay counts as
+** one moment, lest the loop fall behind for ever.
+**
+** Callbacks wait for no task when others are linked to their source: those are canceled by them. The time deadlines fire by
+** is loop_now: real or virtual.
 **
 ** An owner with a deadline set is held by the anchors: it lives until the deadline fires or is dropped.
 **
@@ -15,6 +21,8 @@
 #include "waiter.h"
 
 #include <math.h>
+
+#define MOMENT 0.001
 
 /* ---- firing ---- */
 
@@ -103,12 +111,23 @@ static void land_hurried(lua_State *L, struct runtime *rt) {
   }
 }
 
+static bool judges(const struct deadline *d) {
+  return d->kind == DEADLINE_NAP ? container_of(d, struct fiber, u.nap.deadline)->u.nap.pos != 0
+                                 : d->kind != DEADLINE_TIMER;
+}
+
 void timer_fire_due(lua_State *L, struct runtime *rt) {
   if (!deadline_any(rt) && rt->hurried == NULL) return; /* those are left when memory has failed */
-  double now = loop_now(rt);
+  double now = loop_now(rt), moment = HUGE_VAL;
   struct mark m = loop_mark(rt);
   rt->linked = false;
-  for (struct deadline *d; (d = deadline_first(rt, now)) != NULL;) fire(L, rt, d, now);
+  for (struct deadline *d; (d = deadline_first(rt, now)) != NULL; fire(L, rt, d, now)) {
+    double due = deadline_due(rt, d);
+    if (moment == HUGE_VAL) /* the first one */
+      moment = rt->clock == CLOCK_REAL ? due + fmax((now - due) / 4, MOMENT) : -HUGE_VAL;
+    else if (due > moment && rt->ready != NULL && judges(d))
+      break;
+  }
   if (rt->linked) hurry(rt, m);
   land_hurried(L, rt);
 }

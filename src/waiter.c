@@ -390,7 +390,6 @@ static int await_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
-  if (waiter_is_queued(op)) ((struct queued *)(void *)op)->direct = true;
   lua_replace(L, 1);
   lua_settop(L, 1);
   if (task_done(op)) return task_push_outcome(L, 1, op);

@@ -60,8 +60,13 @@ enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e]
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds);
 /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
 void waiter_start(lua_State *L, int i, struct link *q, int k, struct scope *s);
-/* [-1, …, e] in direct style: the operation on top */
+/* [-1, …, e] waits for the pending or complete operation on top, perhaps deaf to cancellation */
 int waiter_await(lua_State *L, struct fiber *me, struct task *op, bool deaf);
+/* … in direct style: it was made for this */
+static inline int waiter_await_direct(lua_State *L, struct fiber *me, struct task *op, bool deaf) {
+  ((struct queued *)(void *)op)->direct = true;
+  return waiter_await(L, me, op, deaf);
+}
 /* [-0, +0, m] one clause of it */
 void waiter_enqueue(lua_State *L, int i, int holder, struct link *q, struct clause *c);
 /* [-0, +1, -] the first of q; NULL: [-0, +0] */

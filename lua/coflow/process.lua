@@ -48,7 +48,7 @@ local function wrong_env(env)
   if type(env) ~= "table" then return "env: table expected, got " .. type(env) end
   for name, value in next, env do
     if type(name) ~= "string" or name == "" or name:find("[=\0]") then
-      return ("env: %s is no name of a variable"):format(type(name) == "string" and ("%q"):format(name) or type(name))
+      return ("env: %s is no name of a variable: { NAME = \"value\" }"):format(type(name) == "string" and ("%q"):format(name) or type(name))
     elseif value ~= false and type(value) ~= "string" then
       return ("env.%s: string or false expected, got %s"):format(name, type(value))
     elseif value and value:find("\0", 1, true) then
@@ -265,7 +265,7 @@ local function wrong_run(args, input, options, token)
   if wrong then
     return 1, wrong
   elseif input ~= nil and type(input) ~= "string" then
-    return 2, "input must be a string"
+    return 2, "input must be a string, or nil: options come third"
   elseif max ~= nil and max ~= math.huge and not (math.type(max) and math.tointeger(max) and max > 0) then
     return 3, "max: number of bytes expected"
   elseif token ~= nil and not core.is_token(token) then

@@ -40,6 +40,7 @@ end
 
 ---The clock of a test, given to its function.
 ---@class coflow.testing.Clock
+---@field seed? integer under which the test runs
 local Clock = { __name = "coflow.testing.Clock" }
 Clock.__index = Clock
 
@@ -210,13 +211,23 @@ local function describe_left(list)
   return table.concat(lines, "\n\t")
 end
 
+local names = setmetatable({}, { __mode = "k" }) -- of the tests that `it` has been given
+
 -- A failure under a seed is worth nothing without the seed. The error is the caller's own, and stays the same.
-local function tell_seed(seed)
-  io.stderr:write(("coflow.testing: failed under seed %d; the same course again: seed = %d, or COFLOW_SEED=%d\n")
-    :format(seed, seed, seed))
+local function tell_seed(seed, name)
+  io.stderr:write(("coflow.testing: %sfailed under seed %d; the same course again: seed = %d, or COFLOW_SEED=%d\n")
+    :format(name and ("'%s' "):format(name) or "", seed, seed, seed))
 end
 
-local function ended(seed, ok, ...)
+-- The course is the same every time only if the numbers that the test draws are, too; those who draw some later get
+-- others than the test's.
+local function seed_numbers(seed)
+  local later = math.random(0)
+  math.randomseed(seed)
+  return setmetatable({}, { __close = function() math.randomseed(later) end })
+end
+
+local function ended(fn, seed, ok, ...)
   core.testing.settle()
   local err, list = ..., all_left()
   if ok and #list > 0 then
@@ -225,7 +236,7 @@ local function ended(seed, ok, ...)
   if #list > 0 then clean_up() end
   if ok then return ... end
   core.testing.settle() -- the task of fn may have been collected meanwhile, and is closed then
-  if seed then tell_seed(seed) end
+  if seed then tell_seed(seed, names[fn]) end
   error(err, 0)
 end
 
@@ -241,12 +252,13 @@ local ending = setmetatable({}, { __close = finish })
 local function run_under(fn, seed, start, threshold, provider)
   begin(not provider, start, threshold, seed)
   local _ <close> = ending
-  if not provider then return ended(seed, pcall(core.run, fn, setmetatable({}, Clock))) end
+  local _ <close> = seed and seed_numbers(seed)
+  if not provider then return ended(fn, seed, pcall(core.run, fn, setmetatable({ seed = seed }, Clock))) end
   provider._installed, provider._advances, provider._leader = true, {}, nil
   local _ <close> = setmetatable({}, { __close = function()
     provider._now, provider._installed = core.loop.now(), false
   end })
-  return ended(seed, pcall(core.run, fn, provider))
+  return ended(fn, seed, pcall(core.run, fn, provider))
 end
 
 ---Runs `fn(clock)` as the root task while time is virtual, and returns what it returns. When nothing is ready
@@ -256,8 +268,8 @@ end
 ---`autojump_threshold` real seconds.
 ---
 ---`seed`: any task that is ready comes next, and equal deadlines fire in any order, as the seed decides; the same
----seed gives the same course, every time. A failure writes the seed to standard error. nil: the order of
----production, first in, first out, unless the environment has COFLOW_SEED; false: that order, whatever the
+---seed gives the same course, every time, and `math.random` the same numbers. It is `clock.seed`, and a failure
+---writes it to standard error. nil: the order of production, first in, first out, unless the environment has COFLOW_SEED; false: that order, whatever the
 ---environment has.
 ---
 ---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
@@ -299,7 +311,7 @@ end
 
 ---@class coflow.testing.ExploreOptions
 ---@field runs? integer 100 by default
----@field seed? integer the first one, 1 by default
+---@field seed? integer the first one; by default COFLOW_SEED of the environment, or 1
 ---@field start_time? number
 ---@field autojump_threshold? number
 
@@ -312,7 +324,7 @@ local explore_options = { runs = true, seed = true, start_time = true, autojump_
 function testing.explore(fn, options)
   core.check_function(1, fn)
   options = core.check_options(2, options, explore_options)
-  local runs, first = options.runs or 100, options.seed or 1
+  local runs, first = options.runs or 100, options.seed or seed_of(nil) or 1
   if not math.type(runs) or not math.tointeger(runs) or runs < 1 then
     core.argument_error(2, "runs must be an integer > 0")
   elseif not math.type(first) or not math.tointeger(first) then
@@ -345,6 +357,7 @@ function testing.it(name, options, fn)
   if it == nil then
     error(InvalidOperation("testing.it: there is no `it` here: it works in a spec that busted runs"), 0)
   end
+  names[fn] = name
   return it(name, function() run(fn, options) end) -- a tail call: busted looks at who called
 end
 
