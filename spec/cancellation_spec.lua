@@ -793,6 +793,23 @@ describe("cancel_after", function()
     for _, source in ipairs(sources) do source:dispose() end
   end))
 
+  it("does what the first of equal deadlines brings before the next one ends a wait", in_order(function()
+    local semaphore, source = flow.Semaphore(0), Source(1)
+    source.token:register(function() semaphore:release() end)
+    assert.is_true(semaphore:wait(1))
+    assert.equal(0, semaphore.current_count)
+    local sleeper = flow.async(function()
+      flow.sleep(1)
+      return "done"
+    end)()
+    assert.equal("done", sleeper:wait_async(1):await())
+    sleeper = flow.async(flow.sleep)(1)
+    assert.equal(sleeper, (flow.await_any(sleeper, flow.delay(1))))
+    sleeper = flow.async(flow.sleep)(1)
+    flow.with_timeout(1, flow.await, sleeper)
+    raises("Timeout", flow.with_timeout, 1, flow.sleep, 1)
+  end))
+
   it("fires equal deadlines in that order also when others are linked to one", in_order(function()
     local events, record = recorder()
     local first, second = Source(1), Source(1)
@@ -825,6 +842,28 @@ describe("cancel_after", function()
       end)()
     end)
   end)
+end)
+
+describe("a callback that a value_changed handler unregisters just before it", function()
+  it("does not run, and the others do", in_task(function()
+    for _, arguments in ipairs { {}, { 1, 2 } } do
+      local source, events, registration = Source(), {}, nil
+      source.token:register(function() events[#events + 1] = "other" end)
+      local loc = flow.AsyncLocal { value_changed = function()
+        if registration then events[#events + 1] = registration:unregister() end
+      end }
+      loc:set(1)
+      local made = source.token:register(function() events[#events + 1] = "run" end, table.unpack(arguments))
+      loc:set(2)
+      registration = made
+      source:cancel()
+      registration = nil
+      assert.is_true(events[1])
+      for _, event in ipairs(events) do assert.not_equal("run", event) end
+      assert.equal("other", events[#events] == false and events[#events - 1] or events[#events])
+      assert.equal(2, loc:get())
+    end
+  end))
 end)
 
 describe("try_reset", function()

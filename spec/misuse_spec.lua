@@ -640,6 +640,25 @@ describe("a task", function()
     assert.equal(before, calls)
   end))
 
+  it("keeps its hook to itself when whoever starts others has one as well", helper.in_task(function()
+    local count, lines = debug.gethook(), 0
+    if count then return end -- make check has one, which must stay
+    for _ = 1, 3 do
+      flow.spawn(function() debug.sethook(function() lines = lines + 1 end, "l") end):await()
+    end
+    local before = lines
+    flow.spawn(function()
+      debug.sethook(function() end, "", 1000000)
+      flow.spawn(function()
+        local x = 1
+        x = x + 1
+        return x
+      end):await()
+      debug.sethook()
+    end):await()
+    assert.equal(before, lines)
+  end))
+
   it("whose stack is changed by debug.setlocal fails", helper.in_task(function()
     local kept
     local task = flow.spawn(function()

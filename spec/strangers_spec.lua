@@ -169,6 +169,31 @@ describe("what a task waits for that a stranger has closed", function()
     told(task:try_await())
   end))
 
+  it("is an operation's if the operation is somebody else's as well", in_order(function()
+    local none = flow.CancellationToken.none
+    for _, how in ipairs { flow.when_any, flow.when_all, function(op) return op:wait_async(5) end } do
+      local semaphore = flow.Semaphore(0)
+      local op = semaphore:wait_async()
+      local first = flow.async(op.await)(op, none)
+      local second = how(op, flow.delay(0))
+      semaphore:release()
+      first:await()
+      second:await()
+      assert.equal(0, semaphore.current_count)
+    end
+    local semaphore, co = flow.Semaphore(0), nil
+    local op = semaphore:wait_async()
+    local task = flow.async(function()
+      co = coroutine.running()
+      op:await(none)
+    end)()
+    coroutine.close(co)
+    semaphore:release()
+    assert.is_true(op:await())
+    assert.equal(0, semaphore.current_count)
+    told(task:try_await())
+  end))
+
   it("stays in the channel when nobody else reads", in_order(function()
     local channel = flow.Channel.bounded(1)
     closed_in(function(token) channel:read(token) end)

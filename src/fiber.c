@@ -75,11 +75,17 @@ static void idle_grow(lua_State *L, struct runtime *rt) {
 /* false when somebody who kept the coroutine of a task has resumed or closed it since */
 static bool is_idle(lua_State *co) { return lua_status(co) == LUA_YIELD; }
 
+static bool has_same_hook(lua_State *a, lua_State *b) {
+  lua_Hook hook = lua_gethook(a);
+  return hook == lua_gethook(b) && (hook == NULL || (lua_gethookmask(a) == lua_gethookmask(b) &&
+                                                     lua_gethookcount(a) == lua_gethookcount(b)));
+}
+
 /* the coroutine of a fiber that ended well goes back to the idle ones, or is dropped */
 static void recycle(lua_State *L, struct runtime *rt, lua_State *co, int slot, bool held) {
   rt->busy--;
   if ((rt->idle_count < MIN_IDLE || rt->idle_count + rt->busy < rt->busy_peak) &&
-      lua_gethook(co) == NULL && /* one of its own, or its function, is not for the next task */
+      has_same_hook(co, L) && /* one of its own is not for the next task */
       idle_room(L, rt)) {
     if (held) { /* else the slot holds it already */
       lua_pushthread(co);

@@ -94,9 +94,17 @@ void handle_changed(lua_State *L, int i) {
   hold(L, i, h, use || h->closing || h->pinned || h->task.flags & TASK_LINKED);
 }
 
+void handle_moved(lua_State *L, int i, struct nap *gone) {
+  struct handle *h = (struct handle *)lua_touserdata(L, i);
+  h->gone = gone;
+  handle_changed(L, i);
+  h->gone = NULL;
+}
+
 void handle_look_again(lua_State *L, struct runtime *rt) {
   for (struct link *l = rt->handles.next; l != &rt->handles; l = l->next) {
     struct handle *h = container_of(l, struct handle, link);
+    h->look_again = true;
     if (!h->held) continue;
     lua_rawgeti(L, UP_ANCHORS, h->task.slot);
     if (lua_touserdata(L, -1) == (void *)h) handle_changed(L, lua_gettop(L));

@@ -111,6 +111,8 @@ struct handle {
   bool closing;     /* uv_close has been called */
   bool disposed;    /* the script has closed it */
   bool awaited;     /* it keeps the loop alive */
+  bool look_again;  /* a waiter may have left without a word */
+  struct nap *gone; /* the waiter that leaves just now, or NULL */
 };
 enum look {
   LOOK_VALUE, /* the value is on top, and is taken by `take` */
@@ -143,6 +145,8 @@ void handle_opened(struct handle *h, uv_handle_t *uv); /* after uv_…_init. No 
 void handle_close(struct handle *h);                   /* at once. No Lua; then handle_changed */
 void handle_closed(struct handle *h);                  /* by on_close. No Lua. */
 void handle_changed(lua_State *L, int i);              /* [-0, +0, -] of the one at i */
+/* [-0, +0, -] the same: a waiter has come, or `gone` has left */
+void handle_moved(lua_State *L, int i, struct nap *gone);
 /* [-0, +0, -] one that waited for any of them does so no more */
 void handle_look_again(lua_State *L, struct runtime *rt);
 void handle_await(struct handle *h, bool awaited); /* whether it keeps the loop alive. No Lua. */

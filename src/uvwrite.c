@@ -292,17 +292,42 @@ static void cut(struct stream *s, struct record *r) {
   drop_record(r);
 }
 
-void write_changed(struct stream *s) {
+/* those whose waiters are not in the queue any more */
+static void look_again(struct stream *s) {
   const struct link *q = s->writers.next;
+  s->handle.look_again = false;
   for (struct link *l = s->writes.next, *next; l != &s->writes; l = next) {
     struct record *r = record_of(l);
     next = l->next;
-    if (q != &s->writers && (r->who == NULL || &r->who->link == q)) {
-      r->who = container_of(q, struct nap, link);
+    if (q != &s->writers && r->who != NULL && &r->who->link == q)
       q = q->next;
-    } else if (r->who != NULL)
+    else if (r->who != NULL)
       cut(s, r);
   }
+}
+
+static struct record *record_for(struct stream *s, const struct nap *who) {
+  for (struct link *l = s->writes.next; l != &s->writes; l = l->next)
+    if (record_of(l)->who == who) return record_of(l);
+  return NULL;
+}
+
+/* There may be many, so that only what has changed is looked at: the last one is about to wait, or one has left. */
+void write_changed(struct stream *s) {
+  struct nap *gone = s->handle.gone;
+  if (s->handle.look_again) look_again(s);
+  if (waiter_any(&s->writes) && waiter_any(&s->writers)) {
+    struct record *last = record_of(s->writes.prev);
+    struct nap *n = container_of(s->writers.prev, struct nap, link);
+    if (last->who == NULL && !n->noted) {
+      last->who = n;
+      n->noted = 1;
+    }
+  }
+  if (gone == NULL || !gone->noted) return;
+  gone->noted = 0;
+  struct record *r = record_for(s, gone);
+  if (r != NULL) cut(s, r);
 }
 
 /* ---- Lua face ---- */
@@ -558,9 +583,9 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
 static int l_shutdown(lua_State *L) { return shutdown_any(L, l_shutdown); }
 static int l_shutdown_async(lua_State *L) { return shutdown_any(L, NULL); }
 
-/* [-1, +0, m] who is suspended in a write at `link` gets what is on top; nobody else, should somebody have closed its
+/* [-1, +0, m] who is suspended in a write at `link` gets what is on top; false: nobody, for somebody has closed its
 ** coroutine */
-static void end_one(lua_State *L, int i, struct stream *s, struct link *link, bool failed) {
+static bool end_one(lua_State *L, int i, struct stream *s, struct link *link, bool failed) {
   struct link one;
   link_init(&one);
   link_drop(link);
@@ -568,13 +593,14 @@ static void end_one(lua_State *L, int i, struct stream *s, struct link *link, bo
   struct nap *n = waiter_take(L, i, &one);
   if (n == NULL) {
     lua_pop(L, 1);
-    return;
+    return false;
   }
   lua_insert(L, -2);
   if (failed)
     waiter_fail(L, s->handle.rt, n);
   else
     waiter_grant(L, s->handle.rt, n);
+  return true;
 }
 
 /* an operation that somebody may look at, and no task that is suspended in the call */
@@ -590,25 +616,18 @@ static struct link *first_refused(struct stream *s, bool linger) {
   return NULL;
 }
 
-static const struct record *record_for(struct stream *s, const struct link *who) {
-  for (struct link *l = s->writes.next; l != &s->writes; l = l->next)
-    if (record_of(l)->who != NULL && &record_of(l)->who->link == who) return record_of(l);
-  return NULL;
-}
-
 void write_refuse(lua_State *L, int i, struct stream *s, bool linger) {
   int top = lua_gettop(L);
   bool broken = s->broken;
   for (struct link *l; write_changed(s), (l = first_refused(s, linger)) != NULL;) {
-    const struct record *r = record_for(s, l);
+    const struct record *r = record_for(s, container_of(l, struct nap, link));
     uint32_t epoch = s->epoch;
     uint64_t given;
     size_t sent = r != NULL ? sent_of(s, r, &given) : 0;
-    bool failed = r == NULL || sent < r->size;
+    bool failed = r == NULL || sent < r->size, fatal = broken || s->write_status != 0;
     if (!failed)
       lua_pushboolean(L, 1);
     else {
-      if (broken || s->write_status != 0) s->unsent = false; /* it is told */
       if (broken)
         stream_push_broken(L, s, "write");
       else if (s->write_status != 0 && !s->stopped)
@@ -618,7 +637,8 @@ void write_refuse(lua_State *L, int i, struct stream *s, bool linger) {
       lua_pushinteger(L, (lua_Integer)sent);
       lua_setfield(L, -2, "written");
     }
-    if (s->epoch == epoch) end_one(L, i, s, l, failed); /* else a finalizer has been here */
+    if (s->epoch == epoch && end_one(L, i, s, l, failed) && failed && fatal)
+      s->unsent = false; /* it is told. (If the epoch is another, a finalizer has been here) */
     lua_settop(L, top);
   }
 }
@@ -631,6 +651,7 @@ void write_answer(lua_State *L, int i, struct stream *s) {
     struct record *first = record_of(s->writes.next);
     if (first->from + first->size > s->sent + patience(s, LOW)) break;
     bool waits = first->who != NULL; /* else there was no memory for it */
+    if (waits) first->who->noted = 0;
     drop_record(first);
     lua_pushboolean(L, 1);
     if (waits)

@@ -84,7 +84,7 @@ static void append(lua_State *L, int i, struct link *q, struct nap *n) {
   }
   link_append(q, &n->link);
   h->waiting++;
-  if (h->handle) handle_changed(L, i);
+  if (h->handle) handle_moved(L, i, NULL);
 }
 
 /* [-0, +1, -] the waiter whose node is n */
@@ -113,7 +113,7 @@ static void drop(lua_State *L, int i, struct nap *n) {
   }
   n->pos = 0;
   h->waiting--;
-  if (h->handle) handle_changed(L, i);
+  if (h->handle) handle_moved(L, i, n);
 }
 
 /* ---- fibers ---- */

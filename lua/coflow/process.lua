@@ -48,7 +48,8 @@ local function wrong_env(env)
   if type(env) ~= "table" then return "env: table expected, got " .. type(env) end
   for name, value in next, env do
     if type(name) ~= "string" or name == "" or name:find("[=\0]") then
-      return ("env: %s is no name of a variable: { NAME = \"value\" }"):format(type(name) == "string" and ("%q"):format(name) or type(name))
+      local what = type(name) == "string" and ("%q"):format(name) or type(name)
+      return ("env: %s is no name of a variable: { NAME = \"value\" }"):format(what)
     elseif value ~= false and type(value) ~= "string" then
       return ("env.%s: string or false expected, got %s"):format(name, type(value))
     elseif value and value:find("\0", 1, true) then

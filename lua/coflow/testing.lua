@@ -269,8 +269,8 @@ end
 ---
 ---`seed`: any task that is ready comes next, and equal deadlines fire in any order, as the seed decides; the same
 ---seed gives the same course, every time, and `math.random` the same numbers. It is `clock.seed`, and a failure
----writes it to standard error. nil: the order of production, first in, first out, unless the environment has COFLOW_SEED; false: that order, whatever the
----environment has.
+---writes it to standard error. nil: the order of production, first in, first out, unless the environment has
+---COFLOW_SEED; false: that order, whatever the environment has.
 ---
 ---`time_provider`: a FakeTimeProvider, which `fn` gets as its clock; then nothing jumps by itself.
 ---
