@@ -18,7 +18,8 @@
 
 /* ---- names ---- */
 
-/* [-0, +n, m] "coflow.f" or "coflow.Class.f" of the function on top, which C has called without a name; or false */
+/* [-0, +n, m] "coflow.f" or "coflow.Class.f" of the function on top, which C has called without a name;
+** or false */
 static bool push_public_name(lua_State *L) {
   int fn = lua_gettop(L);
   luaL_checkstack(L, 10, NULL);
@@ -41,7 +42,8 @@ static bool push_public_name(lua_State *L) {
   return false;
 }
 
-/* [-0, +1, m] "coflow.Class:f", if the class whose metatable is at i has the function at fn; false: [-0, +0] */
+/* [-0, +1, m] "coflow.Class:f", if the class whose metatable is at i has the function at fn; false:
+** [-0, +0] */
 static bool push_method_of(lua_State *L, int i, int fn) {
   int top = lua_gettop(L);
   lua_pushliteral(L, "__name");
@@ -76,7 +78,8 @@ static bool push_method(lua_State *L, int fn) {
   return false;
 }
 
-/* [-0, +1, m] "module.f" of the function at fn, the last value, which a loaded module has in its table; or false */
+/* [-0, +1, m] "module.f" of the function at fn, the last value, which a loaded module has in its table;
+** or false */
 static bool push_module_name(lua_State *L, int fn) {
   bool found = false;
   luaL_checkstack(L, 10, NULL);
@@ -113,9 +116,9 @@ void blame_push_name(lua_State *L) {
   if (!push_method(L, fn) && !push_module_name(L, fn)) lua_pushliteral(L, "[C]");
 }
 
-/* [-0, +1, m] what the user calls the function at fn, which is that of `ar`; "?": that is not known. A class that is
-** written in Lua is known by its object, the first argument, or by its metatable at `class`, if that is not 0.
-** Returns whether it is a method, and no function besides. */
+/* [-0, +1, m] what the user calls the function at fn, which is that of `ar`; "?": that is not known. A
+** class that is written in Lua is known by its object, the first argument, or by its metatable at
+** `class`, if that is not 0. Returns whether it is a method, and no function besides. */
 static bool push_known_name(lua_State *L, lua_Debug *ar, int fn, int class) {
   int top = lua_gettop(L);
   lua_pushvalue(L, fn);
@@ -169,7 +172,8 @@ static bool is_called_fn(const lua_Debug *ar) {
   return strcmp(ar->namewhat, "local") == 0 && strcmp(ar->name, "fn") == 0;
 }
 
-/* whether the user has called that function of ours, by a function that is gone or by one of ours that calls `fn` */
+/* whether the user has called that function of ours, by a function that is gone or by one of ours that
+** calls `fn` */
 static bool is_called_for_user(lua_State *L, lua_Debug *ar) {
   int top = lua_gettop(L);
   lua_getinfo(L, "ntf", ar);
@@ -186,8 +190,8 @@ struct wrong {
   int class; /* … whose metatable is at this index, if it is written in Lua; or 0 */
 };
 
-/* [-0, +0, v] an argument of the function at that level, which has been called for the user, or else by the name that
-** its caller has for it */
+/* [-0, +0, v] an argument of the function at that level, which has been called for the user, or else by
+** the name that its caller has for it */
 static int accuse(lua_State *L, int level, bool for_user, const struct wrong *w) {
   lua_Debug ar;
   int n = w->n;
@@ -229,7 +233,8 @@ static const char *push_got(lua_State *L, int i) {
   return lua_pushstring(L, luaL_typename(L, i));
 }
 
-/* whether it is the name of a class of ours, and the argument that must be of that class may be a method's object */
+/* whether it is the name of a class of ours, and the argument that must be of that class may be a
+** method's object */
 static bool is_class(const char *expected) { return strncmp(expected, "coflow.", 7) == 0; }
 
 int blame_argument(lua_State *L, int i, const char *message) {

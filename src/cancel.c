@@ -363,7 +363,8 @@ static void check_room(lua_State *L, int i, const struct registration *r) {
 /* What the running task had before is above the registration while the callback runs. */
 enum { SAVED_LOCALS = 1, SAVED_CONTEXT };
 
-/* [-0, +n, e] calls the callback of the registration at i, which is on top, in its context; the status, error on top */
+/* [-0, +n, e] calls the callback of the registration at i, which is on top, in its context; the status,
+** error on top */
 static int call(lua_State *L, struct runtime *rt, int i, struct registration *r) {
   struct task *me = rt->me;
   uint16_t suppressed = me->flags & TASK_SUPPRESSED;
@@ -442,8 +443,9 @@ static void drop_rest(lua_State *L, int run) {
   for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
 }
 
-/* [-0, +1, m] the next registration of the token, which is on top of the list at `run`, whose callback is to run;
-** they lie above that list. NULL: [-0, +n] another token may be on top now, to which a link has led, or the one below. */
+/* [-0, +1, m] the next registration of the token, which is on top of the list at `run`, whose callback
+** is to run; they lie above that list. NULL: [-0, +n] another token may be on top now, to which a link
+** has led, or the one below. */
 static struct registration *next_callback(lua_State *L, int run, struct token *token) {
   while (token->count > 0) {
     lua_rawgeti(L, run + 1, token->count--);
@@ -459,9 +461,9 @@ static struct registration *next_callback(lua_State *L, int run, struct token *t
   return NULL;
 }
 
-/* [-1, +1, m] runs the callbacks of the list of marked tokens on top, and of all linked to them; leaves the
-** list of their errors, or nil. With `first` the first error is raised and the other callbacks dropped: raw if it is
-** of the token itself, as that list if it is of one that is linked to it. */
+/* [-1, +1, m] runs the callbacks of the list of marked tokens on top, and of all linked to them; leaves
+** the list of their errors, or nil. With `first` the first error is raised and the other callbacks
+** dropped: raw if it is of the token itself, as that list if it is of one that is linked to it. */
 static void run_callbacks(lua_State *L, bool first) {
   luaL_checkstack(L, 20, NULL);
   lua_pushnil(L);

@@ -205,7 +205,8 @@ static bool fill(lua_State *L, struct runtime *rt, int ch, struct channel *c, in
   return n > 0;
 }
 
-/* [-0, +1, e] true, or the dropped item; PENDING: [-0, +0] there is no room, or it has been completed meanwhile */
+/* [-0, +1, e] true, or the dropped item; PENDING: [-0, +0] there is no room, or it has been completed
+** meanwhile */
 static enum outcome write_item(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
   if (items_may_shrink(c)) {
     items_shrink(L, ch, c);
@@ -658,8 +659,8 @@ static int l_gc(lua_State *L) {
   return 0;
 }
 
-/* channel_new(capacity or nil, mode or nil, item_dropped, insert): checked by the library. insert(channel, item):
-** of a prioritized one */
+/* channel_new(capacity or nil, mode or nil, item_dropped, insert): checked by the library.
+** insert(channel, item): of a prioritized one */
 static int l_new(lua_State *L) {
   static const char *const modes[] = {"wait", "drop_newest", "drop_oldest", "drop_write", NULL};
   lua_settop(L, 4);

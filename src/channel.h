@@ -51,8 +51,8 @@ void items_close(lua_State *L, int ch); /* [-0, +0, -] there are none, and none 
 void items_put(lua_State *L, int ch, struct channel *c, int v);
 /* [-0, +0, e] the item at v into a prioritized channel; false: it was completed meanwhile */
 bool items_insert(lua_State *L, int ch, struct channel *c, int v);
-/* [-0, +1, -] item k of those that are there, from 0, which is removed if told: it must be the first or the last
-** then. Of a prioritized channel always the first one. */
+/* [-0, +1, -] item k of those that are there, from 0, which is removed if told: it must be the first or
+** the last then. Of a prioritized channel always the first one. */
 void items_fetch(lua_State *L, int ch, struct channel *c, lua_Integer k, bool remove);
 enum { SMALL_RING = 1024 };
 static inline bool items_may_shrink(const struct channel *c) {
@@ -66,8 +66,8 @@ static inline lua_Integer items_place(const struct channel *c, lua_Integer k) {
   return (c->head + k) & (c->size - 1);
 }
 
-/* items_fetch of the first item, and items_put of the one on top, in a ring that has it, or room for it. They leave
-** more on the stack, for a function that is about to return. */
+/* items_fetch of the first item, and items_put of the one on top, in a ring that has it, or room for
+** it. They leave more on the stack, for a function that is about to return. */
 static inline void items_fetch_first(lua_State *L, int ch, struct channel *c) {
   lua_Integer at = items_place(c, 0);
   if (c->own) {

@@ -43,7 +43,8 @@ static lua_Integer collect_arguments(lua_State *L) {
   return n;
 }
 
-/* [-1, +2, e] { task, … } -> tasks nil; false: [-0, +0] there is a hole, which only one that is counted may have */
+/* [-1, +2, e] { task, … } -> tasks nil; false: [-0, +0] there is a hole, which only one that is counted
+** may have */
 static bool collect_list(lua_State *L, lua_Integer size, bool counted) {
   lua_createtable(L, (int)size, 1); /* list tasks */
   for (lua_Integer i = 1; i <= size; i++) {

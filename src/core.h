@@ -399,7 +399,8 @@ enum runtime_uservalue {
   RUNTIME_MODULE,        /* what luaopen_coflow_core returns */
   RUNTIME_FIBER_MAIN,    /* the body of every coroutine of ours */
   RUNTIME_FIBER_HANDLER, /* the message handler around their functions */
-  /* address -> what may die: a parked operation, the token of a scope, the last origin made in a scope (periodic.c) */
+  /* address -> what may die: a parked operation, the token of a scope, the last origin made in a scope
+  ** (periodic.c) */
   RUNTIME_WEAK,
   RUNTIME_TOKENS,     /* task -> { address of a scope of its = token }, weak keys */
   RUNTIME_PLANS,      /* task -> its plan (schedule.c), weak keys */
@@ -549,7 +550,8 @@ static inline void *object_check(lua_State *L, int i, uint32_t tag) { /* [-0, +0
 }
 void *object_new(lua_State *L, uint32_t tag, size_t size, int uservalues); /* [-0, +1, m] */
 void module_push_function(lua_State *L, lua_CFunction f);                  /* [-0, +1, m] */
-/* [-0, +0, -] memory by Lua's allocator that is no object: collects nothing; NULL: there is none, or to == 0 */
+/* [-0, +0, -] memory by Lua's allocator that is no object: collects nothing; NULL: there is none, or to
+** == 0 */
 void *module_resize(lua_State *L, void *block, size_t from, size_t to);
 /* whether that is the source (lua_Debug) of a Lua file of the library, which a user wants not to see */
 static inline bool module_is_ours(const struct runtime *rt, const char *source) {
@@ -566,8 +568,8 @@ void module_methods(lua_State *L, uint32_t tag, const luaL_Reg *methods);
 void module_finalized(lua_State *L, uint32_t tag, uint32_t twin, lua_CFunction gc);
 /* [-0, +0, m] into the table on top; NULL stands for what is put there by other means */
 void module_functions(lua_State *L, const luaL_Reg *functions);
-/* What is opened when one of its names is first asked for, for what a script does not use is to cost it no time to start,
-** and no memory. */
+/* What is opened when one of its names is first asked for, for what a script does not use is to cost it
+** no time to start, and no memory. */
 struct part {
   const luaL_Reg *functions;
   void (*open)(
@@ -660,8 +662,8 @@ void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /*
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 double error_seconds(double seconds); /* as a message tells it: rounded to six digits */
 bool error_is(lua_State *L, int i, enum error_kind kind);
-/* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of that, and
-** reports the task if nobody looks */
+/* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of
+** that, and reports the task if nobody looks */
 void error_attach(lua_State *L, int i, int from);
 /* [-0, +1, -] the trace record of the failed task at i, or nil */
 void error_push_record(lua_State *L, int i);
@@ -819,8 +821,8 @@ static inline struct fiber *fiber_here(lua_State *L, struct runtime *rt) {
   return f->co == L && lua_isyieldable(L) ? f : fiber_not_here(L, rt);
 }
 int fiber_outside(lua_State *L, lua_CFunction f); /* runs the operation f as a root task */
-/* A suspended coroutine is anybody's, who may even close it: from the first suspension on the slot holds the task,
-** and the task the coroutine; until then it was the other way round. */
+/* A suspended coroutine is anybody's, who may even close it: from the first suspension on the slot
+** holds the task, and the task the coroutine; until then it was the other way round. */
 /* [-0, +1, -] f, which holds its coroutine from now on */
 void fiber_push_unheld(lua_State *L, struct runtime *rt, struct fiber *f);
 /* [-0, +1, -] the running task, which is to park; returns whether its slot holds it, for fiber_park */
@@ -927,7 +929,8 @@ ONCE void context_open(lua_State *L);
 /* ---- guard.c: scopes of the context ---- */
 
 void guard_drop_all(struct guard **home); /* [-0, +0, -] of an owner whose end has come */
-/* [-0, +1, m] where one was opened in the coroutine co, which shares our context, that is open yet; false: [-0, +0] */
+/* [-0, +1, m] where one was opened in the coroutine co, which shares our context, that is open yet;
+** false: [-0, +0] */
 bool guard_push_left_open(lua_State *L, struct runtime *rt, const lua_State *co);
 void guard_refuse_yield(lua_State *L); /* [-0, +0, e] out of a guard opened in the coroutine L */
 ONCE void guard_open(lua_State *L);
@@ -1144,7 +1147,8 @@ ONCE void deadline_close(lua_State *L, struct runtime *rt);
 void timer_fire_due(lua_State *L, struct runtime *rt);
 /* moves all deadlines: the clock changes */
 void timer_shift(struct runtime *rt, double from, double to);
-/* [-0, +0, m] the fiber sleeps until then, or until the token k (at index 2, or NULL) or its scope, unless deaf to it */
+/* [-0, +0, m] the fiber sleeps until then, or until the token k (at index 2, or NULL) or its scope,
+** unless deaf to it */
 void timer_nap(lua_State *L, struct fiber *f, struct token *k, bool deaf, double now, double due);
 void delay_land(lua_State *L, int i);
 /* [-0, +0, -] what the operation at i awaited is complete */
@@ -1157,7 +1161,8 @@ void timer_push_wait(lua_State *L);
 /* await_with(task, token): … that ends with the token, too; `none` opts out of the ambient one */
 int timer_await_with(lua_State *L);
 int timer_wait_async(lua_State *L); /* wait_async(task, timeout, token) */
-/* [-0, +0, -] the suspended f waits for nothing any more; gone: its coroutine is, and what it awaited was there */
+/* [-0, +0, -] the suspended f waits for nothing any more; gone: its coroutine is, and what it awaited
+** was there */
 void pending_withdraw(lua_State *L, struct runtime *rt, struct fiber *f, bool gone);
 void pending_interrupt(lua_State *L, struct pending *p); /* [-0, +0, -] by its token or its scope */
 /* [-0, +0, -] if parked: whether the anchors hold it */
@@ -1264,7 +1269,8 @@ void poll_watch_signals(struct runtime *rt, bool on);
 
 /* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
 void deadlock_push_wait(lua_State *L, int i);
-/* [-0, +1, m] the error that nothing can go on, for whoever runs the loop; f: for that operation at the top level, or NULL */
+/* [-0, +1, m] the error that nothing can go on, for whoever runs the loop; f: for that operation at the
+** top level, or NULL */
 void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f);
 
 /* ---- shutdown.c: the end of the state ---- */
@@ -1281,8 +1287,9 @@ static inline void shutdown_check(lua_State *L, const struct runtime *rt) {
 
 void testing_choose(struct runtime *rt); /* moves any ready task to the front */
 uint64_t testing_random(struct runtime *rt);
-/* A fiber or an operation in flight that may outlive its test says so when it has its slot, and a Timer when it
-** is armed, by the index of its deadline: notes the line that makes it. Creates nothing and raises nothing. */
+/* A fiber or an operation in flight that may outlive its test says so when it has its slot, and a Timer
+** when it is armed, by the index of its deadline: notes the line that makes it. Creates nothing and
+** raises nothing. */
 enum birth { BIRTH_SLOT, BIRTH_TIMER, BIRTH_COUNT };
 void testing_note(lua_State *L, struct runtime *rt, enum birth of, size_t at); /* [-0, +0, -] */
 static inline void testing_born(lua_State *L, struct runtime *rt, int slot) {
@@ -1295,13 +1302,14 @@ static inline void testing_timer_born(lua_State *L, struct runtime *rt, uint32_t
 void testing_started(lua_State *L, struct runtime *rt, uint32_t index, int slot);
 void testing_forget(lua_State *L, struct runtime *rt); /* [-0, +0, -] frees what was noted */
 void testing_note_opened(lua_State *L, struct runtime *rt);
-/* [-0, +0, m] the PeriodicTimer, File or Watcher on top, or the address of a process, is to be disposed of before its test ends */
+/* [-0, +0, m] the PeriodicTimer, File or Watcher on top, or the address of a process, is to be disposed
+** of before its test ends */
 static inline void testing_opened(lua_State *L, struct runtime *rt) {
   if (rt->births != NULL) testing_note_opened(L, rt);
 }
 void testing_note_lost(lua_State *L, int i);
-/* [-0, +0, -] the open object at i, of these or of handle.c's, or the task that waits there has been collected: its test
-** has left it */
+/* [-0, +0, -] the open object at i, of these or of handle.c's, or the task that waits there has been
+** collected: its test has left it */
 static inline void testing_lost(lua_State *L, struct runtime *rt, int i) {
   if (rt->births != NULL) testing_note_lost(L, i);
 }

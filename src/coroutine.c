@@ -260,8 +260,8 @@ static int take_error(lua_State *L, struct runtime *rt, lua_State *co, struct co
   return status == LUA_ERRMEM ? FAILED_MEMORY : FAILED;
 }
 
-/* [-0, +0, -] starts the body of a wrapped coroutine, up to its pause. If Lua refuses, for want of C stack, it takes
-** the arguments away, though nothing has been run: they are put back. */
+/* [-0, +0, -] starts the body of a wrapped coroutine, up to its pause. If Lua refuses, for want of C
+** stack, it takes the arguments away, though nothing has been run: they are put back. */
 static int prime(lua_State *L, lua_State *co) {
   int results;
   lua_pushvalue(co, BODY_SIZE); /* fn */
@@ -278,8 +278,8 @@ static int prime(lua_State *L, lua_State *co) {
   return status;
 }
 
-/* [-1, +2, m] Lua's own coroutine.yield has left a scope open, whose place is on top: the coroutine ends there. Else the
-** scope would be open in whoever resumes it. */
+/* [-1, +2, m] Lua's own coroutine.yield has left a scope open, whose place is on top: the coroutine
+** ends there. Else the scope would be open in whoever resumes it. */
 static int end_stray(lua_State *L, struct runtime *rt, lua_State *co, struct coroutine *c) {
   lua_Debug ar = {.currentline = -1};
   for (int level = 0; ar.currentline <= 0 && lua_getstack(co, level, &ar); level++)

@@ -10,8 +10,8 @@
 #include "combine.h"
 #include "waiter.h"
 
-/* [-1, +1, m] the task on top in words: its name, and what it waits for itself if it is no function that runs:
-** "'when_all' of 'A', ('when_any' of 'B', 'C' and 7 more)". f: who awaits it, or NULL */
+/* [-1, +1, m] the task on top in words: its name, and what it waits for itself if it is no function
+** that runs: "'when_all' of 'A', ('when_any' of 'B', 'C' and 7 more)". f: who awaits it, or NULL */
 static void describe(lua_State *L, struct fiber *f, int depth) {
   enum { NAMES = 4, DEPTH = 3 };
   const int i = lua_gettop(L), text = i + 1, input = i + 2;

@@ -66,9 +66,9 @@ bool direct_push_inputs(lua_State *L, struct fiber *f) {
 ** TASK_WAITERS goes on to hold the combinator when nobody waits, and t->waiters points to the node that it
 ** had there, which tells the combinator. Such a node is none of the list: its `on` is not this task.
 **
-** A combinator holds its fiber only during a wait. What a task keeps must not be used for a wait that the task
-** is not in: it would keep a stranger alive. `kept` counts the tasks that keep it, dead ones included; a wait
-** among whose inputs they are not all gives the combinator up.
+** A combinator holds its fiber only during a wait. What a task keeps must not be used for a wait that
+** the task is not in: it would keep a stranger alive. `kept` counts the tasks that keep it, dead ones
+** included; a wait among whose inputs they are not all gives the combinator up.
 **
 ** Invariant: of a task that keeps a combinator, the list is empty or the combinator's one node: whoever joins
 ** the list first calls direct_forget. */

@@ -329,8 +329,8 @@ static int l_fault_gc(lua_State *L) {
   return 0;
 }
 
-/* report_garbage(task): reports what nobody can observe any more now, before the program ends; not that task, which
-** the argument keeps alive */
+/* report_garbage(task): reports what nobody can observe any more now, before the program ends; not that
+** task, which the argument keeps alive */
 static int l_report_garbage(lua_State *L) {
   if (runtime(L)->faults > 0) lua_gc(L, LUA_GCCOLLECT);
   return 0;

@@ -211,8 +211,8 @@ static void push_module(lua_State *L, const char *path) {
   luaL_pushresult(&b);
 }
 
-/* [-1, +0, m] sets the label of t: "file:line" of the function on top, the name of one of C, or the module of one of the
-** library's. The few labels that are used again and again are found by a look. */
+/* [-1, +0, m] sets the label of t: "file:line" of the function on top, the name of one of C, or the
+** module of one of the library's. The few labels that are used again and again are found by a look. */
 static void label(lua_State *L, struct runtime *rt, struct task *t) {
   lua_Debug ar;
   if (lua_iscfunction(L, -1)) {
@@ -418,8 +418,8 @@ void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_pop(L, 1);
 }
 
-/* [-0, +n, m] where a coroutine stands: in the innermost one that has a place; false, and nothing. ours: that is a line
-** of the library. */
+/* [-0, +n, m] where a coroutine stands: in the innermost one that has a place; false, and nothing.
+** ours: that is a line of the library. */
 static bool push_place(lua_State *L, lua_State *co, bool *is_ours) {
   lua_Debug ar;
   lua_State *inner = coroutine_inner(co, NULL);
@@ -457,9 +457,9 @@ static void push_stray_yield(lua_State *L, struct fiber *f) {
   lua_remove(L, -2);
 }
 
-/* [-0, +0, m] Tells the handlers that the running f, which is about to be resumed, has another context. What they
-** do may ask for the task, so it is held; may resume its coroutine, which is a stranger's doing (fiber_on_top); and
-** may close it: false then. */
+/* [-0, +0, m] Tells the handlers that the running f, which is about to be resumed, has another context.
+** What they do may ask for the task, so it is held; may resume its coroutine, which is a stranger's
+** doing (fiber_on_top); and may close it: false then. */
 static bool show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
   const struct fiber *before = rt->entering;
   task_push(L, &f->task);

@@ -123,8 +123,9 @@ void fiber_settle_lost(lua_State *L, int i) {
     lua_pop(L, 1);
 }
 
-/* The coroutine L is being closed, by somebody else unless it is rt->resetting. Creates nothing while it looks for the
-** task, which it may be that nobody holds any more. Should somebody do, it fails when it is awaited (fiber_await). */
+/* The coroutine L is being closed, by somebody else unless it is rt->resetting. Creates nothing while
+** it looks for the task, which it may be that nobody holds any more. Should somebody do, it fails when
+** it is awaited (fiber_await). */
 static int l_watch_close(lua_State *L) {
   struct runtime *rt = runtime(L);
   if (rt->closed || rt->resetting == L || !is_watch(L)) return 0;
@@ -133,8 +134,8 @@ static int l_watch_close(lua_State *L) {
   if (f == NULL || f->task.slot == 0 || task_done(&f->task)) return 0;
   if (f->task.state == TASK_WAITING) {
     f->task.state = TASK_QUEUED;
-    /* What it awaited was on the stack that is being unwound: it may have been collected since. Its node stays in that
-    ** list, and holds f: see fiber_wake. */
+    /* What it awaited was on the stack that is being unwound: it may have been collected since. Its
+    ** node stays in that list, and holds f: see fiber_wake. */
     if (fiber_naps(f)) pending_withdraw(L, rt, f, true);
   }
   bool known = lua_rawgeti(L, UP_ANCHORS, f->task.slot) == LUA_TUSERDATA;
@@ -166,8 +167,9 @@ static int l_watch_close(lua_State *L) {
   return 0;
 }
 
-/* [-0, +0, -] at the end of the state: the `<close>` variables of the one at i run, which may ask for it. Finalizers of
-** users that come after may run the loop yet, and look at it: nothing wakes it any more, and it is lost. */
+/* [-0, +0, -] at the end of the state: the `<close>` variables of the one at i run, which may ask for
+** it. Finalizers of users that come after may run the loop yet, and look at it: nothing wakes it any
+** more, and it is lost. */
 static void dispose(lua_State *L, int i, struct fiber *f) {
   struct runtime *rt = runtime(L);
   struct task *me = rt->me;

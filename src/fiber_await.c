@@ -98,7 +98,8 @@ int fiber_outside(lua_State *L, lua_CFunction f) {
 
 /* ---- await ---- */
 
-/* [-0, +0, -] what t awaits, or NULL; not by an address that somebody who has closed its coroutine may have made stale */
+/* [-0, +0, -] what t awaits, or NULL; not by an address that somebody who has closed its coroutine may
+** have made stale */
 static struct task *awaited_by(lua_State *L, struct task *t) {
   struct fiber *f = (struct fiber *)t;
   if (!task_is(t, KIND_FIBER) || task_done(t) || t->slot == 0 || t->flags & TASK_ABANDONED ||
@@ -426,8 +427,8 @@ static int l_is_awaitable_here(lua_State *L) {
   return 1;
 }
 
-/* check_here(): raises what an await here would, but for a cancellation. For what is to be refused before anything is
-** changed. */
+/* check_here(): raises what an await here would, but for a cancellation. For what is to be refused
+** before anything is changed. */
 static int l_check_here(lua_State *L) {
   fiber_here(L, runtime(L));
   return 0;

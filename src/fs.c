@@ -19,7 +19,8 @@
 
 /* ---- in the thread: no Lua, no loop ---- */
 
-/* a descriptor, or an error. Opening one end of a FIFO would wait for the other, where nobody can be told to leave. */
+/* a descriptor, or an error. Opening one end of a FIFO would wait for the other, where nobody can be
+** told to leave. */
 static int open_path(struct job *j, const char *path, int flags, mode_t mode) {
   struct stat s;
   int fd;

@@ -75,8 +75,8 @@ static void child_failed(lua_State *L, struct group *g) {
   if (g->policy == FAIL_FAST) cancel(L, g, "a task of the group failed");
 }
 
-/* One child more runs. While any does, the group stays in the tree, though its owner may be gone: a child finds it
-** there (group_of). */
+/* One child more runs. While any does, the group stays in the tree, though its owner may be gone: a
+** child finds it there (group_of). */
 static void child_runs(struct group *g) {
   if (g->running++ == 0) g->scope.refs++;
 }
@@ -411,8 +411,8 @@ static void take(lua_State *L, int list) {
   lua_setiuservalue(L, 1, list);
 }
 
-/* closed_by_user(group): whether it is not task_group whose variable is closed, with the function that calls us. Where
-** an error closes it, that cannot be told of one in the same coroutine. */
+/* closed_by_user(group): whether it is not task_group whose variable is closed, with the function that
+** calls us. Where an error closes it, that cannot be told of one in the same coroutine. */
 static int l_closed_by_user(lua_State *L) {
   const struct group *g = check_group(L);
   const struct runtime *rt = runtime(L);
@@ -422,7 +422,8 @@ static int l_closed_by_user(lua_State *L) {
   return 1;
 }
 
-/* take_group_state(group) -> policy, failures or nil, winner or nil, canceled by its own code, had children */
+/* take_group_state(group) -> policy, failures or nil, winner or nil, canceled by its own code, had
+** children */
 static int l_state(lua_State *L) {
   static const char *const policies[] = {"fail_fast", "supervise", "first_success"};
   const struct group *g = check_group(L);

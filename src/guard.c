@@ -297,8 +297,8 @@ static int l_restore_flow(lua_State *L) {
   return 0;
 }
 
-/* dies_open() -> this coroutine, if Lua leaves what is to be closed in it open when an error ends it: all but the main
-** one, those of tasks, and those made by wrap; else false */
+/* dies_open() -> this coroutine, if Lua leaves what is to be closed in it open when an error ends it:
+** all but the main one, those of tasks, and those made by wrap; else false */
 static int l_dies_open(lua_State *L) {
   struct runtime *rt = runtime(L);
   bool closes = fiber_on_top(L, rt) && coroutine_has_body(L, rt);

@@ -148,9 +148,9 @@ void handle_close_all(struct runtime *rt) {
 
 /* ---- libuv side: no Lua below this line until the Lua face ---- */
 
-/* Writing to a connection that the peer has closed, or to a FIFO that nobody reads any more (job.c), is an error, not
-** the end of the process: unless the host has a handler of its own. Asked again and again, since others may have made
-** it the default since. */
+/* Writing to a connection that the peer has closed, or to a FIFO that nobody reads any more (job.c), is
+** an error, not the end of the process: unless the host has a handler of its own. Asked again and
+** again, since others may have made it the default since. */
 void handle_ignore_broken_pipes(void) {
   struct sigaction now;
   if (sigaction(SIGPIPE, NULL, &now) != 0 || now.sa_handler != SIG_DFL) return;
@@ -193,7 +193,8 @@ void handle_close(struct handle *h) {
 
 /* ---- asking ---- */
 
-/* [-1, +0, m] the first of q gets the value, or the error, on top; false: there is none, and it is still there */
+/* [-1, +0, m] the first of q gets the value, or the error, on top; false: there is none, and it is
+** still there */
 static bool give(lua_State *L, int i, struct handle *h, struct link *q, struct request *r,
                  bool failed) {
   struct nap *n = waiter_take(L, i, q);

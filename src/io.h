@@ -21,8 +21,8 @@ struct io;
 struct io_class {
   const char *name;    /* of the task: "fs.open" */
   const char *syscall; /* of its errors, unless op->syscall tells another one */
-  /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what it gives away last of all, and only if
-  ** it is not done by then. */
+  /* [-0, +n, e] it is at index 1, op->status >= 0: its results. Takes what it gives away last of all,
+  ** and only if it is not done by then. */
   int (*land)(lua_State *L, struct io *op);
   /* asks libuv to stop; io_end(op) if it has stopped at once. No Lua. */
   void (*abort)(struct io *op);
@@ -54,8 +54,8 @@ void io_land(lua_State *L, int i);
 /* returns for the direct style, with the operation on top */
 int io_await(lua_State *L, struct fiber *me);
 int io_call(lua_State *L, lua_CFunction start); /* x(...) for the function that x_async is */
-/* [-0, +0/1, -] An argument that stands before the token, at i, may be left out: then the token stands in its place, and
-** nil is put before it. */
+/* [-0, +0/1, -] An argument that stands before the token, at i, may be left out: then the token stands
+** in its place, and nil is put before it. */
 void io_token_last(lua_State *L, int i);
 const char *io_check_path(lua_State *L, int i); /* [-0, +0, v] a string that C takes whole */
 /* [-0, +0, m] into the table on top: as x_async and x */
@@ -70,16 +70,16 @@ void io_open(lua_State *L);              /* [-0, +0, m] before all that begins o
 
 /* ---- job.c, fs.c, watch.c, dns.c ---- */
 
-/* A thread is busy with a file, or soon will be, and that will end. False: of the requests that libuv has in hands,
-** that many are of file operations that may wait for ever. No Lua. */
+/* A thread is busy with a file, or soon will be, and that will end. False: of the requests that libuv
+** has in hands, that many are of file operations that may wait for ever. No Lua. */
 bool jobs_work(const struct runtime *rt, unsigned *patient);
 
 struct file;
 /* the state is closing: those that are open yet. No Lua. */
 void file_close_all(struct runtime *rt);
 void watch_close_all(struct runtime *rt);
-/* what a child gets: the descriptor, whose position is that of the file from then on; UV_EBADF: it is closed, UV_EBUSY:
-** it is in use, or has more than the system knows of */
+/* what a child gets: the descriptor, whose position is that of the file from then on; UV_EBADF: it is
+** closed, UV_EBUSY: it is in use, or has more than the system knows of */
 int file_lend(struct file *f);
 extern const struct part fs_part;
 void watch_open(lua_State *L); /* [-0, +0, m] into the table of fs.c on top */

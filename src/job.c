@@ -23,8 +23,8 @@
 
 /* ---- in the thread: no Lua, no loop ---- */
 
-/* The process ends, by os.exit, with the state open: libuv then waits for its threads. This is set first, as that
-** which depends on another library is taken down before it. */
+/* The process ends, by os.exit, with the state open: libuv then waits for its threads. This is set
+** first, as that which depends on another library is taken down before it. */
 static atomic_bool exiting;
 __attribute__((destructor)) static void leave(void) { atomic_store(&exiting, true); }
 

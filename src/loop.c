@@ -102,8 +102,8 @@ void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   rt->landing_last = t;
 }
 
-/* Most are settled by their landing. Of some of these more may become known while they land; the others land only to
-** run callbacks. */
+/* Most are settled by their landing. Of some of these more may become known while they land; the others
+** land only to run callbacks. */
 static bool is_settled(const struct task *t) {
   switch (task_kind(t)) {
     case KIND_IO:
@@ -116,8 +116,9 @@ static bool is_settled(const struct task *t) {
   }
 }
 
-/* [-0, +0, m] Until it has landed it counts as linked: a finalizer that runs meanwhile can neither link it again nor
-** cancel it. If it fails for want of memory, which is before it has changed anything, land_again puts it back. */
+/* [-0, +0, m] Until it has landed it counts as linked: a finalizer that runs meanwhile can neither link
+** it again nor cancel it. If it fails for want of memory, which is before it has changed anything,
+** land_again puts it back. */
 static void land(lua_State *L, struct runtime *rt, struct task *t) {
   rt->lands = t;
   if (task_is(t, KIND_TICK)) { /* no object of Lua's */
@@ -194,8 +195,9 @@ void loop_land_all(lua_State *L, struct runtime *rt) {
 
 /* ---- the pump ---- */
 
-/* An operation of libuv's: whoever it wakes takes its place in the list, before those that became ready after it, and
-** runs while what the landing has touched is at hand. Runs nothing of the user's but finalizers. */
+/* An operation of libuv's: whoever it wakes takes its place in the list, before those that became ready
+** after it, and runs while what the landing has touched is at hand. Runs nothing of the user's but
+** finalizers. */
 static void land_in_place(lua_State *L, struct runtime *rt, struct task *t) {
   struct mark m = loop_mark(rt);
   land(L, rt, t);
@@ -302,8 +304,8 @@ static void settle(lua_State *L, struct runtime *rt) {
   }
 }
 
-/* [-0, +0, e] the root of an operation, which is ready, runs once more though the loop has ended: what it has been
-** given is its caller's */
+/* [-0, +0, e] the root of an operation, which is ready, runs once more though the loop has ended: what
+** it has been given is its caller's */
 static void run_alone(lua_State *L, struct runtime *rt, struct task *t) {
   if (!(t->flags & TASK_LINKED) || !(t->flags & TASK_STARTED) || t->flags & TASK_ABANDONED ||
       t->traits & TRAIT_SCHEDULED || task_done(t))
@@ -382,8 +384,8 @@ int loop_settle(lua_State *L) {
   return 0;
 }
 
-/* [-0, +0, m] the root at index 1 is an operation whose caller learns that it has failed: it waits for nothing any more,
-** lest it took what comes for somebody else */
+/* [-0, +0, m] the root at index 1 is an operation whose caller learns that it has failed: it waits for
+** nothing any more, lest it took what comes for somebody else */
 static void withdraw(lua_State *L, struct runtime *rt, struct fiber *root) {
   if (!(root->task.flags & TASK_STARTED) && root->task.flags & TASK_LINKED) {
     loop_remove(rt, &root->task);

@@ -251,8 +251,8 @@ void map_list(lua_State *L, int i, int names, int t) {
   }
 }
 
-/* Finalizers, which run when a node is made, may read this key and the map, and give the task another one: then this
-** one is shared before the next look. */
+/* Finalizers, which run when a node is made, may read this key and the map, and give the task another
+** one: then this one is shared before the next look. */
 bool map_copy_way(lua_State *L, struct runtime *rt, int i, const struct map *m, struct map_key *k,
                   int v) {
   uint64_t serial = m->shared ? ++rt->next_serial : m->serial;

@@ -23,7 +23,8 @@ struct map {
   uint64_t keys[]; /* of a leaf */
 };
 
-/* What a value is put under. It remembers the way to that in the map where it was last found, never the value. */
+/* What a value is put under. It remembers the way to that in the map where it was last found, never the
+** value. */
 enum { WAY_MAX = 9 };
 struct map_key {
   uint64_t id;     /* counts up */
@@ -40,9 +41,9 @@ static inline void map_share(lua_State *L, int i) {
   if (m != NULL && m->tag == TAG_CONTEXT) m->shared = true;
 }
 bool map_find(lua_State *L, const struct map *m, struct map_key *k);
-/* [-0, +n, -] from the map on top, m, the nodes below it that lead to the entry of k, and its value; false, and some
-** nodes, if it has none. k remembers the way, but for one too long: then what is left on the stack is of no use
-** but for the value. */
+/* [-0, +n, -] from the map on top, m, the nodes below it that lead to the entry of k, and its value;
+** false, and some nodes, if it has none. k remembers the way, but for one too long: then what is left
+** on the stack is of no use but for the value. */
 static inline bool map_push_way(lua_State *L, const struct map *m, struct map_key *k) {
   if (k->serial != m->serial) return map_find(L, m, k);
   for (int d = 0; d < k->depth; d++) lua_getiuservalue(L, -1, k->way[d]);
@@ -52,8 +53,8 @@ static inline bool map_push_way(lua_State *L, const struct map *m, struct map_ke
 bool map_get(lua_State *L, struct map_key *k);
 /* [-0, +1, m] the map at i (nil: empty) with the value at v under k, without one if that is nil; or nil */
 void map_put(lua_State *L, struct runtime *rt, int i, const struct map_key *k, int v);
-/* [-0, +0, -] where the way to an entry, as map_push_way leaves it, stands above the map m at i: user value `step` of
-** its node d becomes the value at v; false, and nothing, if others may see that node */
+/* [-0, +0, -] where the way to an entry, as map_push_way leaves it, stands above the map m at i: user
+** value `step` of its node d becomes the value at v; false, and nothing, if others may see that node */
 static inline bool map_change(lua_State *L, int i, const struct map *m, int d, int step, int v) {
   const struct map *node = d == 0 ? m : (const struct map *)lua_touserdata(L, i + d);
   if (m->shared || node->serial != m->serial) return false;
@@ -64,8 +65,8 @@ static inline bool map_change(lua_State *L, int i, const struct map *m, int d, i
 /* [-0, +n, m] map_replace where others may see the last node */
 bool map_copy_way(lua_State *L, struct runtime *rt, int i, const struct map *m, struct map_key *k,
                   int v);
-/* [-0, +n, m] the value at v, not nil, in place of that under k, where the way to it, which k remembers, stands above
-** the map m at i. True: done; false: a new map, which has it, is on top. */
+/* [-0, +n, m] the value at v, not nil, in place of that under k, where the way to it, which k
+** remembers, stands above the map m at i. True: done; false: a new map, which has it, is on top. */
 static inline bool map_replace(lua_State *L, struct runtime *rt, int i, const struct map *m,
                                struct map_key *k, int v) {
   int last = k->depth - 1;

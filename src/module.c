@@ -297,8 +297,8 @@ static int l_take(lua_State *L) {
   return 1;
 }
 
-/* [-0, +0, v] the module coflow.<name> could not be loaded: raises the error on top, or why the file cannot be read now,
-** if that is all */
+/* [-0, +0, v] the module coflow.<name> could not be loaded: raises the error on top, or why the file
+** cannot be read now, if that is all */
 static void refuse_module(lua_State *L, const char *name) {
   const struct runtime *rt = runtime(L);
   if (rt->library_length > 0) {
@@ -349,7 +349,8 @@ static int l_late_index(lua_State *L) {
   return 1;
 }
 
-/* [-0, +0, m] notes where the Lua files of the library are: in the directory of the module that opens the core, on the stack */
+/* [-0, +0, m] notes where the Lua files of the library are: in the directory of the module that opens
+** the core, on the stack */
 ONCE static void find_library(lua_State *L, struct runtime *rt) {
   lua_Debug ar;
   size_t n = 0;
@@ -369,8 +370,9 @@ ONCE static void find_library(lua_State *L, struct runtime *rt) {
   rt->library_length = n;
 }
 
-/* late(t, "field=module …") -> t: its fields come, when they are first read, from the Lua module coflow.x, which
-** puts them into t or has them; what has the module's own name may be the module itself */
+/* late(t, "field=module …") -> t: its fields come, when they are first read, from the Lua module
+** coflow.x, which puts them into t or has them; what has the module's own name may be the module
+** itself */
 static int l_late(lua_State *L) {
   if (runtime(L)->library_length == 0) find_library(L, runtime(L)); /* it was no file of ours */
   luaL_checktype(L, 1, LUA_TTABLE);

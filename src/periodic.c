@@ -72,8 +72,8 @@ static void make_origin(lua_State *L, struct scope *s) {
   lua_setiuservalue(L, -2, ORIGIN_CONTEXT);
 }
 
-/* [-0, +1, m] the origin of what the running task makes in its scope s, if that is all there is to it; or nil.
-** The last one is kept, with its scope, until the next one is wanted. */
+/* [-0, +1, m] the origin of what the running task makes in its scope s, if that is all there is to it;
+** or nil. The last one is kept, with its scope, until the next one is wanted. */
 static void push_bare_origin(lua_State *L, struct runtime *rt, struct scope *s) {
   if (s == rt->root)
     lua_pushnil(L);
@@ -204,8 +204,9 @@ void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d, double 
     deadline_rest(rt, d);
 }
 
-/* [-0, +n, m] runs the function of the Timer at i, whose deadline had that index, as the blank task on top. Most of
-** these tasks end at once, and nobody has seen them: then the next one is made of the same object. */
+/* [-0, +n, m] runs the function of the Timer at i, whose deadline had that index, as the blank task on
+** top. Most of these tasks end at once, and nobody has seen them: then the next one is made of the same
+** object. */
 static void start(lua_State *L, struct runtime *rt, int i, uint32_t index, bool spare) {
   int task = lua_gettop(L) + 1; /* below it comes the origin */
   lua_getiuservalue(L, i, TIMER_ORIGIN);
@@ -418,7 +419,8 @@ static bool end_wait(struct runtime *rt, struct periodic *p) {
   return take_tick(p, now);
 }
 
-/* [-0, +0, -] the waiter is woken by the next tick of the one at 1, from now on; there is room for a deadline */
+/* [-0, +0, -] the waiter is woken by the next tick of the one at 1, from now on; there is room for a
+** deadline */
 static void aim(lua_State *L, struct periodic *p, double now) {
   struct runtime *rt = runtime(L);
   struct deadline *d = waiting(p);
@@ -557,7 +559,8 @@ static int l_periodic_new(lua_State *L) {
   return 1;
 }
 
-/* It has nothing to give back; but a test that forgets one fails, whether or not the collector comes before its end. */
+/* It has nothing to give back; but a test that forgets one fails, whether or not the collector comes
+** before its end. */
 static int l_periodic_gc(lua_State *L) {
   const struct periodic *p = (const struct periodic *)object_test(L, 1, TAG_PERIODIC);
   if (p != NULL && !p->closed && !runtime(L)->closed) testing_lost(L, runtime(L), 1);

@@ -24,8 +24,9 @@
 
 /* ---- turns of libuv's loop ---- */
 
-/* Before 1.45, libuv runs timers first and waits for events then: a timer that fires before that wait (it
-** was due at once, or a millisecond passed on the way there) would be forgotten. Stopped, it does not wait. */
+/* Before 1.45, libuv runs timers first and waits for events then: a timer that fires before that wait
+** (it was due at once, or a millisecond passed on the way there) would be forgotten. Stopped, it does
+** not wait. */
 static void on_timer(uv_timer_t *timer) { uv_stop(timer->loop); }
 
 static void disarm(struct runtime *rt) {
@@ -51,7 +52,8 @@ static void run_uv(struct runtime *rt, uv_run_mode mode) {
   if (!uv_is_active((uv_handle_t *)&rt->timer)) rt->timer_armed = false;
 }
 
-/* libuv looks at nothing while nothing keeps its loop alive. The signals that end a program do not: here they count. */
+/* libuv looks at nothing while nothing keeps its loop alive. The signals that end a program do not:
+** here they count. */
 void poll_events(struct runtime *rt) {
   if (!rt->loop_open) return; /* nothing can have happened */
   for (int i = 0; rt->signals_open && i < 2; i++) uv_ref((uv_handle_t *)&rt->signals[i]);
@@ -159,8 +161,8 @@ bool poll_pass_time(struct runtime *rt) {
 
 /* ---- signals ----
 **
-** Each of the two is watched for once. The system itself gives a signal back when it comes, so that a second one ends
-** the process although the program computes for ever and nobody hears of the first. */
+** Each of the two is watched for once. The system itself gives a signal back when it comes, so that a
+** second one ends the process although the program computes for ever and nobody hears of the first. */
 
 static void on_signal(uv_signal_t *handle, int number) {
   struct runtime *rt = container_of(handle->loop, struct runtime, loop);

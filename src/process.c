@@ -284,7 +284,8 @@ static char **push_strings(lua_State *L, int i) {
   return list;
 }
 
-/* [-0, +1, m] the list of "NAME=value" that the table of changes at i makes of our environment, or of nothing */
+/* [-0, +1, m] the list of "NAME=value" that the table of changes at i makes of our environment, or of
+** nothing */
 static void push_environment(lua_State *L, int i, bool clear) {
   lua_Integer n = 0;
   lua_newtable(L);
@@ -369,7 +370,8 @@ static void drop_stream(lua_State *L, int i) {
   handle_changed(L, i);
 }
 
-/* spawn(args, cwd or nil, changes of the environment or nil, clear, stdin, stdout, stderr, detached, grace) */
+/* spawn(args, cwd or nil, changes of the environment or nil, clear, stdin, stdout, stderr, detached,
+** grace) */
 static int l_spawn(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct standard at[STREAMS];
@@ -595,7 +597,8 @@ static const luaL_Reg plain[] = {{"spawn", l_spawn},
                                  {"give_up", l_give_up},
                                  {NULL, NULL}};
 
-/* open_process(close) -> the functions that coflow.process is made of; makes the class, whose __close it is */
+/* open_process(close) -> the functions that coflow.process is made of; makes the class, whose __close
+** it is */
 static int l_open_process(lua_State *L) {
   luaL_checktype(L, 1, LUA_TFUNCTION);
   lua_settop(L, 1);

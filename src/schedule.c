@@ -559,9 +559,10 @@ static int l_spawn_on(lua_State *L) {
   return 1;
 }
 
-/* detached(home, named, fn, ...) -> a task in the context of the running one, but under no scope: what becomes of
-** who made it does not concern it. It waits for `launch`; a cancellation before that ends it. In the end, however
-** it comes, `home:_ended(task)` is called. It is named after the function `named`, if that is not nil. */
+/* detached(home, named, fn, ...) -> a task in the context of the running one, but under no scope: what
+** becomes of who made it does not concern it. It waits for `launch`; a cancellation before that ends
+** it. In the end, however it comes, `home:_ended(task)` is called. It is named after the function
+** `named`, if that is not nil. */
 static int l_detached(lua_State *L) {
   struct runtime *rt = runtime(L);
   luaL_checktype(L, 1, LUA_TTABLE);

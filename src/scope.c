@@ -426,8 +426,9 @@ static bool holds(lua_State *L, lua_Debug *ar, const struct scope *s) {
   return found;
 }
 
-/* The error of the scope s is about to be raised. Whether its block is called by xpcall, and nothing on the way could catch
-** the error: then a message handler sees it first, and the block gets what that makes of it. */
+/* The error of the scope s is about to be raised. Whether its block is called by xpcall, and nothing on
+** the way could catch the error: then a message handler sees it first, and the block gets what that
+** makes of it. */
 static bool is_handled(lua_State *L, const struct runtime *rt, const struct scope *s) {
   const struct scope *block = s->origin;
   if (block == NULL || !block->expired || block->kind != SCOPE_BLOCK || block->co != L)
@@ -658,8 +659,8 @@ void scope_finish(lua_State *L, struct runtime *rt, struct scope *s) {
   scope_close(L, rt, s);
 }
 
-/* [-0, +0, m] the block ends with the error at `error`, or nil. True if that was a cancellation and has become
-** a Timeout, because the deadline of the block itself has passed. */
+/* [-0, +0, m] the block ends with the error at `error`, or nil. True if that was a cancellation and has
+** become a Timeout, because the deadline of the block itself has passed. */
 static bool close_block(lua_State *L, struct runtime *rt, struct scope *s, int error) {
   bool late = s->kind == SCOPE_BLOCK && s->seconds != HUGE_VAL && lua_istable(L, error) &&
               (s->expired || (!s->canceled && s->due <= loop_now(rt)));

@@ -47,8 +47,8 @@ static enum ask check_clause(lua_State *L, lua_Integer k, bool *task) {
   return what;
 }
 
-/* [-0, +2, v] the number of clauses of the list at 1, and its options; only the token stays, at SELECT_TOKEN: that of the
-** list, or else the one that was given at 2 */
+/* [-0, +2, v] the number of clauses of the list at 1, and its options; only the token stays, at
+** SELECT_TOKEN: that of the list, or else the one that was given at 2 */
 static lua_Integer check_list(lua_State *L, double *seconds) {
   luaL_checktype(L, 1, LUA_TTABLE);
   token_opt(L, 2);
@@ -175,7 +175,8 @@ static bool has_complete_task(lua_State *L, const struct queued *op) {
   return found;
 }
 
-/* [-0, +0, e] canceled before, which only a complete task beats, or there already, or without the time to wait */
+/* [-0, +0, e] canceled before, which only a complete task beats, or there already, or without the time
+** to wait */
 static bool select_at_once(lua_State *L, struct queued *op, struct scope *s) {
   struct runtime *rt = runtime(L);
   struct token *token = token_opt(L, SELECT_TOKEN);

@@ -59,7 +59,8 @@ static inline struct sync *sync_check(lua_State *L, const struct sync_class *cla
 lua_Integer sync_opt_number(lua_State *L); /* [-0, +0, v] how many: argument 2 */
 /* [-0, +0, m] grants true to at most n waiters of the object at index 1; how many there were */
 lua_Integer sync_grant(lua_State *L, struct sync *s, lua_Integer n);
-/* [-1, +0, m] the value on top to all that wait for it now, and to none that comes meanwhile; how many got it */
+/* [-1, +0, m] the value on top to all that wait for it now, and to none that comes meanwhile; how many
+** got it */
 lua_Integer sync_grant_all(lua_State *L, struct sync *s);
 /* asks in direct style; f is the function that calls this, which may have to begin again elsewhere */
 int sync_direct(lua_State *L, const struct sync_class *class, enum sync_what what, lua_CFunction f);

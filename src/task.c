@@ -264,8 +264,8 @@ void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
 
 /* ---- outcomes ---- */
 
-/* [-1, +0, -] the task t at i is complete, with the outcome on top; `from`: the failed task that the error comes from,
-** whose record goes along, or 0 */
+/* [-1, +0, -] the task t at i is complete, with the outcome on top; `from`: the failed task that the
+** error comes from, whose record goes along, or 0 */
 static void settle(lua_State *L, struct runtime *rt, int i, struct task *t, enum task_state s,
                    int from) {
   if (i < 0) i = lua_absindex(L, i);
@@ -450,7 +450,8 @@ static int l_is_canceled(lua_State *L) {
   return 1;
 }
 
-/* is_awaited(task) -> whether anybody waits for it: whoever was interrupted does so no more, even before it runs */
+/* is_awaited(task) -> whether anybody waits for it: whoever was interrupted does so no more, even
+** before it runs */
 static int l_is_awaited(lua_State *L) {
   lua_pushboolean(L, task_waiters(task_check(L, 1)) != NULL);
   return 1;

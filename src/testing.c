@@ -88,8 +88,8 @@ static uint32_t born_at(const struct births *b, enum birth of, size_t at) {
   return b != NULL && at < b->sizes[of] ? b->of[of][at] : 0;
 }
 
-/* the number of the innermost line that is not the library's own; what a task of the library makes was made where
-** that one was. 0: none, or no memory */
+/* the number of the innermost line that is not the library's own; what a task of the library makes was
+** made where that one was. 0: none, or no memory */
 static uint32_t find_place(lua_State *L, struct births *b) {
   lua_Debug ar;
   if (!blame_find_line(L, L, 0, &ar)) return born_at(b, BIRTH_SLOT, (size_t)runtime(L)->me->slot);
@@ -313,7 +313,8 @@ void testing_land(lua_State *L, int i) {
   task_settle(L, runtime(L), i, 0);
 }
 
-/* idle(last) -> a task that is complete once nothing else is left to do; last: nor anybody else waits for that */
+/* idle(last) -> a task that is complete once nothing else is left to do; last: nor anybody else waits
+** for that */
 static int l_idle(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task **at = &rt->idlers;
@@ -496,8 +497,8 @@ static void push_lost_task(lua_State *L, int i) {
   lua_settop(L, i + 2);
 }
 
-/* note_lost(object). The weak key of what is no task is there until its finalizer has run. What calls this runs in the
-** midst of anything, but a traversal of that table. */
+/* note_lost(object). The weak key of what is no task is there until its finalizer has run. What calls
+** this runs in the midst of anything, but a traversal of that table. */
 static int note_lost(lua_State *L) {
   if (object_test(L, 1, TAG_TASK) != NULL)
     push_lost_task(L, 1);
@@ -530,7 +531,8 @@ void testing_note_lost(lua_State *L, int i) {
   if (lua_pcall(L, 1, 0, 0) != LUA_OK) lua_pop(L, 1); /* no memory: it is not missed */
 }
 
-/* lost() -> a list of what was made in the test and has been collected while it was open, in words; each is told once */
+/* lost() -> a list of what was made in the test and has been collected while it was open, in words;
+** each is told once */
 static int l_lost(lua_State *L) {
   struct runtime *rt = runtime(L);
   bool pending = false; /* a finalizer that has not run yet */

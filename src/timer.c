@@ -76,9 +76,9 @@ static bool has_callbacks(const struct task *t) {
   return task_is(t, KIND_SCOPE) || task_is(t, KIND_EXPIRY);
 }
 
-/* [-0, +0, -] Those that are ready since m are to land now. In their places of the ready list it would be too late for
-** the tokens that are linked to them, which are canceled only then: others would see one canceled and the
-** other not yet. */
+/* [-0, +0, -] Those that are ready since m are to land now. In their places of the ready list it would
+** be too late for the tokens that are linked to them, which are canceled only then: others would see
+** one canceled and the other not yet. */
 static void hurry(struct runtime *rt, struct mark m) {
   struct task *before = m.removals == rt->removals ? m.last : NULL, **end = &rt->hurried;
   while (*end != NULL) end = &(*end)->next;
@@ -348,8 +348,9 @@ static void let_go(lua_State *L, struct runtime *rt, struct fiber *f, struct tok
   fiber_park(L, f, false, false);
 }
 
-/* [-0, +0, m] The token at index 2, in whose list f will be, lives as long as f naps: this stack may be gone then, for
-** somebody closes the coroutine. It is no more than a key that holds it, lest what the token knows of held f. */
+/* [-0, +0, m] The token at index 2, in whose list f will be, lives as long as f naps: this stack may be
+** gone then, for somebody closes the coroutine. It is no more than a key that holds it, lest what the
+** token knows of held f. */
 static void keep_given(lua_State *L, struct runtime *rt, struct fiber *f) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_GIVEN);
   bool held = fiber_push_me(L, rt, f);

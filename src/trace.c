@@ -135,8 +135,8 @@ void trace_push_seen(lua_State *L, const struct task *t, int i) {
     lua_pushnil(L);
 }
 
-/* [-0, +1, -] that of the error at index 1, if t saw it last; false: [-0, +0] it did not. own: t has raised it, and it
-** was caught to clean up. */
+/* [-0, +1, -] that of the error at index 1, if t saw it last; false: [-0, +0] it did not. own: t has
+** raised it, and it was caught to clean up. */
 static bool find_last(lua_State *L, const struct task *t, bool *own) {
   *own = false;
   if (!(t->flags & TASK_TRACED) || !find_record(L, t->slot, 1)) return false;
@@ -166,8 +166,8 @@ void trace_clear(lua_State *L, const struct task *t) {
 
 /* ---- records, made where an error is raised ---- */
 
-/* [-0, +1, m] error record before text -> … text inner: the same error goes on, whose record `before` is. Out of a coroutine
-** it goes on as that of whoever it reaches; else from task to task. */
+/* [-0, +1, m] error record before text -> … text inner: the same error goes on, whose record `before`
+** is. Out of a coroutine it goes on as that of whoever it reaches; else from task to task. */
 static void record_link(lua_State *L) {
   bool coroutine = lua_rawgeti(L, 3, RECORD_NAME) == LUA_TNIL;
   lua_pop(L, 1);

@@ -374,8 +374,8 @@ static int l_wait_writable(lua_State *L) {
   return handle_ask(L, &u->handle, &r, 2, l_wait_writable);
 }
 
-/* try_send(socket, data, address or nil, port, token, again) -> whether it was sent; unless it is tried again, no
-** one is overtaken who waits */
+/* try_send(socket, data, address or nil, port, token, again) -> whether it was sent; unless it is tried
+** again, no one is overtaken who waits */
 static int l_try_send(lua_State *L) {
   struct udp *u = check_open(L);
   size_t length;

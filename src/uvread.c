@@ -176,9 +176,9 @@ static int start_reading(struct stream *s) {
   return s->kind == STREAM_FD ? fd_read(s) : uv_read_start(&s->uv.stream, on_alloc, on_read);
 }
 
-/* libuv says that this is the end. It also does so where the system has said no more than that the connection is gone
-** (POLLHUP after a read that brought less than it could): the end, or its error, or even bytes, are still to be read. 0:
-** these. */
+/* libuv says that this is the end. It also does so where the system has said no more than that the
+** connection is gone (POLLHUP after a read that brought less than it could): the end, or its error, or
+** even bytes, are still to be read. 0: these. */
 static int end_of(const struct stream *s) {
   uv_os_fd_t fd;
   char byte;

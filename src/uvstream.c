@@ -110,8 +110,9 @@ int stream_lend(struct stream *s) {
   return uv_fileno(s->handle.uv, &fd) == 0 ? fd : UV_EBADF;
 }
 
-/* libuv has made what was lent wait, in the child that came to nothing. A standard stream has lent a descriptor that is
-** not ours to make non-blocking; what libuv has of it is another open file, or no stream at all (STREAM_FD). */
+/* libuv has made what was lent wait, in the child that came to nothing. A standard stream has lent a
+** descriptor that is not ours to make non-blocking; what libuv has of it is another open file, or no
+** stream at all (STREAM_FD). */
 void stream_take_back(struct stream *s) {
   if (s->standard == 0) uv_stream_set_blocking(&s->uv.stream, 0);
 }
@@ -227,8 +228,8 @@ static int close_k(lua_State *L, int status, lua_KContext ctx) {
   return status == LUA_OK || status == LUA_YIELD ? 1 : lua_error(L);
 }
 
-/* Until it waits the stream lingers, while much is created: a finalizer may cancel it before it has begun, memory may
-** fail. Whatever comes of it, the stream is closed in the end. */
+/* Until it waits the stream lingers, while much is created: a finalizer may cancel it before it has
+** begun, memory may fail. Whatever comes of it, the stream is closed in the end. */
 static int close_any(lua_State *L, lua_CFunction f) {
   struct stream *s = stream_check(L);
   token_opt(L, 2);
@@ -372,8 +373,8 @@ static int l_tostring(lua_State *L) {
   return 1;
 }
 
-/* What a standard stream has still to send is sent by shutdown_run: that its queue is collected can only mean that the
-** state closes. */
+/* What a standard stream has still to send is sent by shutdown_run: that its queue is collected can
+** only mean that the state closes. */
 static int l_gc(lua_State *L) {
   const struct stream *s = (const struct stream *)lua_touserdata(L, 1);
   return s->standard != 0 && s->queued > 0 ? 0 : handle_gc(L);

@@ -85,8 +85,8 @@ static void drop_all(struct stream *s) {
   while (s->first != NULL) drop_first(s);
 }
 
-/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever comes first. Of what a
-** canceled write has lost, `cut` knows. */
+/* the same after a failure. Whoever waits is told; of bytes that were taken before, whoever comes
+** first. Of what a canceled write has lost, `cut` knows. */
 static void lose_all(struct stream *s) {
   if (s->queued > 0 && !s->broken &&
       (!waiter_any(&s->writes) || record_of(s->writes.next)->from > s->sent))
@@ -312,7 +312,8 @@ static struct record *record_for(struct stream *s, const struct nap *who) {
   return NULL;
 }
 
-/* There may be many, so that only what has changed is looked at: the last one is about to wait, or one has left. */
+/* There may be many, so that only what has changed is looked at: the last one is about to wait, or one
+** has left. */
 void write_changed(struct stream *s) {
   struct nap *gone = s->handle.gone;
   if (s->handle.look_again) look_again(s);
@@ -382,8 +383,8 @@ void write_forget(lua_State *L, struct stream *s, int i) {
   lua_pop(L, 1);
 }
 
-/* [-0, +0, m] there is a table for long strings. Made before anything is sent: a finalizer that runs meanwhile
-** may write, too, and must not do so in the middle. */
+/* [-0, +0, m] there is a table for long strings. Made before anything is sent: a finalizer that runs
+** meanwhile may write, too, and must not do so in the middle. */
 static void make_room(lua_State *L) {
   module_push_table(L, 1, STREAM_STRINGS);
   lua_pop(L, 1);
@@ -583,8 +584,8 @@ static int shutdown_any(lua_State *L, lua_CFunction f) {
 static int l_shutdown(lua_State *L) { return shutdown_any(L, l_shutdown); }
 static int l_shutdown_async(lua_State *L) { return shutdown_any(L, NULL); }
 
-/* [-1, +0, m] who is suspended in a write at `link` gets what is on top; false: nobody, for somebody has closed its
-** coroutine */
+/* [-1, +0, m] who is suspended in a write at `link` gets what is on top; false: nobody, for somebody
+** has closed its coroutine */
 static bool end_one(lua_State *L, int i, struct stream *s, struct link *link, bool failed) {
   struct link one;
   link_init(&one);

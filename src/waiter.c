@@ -118,7 +118,8 @@ static void drop(lua_State *L, int i, struct nap *n) {
 
 /* ---- fibers ---- */
 
-/* where f is suspended: in its own coroutine, or in one that it is in; NULL: nowhere, somebody has closed it */
+/* where f is suspended: in its own coroutine, or in one that it is in; NULL: nowhere, somebody has
+** closed it */
 static lua_State *stack_of(struct fiber *f) {
   lua_State *co = f->co;
   if (co != NULL && !f->u.nap.own)
@@ -347,7 +348,8 @@ static void end_like(lua_State *L, struct runtime *rt, int i, struct queued *op,
   lua_settop(L, input - 1);
 }
 
-/* It was canceled, or its time is up, or a task of a select is complete; it is in no queue. Or it was granted before. */
+/* It was canceled, or its time is up, or a task of a select is complete; it is in no queue. Or it was
+** granted before. */
 void waiter_land(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
   struct queued *op = (struct queued *)lua_touserdata(L, i);

@@ -93,8 +93,8 @@ static inline bool waiter_is_queued(const struct task *t) {
 
 /* ---- channel.c, select.c ---- */
 
-/* What is asked for. ASK_NEXT: by iterate, which raises the error as it is; ASK_BATCH: by read_batch_async, which
-** brings a list. */
+/* What is asked for. ASK_NEXT: by iterate, which raises the error as it is; ASK_BATCH: by
+** read_batch_async, which brings a list. */
 enum ask { ASK_READ, ASK_NEXT, ASK_BATCH, ASK_WRITE, ASK_CAN_READ, ASK_CAN_WRITE };
 
 /* [-0, +0, -] a half at i becomes its channel; false: no such */
