@@ -1519,6 +1519,8 @@ function Stream:read_all_async(max, token) end
 ---@return true
 function Stream:write(...) end
 
+---The same as a task. To cancel an `await` of it says nothing of the write, which goes on: look at the task, or give
+---the token to the write.
 ---@param ... string|number|coflow.CancellationToken
 ---@return coflow.Task
 function Stream:write_async(...) end
