@@ -1,8 +1,9 @@
 /*
 ** barrier.c - Barrier: so many tasks wait for each other, again and again.
 **
-** The count is that of the phases that are over. Whoever comes last ends the phase and goes on; the others are granted
-** its number, all together: some may come back here for the next phase before the last of them has it.
+** The count is that of the phases that are over. Whoever comes last ends the phase and goes on; the
+** others are granted its number, all together: some may come back here for the next phase before the
+** last of them has it.
 **
 ** Invariant: fewer than `participants` wait, not counting those that are leaving.
 ** Source:    .NET Barrier.

@@ -1,14 +1,16 @@
 /*
 ** blame.c - wrong arguments: what the error says, and of whom.
 **
-** Lua's own checks call a function by the name that its caller has for it, and tell that caller's line. Where the
-** caller is one of ours, as in `flow.call(flow.sleep, "x")`, that would be 'fn', at a line of the library; where it is
-** C, as for the function of a task, '?'. So ours go by the name under which a user knows the function (coflow.sleep,
-** coflow.Channel:write) there, and by the line of the innermost caller that is not the library's. And where a method
-** has got no object of its class, the error says how methods are called.
+** Lua's own checks call a function by the name that its caller has for it, and tell that caller's line.
+** Where the caller is one of ours, as in `flow.call(flow.sleep, "x")`, that would be 'fn', at a line of
+** the library; where it is C, as for the function of a task, '?'. So ours go by the name under which a
+** user knows the function (coflow.sleep, coflow.Channel:write) there, and by the line of the innermost
+** caller that is not the library's. And where a method has got no object of its class, the error says
+** how methods are called.
 **
-** There are two ways in. A function of C finds its own arguments wrong: the checks of core.h, which stand in for
-** Lua's. Or it finds those of a public function in Lua wrong, which has called it, itself or through helpers.
+** There are two ways in. A function of C finds its own arguments wrong: the checks of core.h, which
+** stand in for Lua's. Or it finds those of a public function in Lua wrong, which has called it, itself
+** or through helpers.
 **
 ** SPDX-License-Identifier: MIT
 */

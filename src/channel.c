@@ -1,9 +1,10 @@
 /*
 ** channel.c - queues of items between tasks: bounded, unbounded, rendezvous, prioritized.
 **
-** Writers that found the channel full wait with their item; readers that found it empty wait to be handed one.
-** Beside them wait those who only asked to be told (wait_to_read, wait_to_write): they are told all at once, and
-** only when nobody waits for the thing itself. Where the items lie, and in which order, is told in items.c.
+** Writers that found the channel full wait with their item; readers that found it empty wait to be
+** handed one. Beside them wait those who only asked to be told (wait_to_read, wait_to_write): they are
+** told all at once, and only when nobody waits for the thing itself. Where the items lie, and in which
+** order, is told in items.c.
 **
 ** Callbacks of users (item_dropped, comparer) are called when the channel is in order and nothing is in our
 ** hands but what the callback is about; whatever they do to the channel, they do to it as it is.

@@ -8,7 +8,8 @@
 **
 ** Who waits must hold the lock. wait_async is a task of its own that waits for whoever called it, the owner.
 **
-** Invariant: a wait that has begun ends with the lock taken, however it ends, unless the lock has been disposed.
+** Invariant: a wait that has begun ends with the lock taken, however it ends, unless the lock has been
+** disposed.
 ** Source:    .NET Monitor.
 ** SPDX-License-Identifier: MIT
 */

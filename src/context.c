@@ -3,9 +3,9 @@
 **
 ** An execution context is an immutable map from the ids of async locals to values. The running task
 ** holds one (user value TASK_CONTEXT, nil when empty); setting a local replaces it by a new map that
-** shares what did not change (map.c); starting a task copies one reference; switching tasks does nothing.
-** What leaves TASK_CONTEXT is marked as shared (map_share) before anybody else has it: a map that is not is changed
-** in place.
+** shares what did not change (map.c); starting a task copies one reference; switching tasks does
+** nothing. What leaves TASK_CONTEXT is marked as shared (map_share) before anybody else has it: a map
+** that is not is changed in place.
 **
 ** Values of locals with flow = "none" live in a second map. A *pair* then stands in TASK_CONTEXT:
 ** { what flows, what stays }; captures and children take the first half.

@@ -1,9 +1,9 @@
 /*
 ** deadlock.c - what waits where, in words: told when nothing can go on.
 **
-** A task that waits is suspended somewhere, so the place is that of its code; what it waits for is a task, a queue, a
-** deadline, or in the hands of a scheduler. Of a task that is made of others these are named, too, so that circles
-** through them show. Nothing here changes anything.
+** A task that waits is suspended somewhere, so the place is that of its code; what it waits for is a
+** task, a queue, a deadline, or in the hands of a scheduler. Of a task that is made of others these are
+** named, too, so that circles through them show. Nothing here changes anything.
 **
 ** SPDX-License-Identifier: MIT
 */

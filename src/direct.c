@@ -1,19 +1,20 @@
 /*
 ** direct.c - await_all and await_any of up to MANY inputs, which do without a task of their own.
 **
-** Their combinator (combine.h) is taken from the spares of the runtime and given back at the end of the wait, it
-** never lands, and the stack of the C function that waits is its list:
+** Their combinator (combine.h) is taken from the spares of the runtime and given back at the end of the
+** wait, it never lands, and the stack of the C function that waits is its list:
 **
 **     [combinator] [nil] [input] [input] …        or, from a table,   … [key] [input] [key] [input] …
 **
-** The fiber waits for it as for any task (so it is interrupted, closed and reported like any), the inputs hold
-** it, it holds the fiber. When enough inputs are complete the fiber becomes ready; when it goes on, for whatever
-** reason, it withdraws from the inputs (leave). If it never goes on (somebody has closed its coroutine, or it
-** was abandoned) the combinator is garbage as soon as the inputs are. Only leave, which has the inputs on the
-** stack, looks at an input from the combinator's side: its waits may outlive those inputs that have died.
+** The fiber waits for it as for any task (so it is interrupted, closed and reported like any), the
+** inputs hold it, it holds the fiber. When enough inputs are complete the fiber becomes ready; when it
+** goes on, for whatever reason, it withdraws from the inputs (leave). If it never goes on (somebody has
+** closed its coroutine, or it was abandoned) the combinator is garbage as soon as the inputs are. Only
+** leave, which has the inputs on the stack, looks at an input from the combinator's side: its waits may
+** outlive those inputs that have died.
 **
-** Anything out of the way (more inputs, awaitables that are no tasks, a list with holes) is left to combine.c.
-** SPDX-License-Identifier: MIT
+** Anything out of the way (more inputs, awaitables that are no tasks, a list with holes) is left to
+** combine.c. SPDX-License-Identifier: MIT
 */
 #include "combine.h"
 

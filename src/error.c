@@ -1,11 +1,11 @@
 /*
 ** error.c - error objects, and failures that nobody observed.
 **
-** An error object is a table with `name` and `message` and the metatable of its name; a value that user code raises
-** is never touched. What is known about a failure stands beside it: a *fault*, a small userdata with a finalizer,
-** holds the task and the trace record (trace.c). The task holds its fault in the user value that its waiters had.
-** Both die in one collection, and the finalizer reports the task unless it was observed. Tasks that do not fail pay
-** nothing for this.
+** An error object is a table with `name` and `message` and the metatable of its name; a value that user
+** code raises is never touched. What is known about a failure stands beside it: a *fault*, a small
+** userdata with a finalizer, holds the task and the trace record (trace.c). The task holds its fault in
+** the user value that its waiters had. Both die in one collection, and the finalizer reports the task
+** unless it was observed. Tasks that do not fail pay nothing for this.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,9 +1,9 @@
 /*
 ** event.c - ManualResetEvent, AutoResetEvent, CountdownEvent: waiting until something has happened.
 **
-** The count of an event is 1 while it is set, else 0; that of a countdown, how many signals are still to come. A manual
-** event lets all through while it is set, an automatic one the first, which resets it; a countdown, once it has
-** come to zero, all and for ever.
+** The count of an event is 1 while it is set, else 0; that of a countdown, how many signals are still
+** to come. A manual event lets all through while it is set, an automatic one the first, which resets
+** it; a countdown, once it has come to zero, all and for ever.
 **
 ** Invariant: somebody waits for an event only while its count is 0, for a countdown only while it is not.
 ** Source:    .NET ManualResetEventSlim, AutoResetEvent, CountdownEvent.

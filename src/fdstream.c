@@ -1,22 +1,23 @@
 /*
 ** fdstream.c - streams of descriptors that libuv cannot poll, or that are not ours to make non-blocking.
 **
-** A file, a device, and a socket or pipe of others (stdio.c says which) are read and written in threads of libuv's
-** pool, a chunk at a time. The flags of the descriptor stay as they are: they belong to an open file that other
-** processes may have as well. Where nobody may ever come, or take, no thread is sent before something is there: the
-** descriptor is in an epoll instance of its own, and it is that which libuv polls.
+** A file, a device, and a socket or pipe of others (stdio.c says which) are read and written in threads
+** of libuv's pool, a chunk at a time. The flags of the descriptor stay as they are: they belong to an
+** open file that other processes may have as well. Where nobody may ever come, or take, no thread is
+** sent before something is there: the descriptor is in an epoll instance of its own, and it is that
+** which libuv polls.
 **
 **     wanted ── epoll says so ── a job ──┬─ something came, or went: read_came, write_done
 **               (files: at once)         └─ somebody else was faster: wanted
 **
-** What a thread reads becomes the stream's, whether somebody still waits for it or not: no byte is lost. What is
-** written was copied for it. A thread *claims* a part of that before it writes it; when it is stopped, it has written
-** just what it has claimed, so the loop knows without waiting for it.
+** What a thread reads becomes the stream's, whether somebody still waits for it or not: no byte is
+** lost. What is written was copied for it. A thread *claims* a part of that before it writes it; when
+** it is stopped, it has written just what it has claimed, so the loop knows without waiting for it.
 **
 **     claimed   bytes that are written, or are being written; with STOP: and no more
 **
-** A stream that is closed while a thread works for it leaves its job alone (job->stream == NULL); the last one of
-** stream and jobs closes the descriptor.
+** A stream that is closed while a thread works for it leaves its job alone (job->stream == NULL); the
+** last one of stream and jobs closes the descriptor.
 **
 ** Without epoll a thread waits, for LOOK_MS, before it gives up and is sent again.
 **

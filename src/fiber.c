@@ -1,18 +1,20 @@
 /*
 ** fiber.c - tasks whose body is a Lua function: their coroutines, how they start and run.
 **
-** A fiber runs in a coroutine of its own. Coroutines are reused: each has the watch at its bottom (fiber_abandon.c)
-** and runs fiber_main, which never returns. Idle, it has yielded with
+** A fiber runs in a coroutine of its own. Coroutines are reused: each has the watch at its bottom
+** (fiber_abandon.c) and runs fiber_main, which never returns. Idle, it has yielded with
 **
 **     [handler]                                               on its stack, and a new fiber puts
 **     [handler] [task] [fn] [arguments] [fn] [argument] …     there: its function once more, to be named after, and
 **                                                             how many arguments there are.
 **
-** The body runs under a protected call *inside* the coroutine, so that `<close>` variables run, and may await,
-** while an error unwinds; then fiber_main yields again. A coroutine that an error did leave is not used again.
+** The body runs under a protected call *inside* the coroutine, so that `<close>` variables run, and may
+** await, while an error unwinds; then fiber_main yields again. A coroutine that an error did leave is
+** not used again.
 **
-** Whoever has kept the coroutine of a task that has ended may resume it when it is idle, which kills it, or when
-** it is another task's that has not started: it yields again. Closing it is noticed by the watch.
+** Whoever has kept the coroutine of a task that has ended may resume it when it is idle, which kills
+** it, or when it is another task's that has not started: it yields again. Closing it is noticed by the
+** watch.
 **
 ** Starting. spawn queues; an async function starts hot: its fiber runs on top of the caller, up to
 ** its first suspension. C calls nest at most FIBER_MAX_DEPTH deep that way. Beyond, the caller yields with

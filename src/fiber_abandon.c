@@ -1,12 +1,14 @@
 /*
-** fiber_abandon.c - tasks that end though nothing wakes them: collected while they wait, or their coroutine closed.
+** fiber_abandon.c - tasks that end though nothing wakes them: collected while they wait, or their
+** coroutine closed.
 **
-** The *watch* at the bottom of the coroutine of every fiber has a finalizer: when task and coroutine, which live by
-** what the task awaits, die together, the fiber is abandoned, is reported, and its `<close>` variables run on
-** a later turn. Any other finalizer that may run first only makes objects inert, so closing them
-** afterwards is harmless. The watch is to be closed as well: so we know when somebody else, who has got hold
-** of the coroutine, closes it. The task then fails. When C can find it on that stack only it is *lost*: it has no
-** slot and no coroutine any more, and fails as soon as somebody looks at it who has it.
+** The *watch* at the bottom of the coroutine of every fiber has a finalizer: when task and coroutine,
+** which live by what the task awaits, die together, the fiber is abandoned, is reported, and its
+** `<close>` variables run on a later turn. Any other finalizer that may run first only makes objects
+** inert, so closing them afterwards is harmless. The watch is to be closed as well: so we know when
+** somebody else, who has got hold of the coroutine, closes it. The task then fails. When C can find it
+** on that stack only it is *lost*: it has no slot and no coroutine any more, and fails as soon as
+** somebody looks at it who has it.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,13 +1,13 @@
 /*
 ** fiber_await.c - how a task waits: where it may suspend, await, yield.
 **
-** Whoever suspends asks first who would (fiber_here): the running task, on whose coroutine L is on top, or nobody,
-** outside every task, where the same operation drives the loop instead (fiber_outside). Everywhere else it is
-** refused, with what is in the way, before anything is registered.
+** Whoever suspends asks first who would (fiber_here): the running task, on whose coroutine L is on top,
+** or nobody, outside every task, where the same operation drives the loop instead (fiber_outside).
+** Everywhere else it is refused, with what is in the way, before anything is registered.
 **
-** A fiber that waits for a task has that task at index 1 of the C function that suspended it, and lives by it
-** (core.h, rule 2). Anybody may have got hold of its coroutine and resume it: a continuation that finds itself not on
-** top of the running task yields again.
+** A fiber that waits for a task has that task at index 1 of the C function that suspended it, and lives
+** by it (core.h, rule 2). Anybody may have got hold of its coroutine and resume it: a continuation that
+** finds itself not on top of the running task yields again.
 **
 ** An await of a task that is queued, not started and the only one ready runs it in place: the same
 ** order as through the ready list, without two switches. Not while a hot start below waits to go on as

@@ -7,14 +7,15 @@
 ** and a canceled write may be repeated in its place. Bytes that were read ahead stay in the buffer: those
 ** at the position, which is the kernel's own for what cannot be sought (a pipe, a terminal).
 **
-** A file that has been *lent* to a child shares its descriptor's position with that for good, in both directions: what
-** is kept here follows the system's when a job has its turn (follow), and is told to the system when it moves. A
-** write to it is made where the system stands, so neither ever overwrites what the other wrote; like one that appends
-** it is then done, and what follows stands behind it, though its caller has been canceled meanwhile.
+** A file that has been *lent* to a child shares its descriptor's position with that for good, in both
+** directions: what is kept here follows the system's when a job has its turn (follow), and is told to
+** the system when it moves. A write to it is made where the system stands, so neither ever overwrites
+** what the other wrote; like one that appends it is then done, and what follows stands behind it,
+** though its caller has been canceled meanwhile.
 **
-** Making the string that a read gives may run finalizers of users. Only then are the bytes taken, if the read is not
-** canceled by now; others wait meanwhile, for it is the running job until it has landed. next_line is no job, and so
-** looks whether the file is still as it was.
+** Making the string that a read gives may run finalizers of users. Only then are the bytes taken, if
+** the read is not canceled by now; others wait meanwhile, for it is the running job until it has
+** landed. next_line is no job, and so looks whether the file is still as it was.
 **
 ** Invariants: file->running is the job that a thread, or the ready list, has; it holds the file. Those after
 **             it wait in file->first …; none waits when none runs. A descriptor is closed by the job that

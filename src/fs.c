@@ -1,8 +1,9 @@
 /*
 ** fs.c - files and directories by their paths. Each operation is a job (job.c); open files are in file.c.
 **
-** A FIFO is opened without waiting for its other end, so that no thread stays where nobody may ever come.
-** A file that is replaced (`atomic`) is written beside the old one and takes its name when all is on the disk.
+** A FIFO is opened without waiting for its other end, so that no thread stays where nobody may ever
+** come. A file that is replaced (`atomic`) is written beside the old one and takes its name when all is
+** on the disk.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -9,8 +9,9 @@
 ** The end (lua/coflow/group.lua) is for join, which waits, deaf to all tokens, until no child is left, and
 ** closes the scope. When all went well that is the end of it; else the failures are looked at in Lua.
 **
-** The group is the scope's userdata. It refers to failed children, the winner and the queue by user values, so
-** it dies with the task that it belongs to, and a task that waits in vain for a child is reported.
+** The group is the scope's userdata. It refers to failed children, the winner and the queue by user
+** values, so it dies with the task that it belongs to, and a task that waits in vain for a child is
+** reported.
 **
 ** Source: trio's nurseries.
 ** SPDX-License-Identifier: MIT

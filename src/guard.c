@@ -1,15 +1,16 @@
 /*
 ** guard.c - scopes of the context: with(), enter(), call(), and the suppression of its flow.
 **
-** A *guard* remembers what to put back. The open guards of a task, or of a coroutine with a context of its own
-** (coroutine.c), form a stack. `dispose` insists on that order; `__close`, which Lua calls while errors unwind, also
-** closes the guards above that nobody closed. In another task both are refused and change nothing, unless that task
-** is closing the coroutine in which the guard was opened: what it kept then goes without a word.
+** A *guard* remembers what to put back. The open guards of a task, or of a coroutine with a context of
+** its own (coroutine.c), form a stack. `dispose` insists on that order; `__close`, which Lua calls
+** while errors unwind, also closes the guards above that nobody closed. In another task both are
+** refused and change nothing, unless that task is closing the coroutine in which the guard was opened:
+** what it kept then goes without a word.
 **
 ** The suppression of flow is not ordered with the others; a second one is inert.
 **
-** Source: .NET AsyncFlowControl and ExecutionContext.Run; with() is a token of Python's contextvars as a scope.
-** SPDX-License-Identifier: MIT
+** Source: .NET AsyncFlowControl and ExecutionContext.Run; with() is a token of Python's contextvars as
+** a scope. SPDX-License-Identifier: MIT
 */
 #include "core.h"
 

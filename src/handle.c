@@ -13,16 +13,17 @@
 ** A callback of libuv writes fields and calls handle_news; the handle lands, and whoever waits is given what
 ** has come. Callbacks that come while nobody waits only write fields.
 **
-** Asking is the same for all verbs. `look` makes the value (which may run finalizers of users, so it says LOOK_AGAIN
-** if they have changed something), and only when it is certain who gets it does `take` take it: whoever is
-** canceled has taken nothing. Whoever must wait does so in the queue of the verb.
+** Asking is the same for all verbs. `look` makes the value (which may run finalizers of users, so it
+** says LOOK_AGAIN if they have changed something), and only when it is certain who gets it does `take`
+** take it: whoever is canceled has taken nothing. Whoever must wait does so in the queue of the verb.
 **
-** What need not wait costs a part of the slice of ready tasks that is running (loop.c): writes, sends, accepts. When the
-** slice is spent, others, deadlines and signals have their turn. What a verb takes is not taken then: who asked waits
-** for it in the queue, as if it had not come yet. What a verb does is done, and who asked goes behind those that are
-** ready, with the answer: it waits for nothing, so no cancellation reaches it; its next suspension raises. An operation
-** (x_async) comes to its end that much later. Where nobody can suspend all goes on at once. (Reads and receives need no
-** such bound: each takes from what the system, or one turn of libuv's, could hold.)
+** What need not wait costs a part of the slice of ready tasks that is running (loop.c): writes, sends,
+** accepts. When the slice is spent, others, deadlines and signals have their turn. What a verb takes is
+** not taken then: who asked waits for it in the queue, as if it had not come yet. What a verb does is
+** done, and who asked goes behind those that are ready, with the answer: it waits for nothing, so no
+** cancellation reaches it; its next suspension raises. An operation (x_async) comes to its end that
+** much later. Where nobody can suspend all goes on at once. (Reads and receives need no such bound:
+** each takes from what the system, or one turn of libuv's, could hold.)
 **
 ** Invariants: anchors[task.slot] is the handle while it is `held`, else its address. It is held while somebody
 **             waits for it, while it is on the ready list, while libuv has a request of it, and from

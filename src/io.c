@@ -7,13 +7,14 @@
 **                     │
 **                     └ interrupted: io_land: abort, settle canceled ┄┄ io_done ┄┄ io_land: release
 **
-** A canceled operation ends at once, whatever libuv still does for it: a thread in the middle of a system
-** call cannot be stopped. So the task may be complete while it is in flight, and its late result is
-** *released*: an opened descriptor is closed, memory is freed. Release runs once, after libuv has let go,
-** for every operation; what `land` has handed over is not there any more. An interruption that comes
-** between the callback and the landing wins, for its result has not been given to anybody: bytes that
-** were read are where they were. So does one by a finalizer, while `land` makes the result: it settles the operation,
-** `land` takes nothing then, and what it looks at is there until it returns, as only then is the operation released.
+** A canceled operation ends at once, whatever libuv still does for it: a thread in the middle of a
+** system call cannot be stopped. So the task may be complete while it is in flight, and its late result
+** is *released*: an opened descriptor is closed, memory is freed. Release runs once, after libuv has
+** let go, for every operation; what `land` has handed over is not there any more. An interruption that
+** comes between the callback and the landing wins, for its result has not been given to anybody: bytes
+** that were read are where they were. So does one by a finalizer, while `land` makes the result: it
+** settles the operation, `land` takes nothing then, and what it looks at is there until it returns, as
+** only then is the operation released.
 **
 ** Invariants: from io_begin until release the operation is held by its slot, complete or not, so libuv
 **             may write to it. It is in rt->flights exactly while libuv may call back. It is a member of its

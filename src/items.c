@@ -1,10 +1,10 @@
 /*
 ** items.c - where the items of a channel lie, and in which order.
 **
-** In a ring whose size is a power of two: a Lua table (CHANNEL_ITEMS) that doubles when it is full, or, when the
-** capacity is small, user values of the channel itself (CHANNEL_RING on), which cost less. The items of a
-** prioritized channel lie in sorted pieces instead, which lua/coflow/channel.lua makes: a list (CHANNEL_ITEMS) of
-** lists, in which the first item to be read is the last one of the last list.
+** In a ring whose size is a power of two: a Lua table (CHANNEL_ITEMS) that doubles when it is full, or,
+** when the capacity is small, user values of the channel itself (CHANNEL_RING on), which cost less. The
+** items of a prioritized channel lie in sorted pieces instead, which lua/coflow/channel.lua makes: a
+** list (CHANNEL_ITEMS) of lists, in which the first item to be read is the last one of the last list.
 **
 ** Who waits for an item, or for room, is no concern of this file (channel.c).
 **

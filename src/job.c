@@ -7,10 +7,10 @@
 ** are its own fields, the strings that it was given (held by user values) and, if it is about an open
 ** file, that file.
 **
-** Reads and writes of pipes and terminals wait in poll, as does who opens a FIFO for writing, and look at `stop`: each
-** has a thread of the pool meanwhile, but once it is stopped no thread stays where nobody may ever come.
-** A test's clock must know of these, which may wait for ever, as no file operation else does: the thread says so in
-** `phase`, and the loop looks (jobs_work).
+** Reads and writes of pipes and terminals wait in poll, as does who opens a FIFO for writing, and look
+** at `stop`: each has a thread of the pool meanwhile, but once it is stopped no thread stays where
+** nobody may ever come. A test's clock must know of these, which may wait for ever, as no file
+** operation else does: the thread says so in `phase`, and the loop looks (jobs_work).
 **
 ** SPDX-License-Identifier: MIT
 */

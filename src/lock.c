@@ -1,16 +1,19 @@
 /*
 ** lock.c - Lock and ReaderWriterLock: who is in, and with which key.
 **
-** A lock is opened by its *keys*, each good for one time. A waiter brings its key along, as the value that it waits
-** with; when its turn comes the key is made to fit. An exclusive lock fits one key at a time, the one with its
-** serial number, so an old key opens nothing; those of readers are good while they have a number at all.
+** A lock is opened by its *keys*, each good for one time. A waiter brings its key along, as the value
+** that it waits with; when its turn comes the key is made to fit. An exclusive lock fits one key at a
+** time, the one with its serial number, so an old key opens nothing; those of readers are good while
+** they have a number at all.
 **
-** Owners. So that a task can be told that it would wait for itself, a lock remembers which tasks took it, in a
-** weak table: it must not keep them alive, nor take a new task for an old one that had its address.
+** Owners. So that a task can be told that it would wait for itself, a lock remembers which tasks took
+** it, in a weak table: it must not keep them alive, nor take a new task for an old one that had its
+** address.
 **
-** A shared lock prefers writers: readers come in only while no writer waits. When the last waiting writer gives
-** up, the readers behind it go in. That may be found out in the middle of a cancellation, when nothing may be
-** completed; so the lock has a *gate*, which is put on the landing list like a task, and lands a moment later.
+** A shared lock prefers writers: readers come in only while no writer waits. When the last waiting
+** writer gives up, the readers behind it go in. That may be found out in the middle of a cancellation,
+** when nothing may be completed; so the lock has a *gate*, which is put on the landing list like a
+** task, and lands a moment later.
 **
 ** The count is that of the readers that are in, or EXCLUSIVE.
 **

@@ -12,8 +12,8 @@
 ** function called under protection by loop_run and loop.run only, outside every libuv callback:
 ** nothing that Lua raises, and no os.exit in a task, ever unwinds through libuv.
 **
-** Time is loop_now: monotonic, or virtual (poll.c). That, and which ready task comes first, is all that a test changes
-** (testing.c); the real clock is not looked at then, so that a test takes one course.
+** Time is loop_now: monotonic, or virtual (poll.c). That, and which ready task comes first, is all that
+** a test changes (testing.c); the real clock is not looked at then, so that a test takes one course.
 **
 ** Landing: an operation that completes while another task is settled, or a token canceled, lands at
 ** the end of that, not on a later turn, in order and without recursion.

@@ -11,18 +11,19 @@
 **        leaf  branch    leaf
 **             /  |  \
 **
-** Ids count up and are never reused, so the trie stays as shallow as it can be, and an entry can never be mistaken
-** for that of another key. A key remembers the way to its value in the map that it was last found in (by that map's
-** serial number), never the value itself. So a map keeps its values alive, and a key none.
+** Ids count up and are never reused, so the trie stays as shallow as it can be, and an entry can never
+** be mistaken for that of another key. A key remembers the way to its value in the map that it was last
+** found in (by that map's serial number), never the value itself. So a map keeps its values alive, and
+** a key none.
 **
-** Copy on write. Whoever takes a map out of a task's hands, to keep it, to give it to another or to make a new one of
-** its nodes, marks it as *shared*, for good (map_share). A map that is not shared is seen by its task alone, and
-** so are those of its nodes that were made for it, which bear its serial number: in these map_replace changes the
-** value in place. The keys of a node never change. So a map is immutable as soon as somebody could tell, and
-** many sets in a row copy each node once.
+** Copy on write. Whoever takes a map out of a task's hands, to keep it, to give it to another or to
+** make a new one of its nodes, marks it as *shared*, for good (map_share). A map that is not shared is
+** seen by its task alone, and so are those of its nodes that were made for it, which bear its serial
+** number: in these map_replace changes the value in place. The keys of a node never change. So a map is
+** immutable as soon as somebody could tell, and many sets in a row copy each node once.
 **
-** When there is no memory for a node, or a finalizer looks while one is made, the old map stands as it was: nobody has
-** the new one before it is whole.
+** When there is no memory for a node, or a finalizer looks while one is made, the old map stands as it
+** was: nobody has the new one before it is whole.
 **
 ** Source: Bagwell's tries, with buckets for leaves.
 ** SPDX-License-Identifier: MIT

@@ -1,5 +1,6 @@
 /*
-** map.h - maps from ids to values that are never changed while somebody could tell: what contexts are made of.
+** map.h - maps from ids to values that are never changed while somebody could tell: what contexts are
+** made of.
 **
 ** map.c tells how they are built, and when one is changed in place after all.
 **

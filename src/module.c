@@ -1,9 +1,10 @@
 /*
 ** module.c - luaopen_coflow_core, and what every other file needs to define classes.
 **
-** The module's state is one userdata, the runtime, at a registry key with a static address; there are no C globals
-** (but for what is the process's own), so any number of Lua states may each open the module. Every function is
-** a closure over the runtime and the anchors (core.h), which are at hand there.
+** The module's state is one userdata, the runtime, at a registry key with a static address; there are
+** no C globals (but for what is the process's own), so any number of Lua states may each open the
+** module. Every function is a closure over the runtime and the anchors (core.h), which are at hand
+** there.
 **
 ** A class is a metatable whose __index function looks into the table of its methods and properties.
 ** The latter are C functions called with the object, kept as light userdata so that reading

@@ -13,10 +13,10 @@
 ** Until it lands the timer keeps its index, and so is held: its deadline rests, if it is not armed.
 ** A periodic Timer keeps to its grid: after a delay of the program it goes on with the next tick to come.
 **
-** PeriodicTimer. It knows when its next tick is (`next`) and has no deadline: its waiter has one, a fiber that
-** naps or an operation. A tick is pending if `next` has passed, so any number of missed ticks is one, nothing
-** runs while nobody waits, and a timer that nobody refers to is garbage. A wait ends when it *returns*:
-** until then another one is refused, also if the first has been woken already.
+** PeriodicTimer. It knows when its next tick is (`next`) and has no deadline: its waiter has one, a
+** fiber that naps or an operation. A tick is pending if `next` has passed, so any number of missed
+** ticks is one, nothing runs while nobody waits, and a timer that nobody refers to is garbage. A wait
+** ends when it *returns*: until then another one is refused, also if the first has been woken already.
 **
 ** Invariants: RUNTIME_TIMERS[index] is the Timer whose deadline has that index.
 **             p->waiter is the C face of PERIODIC_WAITER.

@@ -3,15 +3,17 @@
 **
 ** Libuv's side of the pump; no Lua in this file.
 **
-** Deadlines are our own (deadline.c). One timer of libuv's bounds the wait for events: it is armed for the first of
-** them, and stays so as long as that is the first.
+** Deadlines are our own (deadline.c). One timer of libuv's bounds the wait for events: it is armed for
+** the first of them, and stays so as long as that is the first.
 **
-** The loop is *alive* while something may still happen that nobody here has to do: a task is ready, a deadline is set,
-** libuv has a request in hands, or a handle that is active and counts. Otherwise no wait would ever end: that is a
-** deadlock, or the end of the program. A deadline does not count under a clock that stands.
+** The loop is *alive* while something may still happen that nobody here has to do: a task is ready, a
+** deadline is set, libuv has a request in hands, or a handle that is active and counts. Otherwise no
+** wait would ever end: that is a deadlock, or the end of the program. A deadline does not count under a
+** clock that stands.
 **
-** A virtual clock moves only when the loop is *idle*: no task is ready, no deadline is due, and nothing outside will
-** end by itself (is_idle). Then it jumps to the next deadline, or stands until somebody moves it (testing.c).
+** A virtual clock moves only when the loop is *idle*: no task is ready, no deadline is due, and nothing
+** outside will end by itself (is_idle). Then it jumps to the next deadline, or stands until somebody
+** moves it (testing.c).
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,23 +1,23 @@
 /*
-** process.c - programs that run beside this one: start, signal, wait. What is asked of them in Lua (options, run,
-** closing) is in process.lua.
+** process.c - programs that run beside this one: start, signal, wait. What is asked of them in Lua
+** (options, run, closing) is in process.lua.
 **
-** A process is two things: the object of the script, and the *child*, what libuv knows of it. The child is there
-** until it has been reaped and libuv has let go, whether or not anybody still has the object: one that is
-** forgotten goes on, with its pipes closed, and leaves no zombie. Waiting is an operation (io.c) that holds
-** the object; all who wait are told the same.
+** A process is two things: the object of the script, and the *child*, what libuv knows of it. The child
+** is there until it has been reaped and libuv has let go, whether or not anybody still has the object:
+** one that is forgotten goes on, with its pipes closed, and leaves no zombie. Waiting is an operation
+** (io.c) that holds the object; all who wait are told the same.
 **
 **     spawn ── runs, in rt->children ── on_end: reaped, the waiters are done ── on_close: freed
 **                 │
 **                 └ terminate: SIGTERM ── the grace ── SIGKILL
 **
-** The grace is counted by libuv, in real time, under a test's clock as well: the child does not live in that. And
-** so that SIGKILL comes whatever has become of whoever asked. It comes only to a child that has not been reaped,
-** whose number is nobody else's.
+** The grace is counted by libuv, in real time, under a test's clock as well: the child does not live in
+** that. And so that SIGKILL comes whatever has become of whoever asked. It comes only to a child that
+** has not been reaped, whose number is nobody else's.
 **
-** Nothing of Lua happens between the first descriptor that is opened and the last one that is closed or handed
-** over. The child gets nothing that it is not given: all descriptors of the library are close-on-exec. libuv gives
-** it default dispositions and an empty mask of signals.
+** Nothing of Lua happens between the first descriptor that is opened and the last one that is closed or
+** handed over. The child gets nothing that it is not given: all descriptors of the library are
+** close-on-exec. libuv gives it default dispositions and an empty mask of signals.
 **
 ** While the state closes, children that are not detached are ended in the same way, in bounded time
 ** (process_end_all).

@@ -1,9 +1,10 @@
 /*
 ** select.c - waiting for several channels and tasks at once: the first that is there, and only that.
 **
-** The clauses are tried in the order of the list; the first that is there is taken. Else the operation waits for all
-** of them, with a node in the queue of each channel and a wait on each task, and whichever comes first takes it
-** out of the others (waiter.c): they lose nothing, and nothing of it is left there.
+** The clauses are tried in the order of the list; the first that is there is taken. Else the operation
+** waits for all of them, with a node in the queue of each channel and a wait on each task, and
+** whichever comes first takes it out of the others (waiter.c): they lose nothing, and nothing of it is
+** left there.
 **
 ** Source: Go's select; the order among what is ready is that of the list, where Go draws lots.
 ** SPDX-License-Identifier: MIT

@@ -1,15 +1,17 @@
 /*
 ** shutdown.c - the end of the state: what is in flight is stopped, and all is given back.
 **
-** It is the finalizer of the runtime that comes here. The runtime is older than all objects of ours, so theirs have run
-** by then: no task will, and nothing lands any more; operations are released without Lua (io.c). Objects that finalizers
-** of users have made since Lua began to close the state have no finalizer any more: what these have open is found by the
-** lists of the runtime. Finalizers of objects that are older still run after the end, and may use what is there; but what
-** needs more than Lua's memory is refused from then on (shutdown_check).
+** It is the finalizer of the runtime that comes here. The runtime is older than all objects of ours, so
+** theirs have run by then: no task will, and nothing lands any more; operations are released without
+** Lua (io.c). Objects that finalizers of users have made since Lua began to close the state have no
+** finalizer any more: what these have open is found by the lists of the runtime. Finalizers of objects
+** that are older still run after the end, and may use what is there; but what needs more than Lua's
+** memory is refused from then on (shutdown_check).
 **
-** What was written to the standard streams is sent, for a bounded time. Then all is canceled, and libuv waited for until
-** it has let go, for a bounded time again. A thread of its pool that is stuck in a system call cannot be stopped, and may
-** still write where it was told to: then the memory of the whole state is given up, not freed.
+** What was written to the standard streams is sent, for a bounded time. Then all is canceled, and libuv
+** waited for until it has let go, for a bounded time again. A thread of its pool that is stuck in a
+** system call cannot be stopped, and may still write where it was told to: then the memory of the whole
+** state is given up, not freed.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,21 +1,24 @@
 /*
 ** signal.c - signals of the system, for those who catch them.
 **
-** A *catcher* is for some signals. While it is open, their default action is off for the whole process, and each
-** one that comes is noted in every catcher that is for it: in order of arrival, and once until it is taken, as
-** the system itself does with signals that are pending. So none is lost between two waits.
+** A *catcher* is for some signals. While it is open, their default action is off for the whole process,
+** and each one that comes is noted in every catcher that is for it: in order of arrival, and once until
+** it is taken, as the system itself does with signals that are pending. So none is lost between two
+** waits.
 **
-** There is one uv_signal_t for each number ever caught, shared by the catchers: started when the first one opens,
-** stopped when the last one closes, which gives the signal back to the system. It is freed with the loop. While it
-** is started it keeps the loop alive: whoever waits for a signal does not wait in vain.
+** There is one uv_signal_t for each number ever caught, shared by the catchers: started when the first
+** one opens, stopped when the last one closes, which gives the signal back to the system. It is freed
+** with the loop. While it is started it keeps the loop alive: whoever waits for a signal does not wait
+** in vain.
 **
-** A catcher may be for the first signal only (`once`). Those share a handle of their own, a one-shot one: the system
-** gives the signal back when it comes, so that a second one has its default action even if the program computes and
-** hears of none.
+** A catcher may be for the first signal only (`once`). Those share a handle of their own, a one-shot
+** one: the system gives the signal back when it comes, so that a second one has its default action even
+** if the program computes and hears of none.
 **
-** Who waits awaits a promise of the catcher's, complete once something is noted. It is the catcher that lands
-** then: it begins with a struct task for the ready list's sake, as a scope does, and is nothing for scripts. While
-** its promise is pending its anchor holds it, so that who waits for a signal is not garbage.
+** Who waits awaits a promise of the catcher's, complete once something is noted. It is the catcher that
+** lands then: it begins with a struct task for the ready list's sake, as a scope does, and is nothing
+** for scripts. While its promise is pending its anchor holds it, so that who waits for a signal is not
+** garbage.
 **
 ** Invariants: link.next != NULL while it is open; then it counts once in `users` of each signal of its mask.
 **             task.slot != 0 while its promise is pending, or it is on the ready list.

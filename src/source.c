@@ -1,8 +1,9 @@
 /*
 ** source.c - cancellation sources: the right to cancel a token, at once, after a time, or with another one.
 **
-** The deadline of a token is a task of its own, the *expiry* (TOKEN_EXPIRY). When it is due the token is canceled at once;
-** it lands, and callbacks run, in its place of the ready list: before what the cancellation has woken.
+** The deadline of a token is a task of its own, the *expiry* (TOKEN_EXPIRY). When it is due the token
+** is canceled at once; it lands, and callbacks run, in its place of the ready list: before what the
+** cancellation has woken.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,16 +1,19 @@
 /*
 ** stdio.c - standard input, output and error as streams.
 **
-** The descriptors 0, 1 and 2 are shared: by this process's own print and io.write, by the shell that started it, by
-** those who come after. So none of them is made non-blocking, not even for a while: nobody could undo it after a
-** crash. A pipe or a terminal is opened once more by its name, which gives an open file of our own that libuv may
-** treat as it likes; all else (files, devices, sockets, what cannot be opened again) is left to threads (fdstream.c).
+** The descriptors 0, 1 and 2 are shared: by this process's own print and io.write, by the shell that
+** started it, by those who come after. So none of them is made non-blocking, not even for a while:
+** nobody could undo it after a crash. A pipe or a terminal is opened once more by its name, which gives
+** an open file of our own that libuv may treat as it likes; all else (files, devices, sockets, what
+** cannot be opened again) is left to threads (fdstream.c).
 **
-** Closing such a stream leaves the descriptor to print and io.write, as Lua's own library does. `shutdown` tells
-** the reader that this was all: from then on nothing of this process is behind the descriptor.
+** Closing such a stream leaves the descriptor to print and io.write, as Lua's own library does.
+** `shutdown` tells the reader that this was all: from then on nothing of this process is behind the
+** descriptor.
 **
-** A descriptor that is closed when the module is loaded would be the number of the next thing that is opened: print
-** would write into a connection. It is occupied by something that refuses what a closed one would.
+** A descriptor that is closed when the module is loaded would be the number of the next thing that is
+** opened: print would write into a connection. It is occupied by something that refuses what a closed
+** one would.
 **
 ** When the state closes, what was written is sent, for a bounded time (shutdown.c).
 **

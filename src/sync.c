@@ -1,18 +1,19 @@
 /*
 ** sync.c - what tasks agree by: how it is asked for, whatever it is.
 **
-** Each object is a holder of waiters (waiter.c) and a number. Who asks for something gets it at once if it is
-** there and nobody waits for it already; else it is handed over later, in the order of arrival, while the waiter
-** still sleeps: from then on it is the waiter's, whatever is canceled. The functions that change the number
-** first change it, then hand out what there is: finalizers of users, which may run in between, find an object
-** in order.
+** Each object is a holder of waiters (waiter.c) and a number. Who asks for something gets it at once if
+** it is there and nobody waits for it already; else it is handed over later, in the order of arrival,
+** while the waiter still sleeps: from then on it is the waiter's, whatever is canceled. The functions
+** that change the number first change it, then hand out what there is: finalizers of users, which may
+** run in between, find an object in order.
 **
-** A class knows what is there (attempt) and when to hand it out. All else is here: arguments, tokens and times, the
-** two ways to wait, the end by dispose. Canceled comes before there, and both before a time of 0.
+** A class knows what is there (attempt) and when to hand it out. All else is here: arguments, tokens
+** and times, the two ways to wait, the end by dispose. Canceled comes before there, and both before a
+** time of 0.
 **
-** A lock is asked for with a key, made here for whoever asks (lock.c): the waiter brings it along, as the value that
-** it waits with, and is granted it. In direct style the running task is noted as its owner then. What was
-** taken by an operation (lock_async) has no owner: the operation may be anybody's.
+** A lock is asked for with a key, made here for whoever asks (lock.c): the waiter brings it along, as
+** the value that it waits with, and is granted it. In direct style the running task is noted as its
+** owner then. What was taken by an operation (lock_async) has no owner: the operation may be anybody's.
 **
 ** Invariant: nobody waits for what is there.
 **

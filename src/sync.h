@@ -1,8 +1,8 @@
 /*
 ** sync.h - what tasks agree by: what its classes share, and what a lock does for its conditions.
 **
-** How objects of these classes are asked for is told in sync.c. A class is one struct sync_class, in the file of its
-** idea: semaphore.c, event.c, barrier.c, lock.c, condition.c.
+** How objects of these classes are asked for is told in sync.c. A class is one struct sync_class, in
+** the file of its idea: semaphore.c, event.c, barrier.c, lock.c, condition.c.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,17 +1,17 @@
 /*
 ** timer.c - what waits for a time: delay, sleep, wait_async; and how waits are interrupted.
 **
-** The deadlines themselves are kept in deadline.c. Those that are due fire in the order of their times, equal ones in that
-** in which they were set: a sleeper is made ready, an operation is settled, a scope or a source is canceled,
-** and its callbacks are put on the ready list, before whoever that wakes. None of the user's code runs meanwhile, so
-** whoever is resumed may freely set or drop others.
+** The deadlines themselves are kept in deadline.c. Those that are due fire in the order of their times,
+** equal ones in that in which they were set: a sleeper is made ready, an operation is settled, a scope
+** or a source is canceled, and its callbacks are put on the ready list, before whoever that wakes. None
+** of the user's code runs meanwhile, so whoever is resumed may freely set or drop others.
 **
-** A deadline that ends what somebody waits for *judges*: what was due before it has the time to be done. So it fires when
-** whoever earlier ones have made ready has run; of real time, in which it may be late, a quarter of the delay counts as
-** one moment, lest the loop fall behind for ever.
+** A deadline that ends what somebody waits for *judges*: what was due before it has the time to be
+** done. So it fires when whoever earlier ones have made ready has run; of real time, in which it may be
+** late, a quarter of the delay counts as one moment, lest the loop fall behind for ever.
 **
-** Callbacks wait for no task when others are linked to their source: those are canceled by them. The time deadlines fire by
-** is loop_now: real or virtual.
+** Callbacks wait for no task when others are linked to their source: those are canceled by them. The
+** time deadlines fire by is loop_now: real or virtual.
 **
 ** An owner with a deadline set is held by the anchors: it lives until the deadline fires or is dropped.
 **

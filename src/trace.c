@@ -1,23 +1,25 @@
 /*
 ** trace.c - async tracebacks: where an error was raised, and the tasks that it has come through since.
 **
-** A *record* is one task's part in a failure: its stack as text, made by the message handler where the error was
-** raised, the error, the name. `inner` is the record of the awaited task that the same error came from, so the
-** records of a chain of tasks share structure and cost one text each; `root` is the innermost of them, one for all
-** failures of one origin. A record keeps no task alive: `task` is only an address, by which an error that the same
-** task raises once more is known to be recorded already. The same error is the same value; one that a task makes
-** of another begins anew.
+** A *record* is one task's part in a failure: its stack as text, made by the message handler where the
+** error was raised, the error, the name. `inner` is the record of the awaited task that the same error
+** came from, so the records of a chain of tasks share structure and cost one text each; `root` is the
+** innermost of them, one for all failures of one origin. A record keeps no task alive: `task` is only
+** an address, by which an error that the same task raises once more is known to be recorded already.
+** The same error is the same value; one that a task makes of another begins anew.
 **
-** The *traces* hold, for a task that runs (TASK_TRACED), the record of the error that it saw last at its slot, and of
-** the error that it raised last at the negative slot: the `<close>` handlers that this one unwinds may see others.
-** A task that has failed has its record in its fault (error.c); one that awaits it and is about to raise the same
-** error is given that (trace_remember), to be the `inner` of its own should the error leave it, too.
+** The *traces* hold, for a task that runs (TASK_TRACED), the record of the error that it saw last at
+** its slot, and of the error that it raised last at the negative slot: the `<close>` handlers that this
+** one unwinds may see others. A task that has failed has its record in its fault (error.c); one that
+** awaits it and is about to raise the same error is given that (trace_remember), to be the `inner` of
+** its own should the error leave it, too.
 **
-** An error that leaves a coroutine of coflow.coroutine makes a record without name and task. It goes on as that
-** of whoever the error reaches next: the text of this one is continued by the stack further out.
+** An error that leaves a coroutine of coflow.coroutine makes a record without name and task. It goes on
+** as that of whoever the error reaches next: the text of this one is continued by the stack further
+** out.
 **
-** Finalizers of users, which may run while a record is made, may see failures of their own in this task: the traces
-** get it when it is whole.
+** Finalizers of users, which may run while a record is made, may see failures of their own in this
+** task: the traces get it when it is whole.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,17 +1,19 @@
 /*
-** udp.c - UDP sockets: send, receive, options. Names of hosts, and the loop around a send that must wait, are in
-** Lua (udp.lua).
+** udp.c - UDP sockets: send, receive, options. Names of hosts, and the loop around a send that must
+** wait, are in Lua (udp.lua).
 **
-** As a listener does with connections, a socket takes a datagram from the system only for somebody who asks. So
-** what nobody receives stays in the system's queue, whose bound is the bound, and it is the system that drops what
-** does not fit, as it does for any socket. What was taken is first the socket's, then whoever's it is given to; if
-** that has gone meanwhile, the next one gets it. It is taken whole: no datagram is longer than the buffer.
+** As a listener does with connections, a socket takes a datagram from the system only for somebody who
+** asks. So what nobody receives stays in the system's queue, whose bound is the bound, and it is the
+** system that drops what does not fit, as it does for any socket. What was taken is first the socket's,
+** then whoever's it is given to; if that has gone meanwhile, the next one gets it. It is taken whole:
+** no datagram is longer than the buffer.
 **
 ** A datagram is sent at once, or not at all, if the system's buffer is full: then who sends waits until it is
 ** not, in a queue of its own, and tries again. Canceled meanwhile, it has sent nothing.
 **
-** What the system has heard about earlier datagrams (ECONNREFUSED, for a connected socket) is raised by the next
-** operation. libuv ends its polling then, and says so with an error of its own: only the system is believed.
+** What the system has heard about earlier datagrams (ECONNREFUSED, for a connected socket) is raised by
+** the next operation. libuv ends its polling then, and says so with an error of its own: only the
+** system is believed.
 **
 ** A socket for IPv6 that takes IPv4 as well is given, and gives, addresses as each family writes them.
 **

@@ -1,12 +1,12 @@
 /*
 ** uvread.c - reading from streams.
 **
-** libuv reads into a slab that all streams share: between the callback and the landing the bytes lie there, and are
-** made a string straight from it. What nobody takes then goes into a buffer of the stream, which exists only while it
-** holds something; whoever asks for more than one read brings has the rest read straight into that. Reading begins
-** when somebody first asks, and stops when nobody does and HIGH bytes are there: so a peer that sends without end
-** costs HIGH bytes and one read. Bytes are taken out only when it is certain who gets them (handle.c), so a
-** canceled read loses none.
+** libuv reads into a slab that all streams share: between the callback and the landing the bytes lie
+** there, and are made a string straight from it. What nobody takes then goes into a buffer of the
+** stream, which exists only while it holds something; whoever asks for more than one read brings has
+** the rest read straight into that. Reading begins when somebody first asks, and stops when nobody does
+** and HIGH bytes are there: so a peer that sends without end costs HIGH bytes and one read. Bytes are
+** taken out only when it is certain who gets them (handle.c), so a canceled read loses none.
 **
 ** Invariants: `in` has memory only while it holds bytes; part.slab is NULL or counts us among its refs. What is
 **             beyond `used` of the slab belongs to nobody: whoever reads next writes there.

@@ -1,11 +1,11 @@
 /*
-** uvstream.c - streams of bytes: life and closing; shared by TCP, pipes and the standard streams. uvread.c reads,
-** uvwrite.c writes; libuv does both, or for what it cannot poll, a thread (fdstream.c).
+** uvstream.c - streams of bytes: life and closing; shared by TCP, pipes and the standard streams.
+** uvread.c reads, uvwrite.c writes; libuv does both, or for what it cannot poll, a thread (fdstream.c).
 **
-** Closing: a script's `close` makes the stream unusable for everybody, and waits for the queue, in which are also the
-** writes that are operations (x_async): these come to their end. Whoever else is still reading or writing is told so
-** (ECANCELED). With nobody waiting for the queue any more, canceled or not, the handle is closed; what is then left of
-** such operations is told so as well.
+** Closing: a script's `close` makes the stream unusable for everybody, and waits for the queue, in
+** which are also the writes that are operations (x_async): these come to their end. Whoever else is
+** still reading or writing is told so (ECANCELED). With nobody waiting for the queue any more, canceled
+** or not, the handle is closed; what is then left of such operations is told so as well.
 **
 ** SPDX-License-Identifier: MIT
 */

@@ -1,6 +1,6 @@
 /*
-** uvstream.h - what the files of the streams share: uvstream.c (life, closing), uvread.c, uvwrite.c, and fdstream.c
-** for descriptors that libuv cannot poll.
+** uvstream.h - what the files of the streams share: uvstream.c (life, closing), uvread.c, uvwrite.c,
+** and fdstream.c for descriptors that libuv cannot poll.
 **
 ** SPDX-License-Identifier: MIT
 */

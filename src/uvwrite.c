@@ -1,21 +1,22 @@
 /*
 ** uvwrite.c - writing to streams.
 **
-** What the system takes at once never leaves the caller's stack. The rest is a queue of pieces: short strings lie
-** together in blocks, long ones are held, not copied. libuv has at most one request at a time, of up to BUFFERS
-** pieces, so what is written meanwhile goes out together. A write returns when no more than HIGH bytes are waiting;
-** else it suspends until only LOW are. To standard output and error it returns when it is all sent, so that what the
-** program writes otherwise (print) comes after it. Any number of tasks may be suspended in writes, each a record of
-** what is its own in the queue; while one is, others that come suspend behind it. libuv is given nothing of those that
-** are behind the first, so that they can be taken back.
+** What the system takes at once never leaves the caller's stack. The rest is a queue of pieces: short
+** strings lie together in blocks, long ones are held, not copied. libuv has at most one request at a
+** time, of up to BUFFERS pieces, so what is written meanwhile goes out together. A write returns when
+** no more than HIGH bytes are waiting; else it suspends until only LOW are. To standard output and
+** error it returns when it is all sent, so that what the program writes otherwise (print) comes after
+** it. Any number of tasks may be suspended in writes, each a record of what is its own in the queue;
+** while one is, others that come suspend behind it. libuv is given nothing of those that are behind the
+** first, so that they can be taken back.
 **
 **     written before │ a write that suspends │ the next one
 **     ───────────────┼───────────────────────┼─────────────
 **        sent  given │ …                                     given: to libuv, which cannot take it back
 **
-** Canceled, a write is taken out of the queue if nothing of it was given; if something was, what the peer would get
-** is cut somewhere in the middle, so the stream is broken: closed at once, and all that is asked of it
-** later is refused.
+** Canceled, a write is taken out of the queue if nothing of it was given; if something was, what the
+** peer would get is cut somewhere in the middle, so the stream is broken: closed at once, and all that
+** is asked of it later is refused.
 **
 ** Invariants: queued == sum of the pieces' lengths; while `flying` the first `flight` bytes of the queue are given.
 **             The records are in the order of `writers`, and of their bytes in the queue.

@@ -1,15 +1,16 @@
 /*
 ** waiter.c - the FIFO of waiters under channels, semaphores, locks, events.
 **
-** A *holder* is a userdata that begins with struct holder (holder_new) and has any number of queues: heads of
-** circular lists (link_init). Waiters leave a queue in order, and are *handed* what they wait for: the holder
-** decides, and changes its state, while they are still suspended. So no newcomer overtakes, nobody is woken in
-** vain, and one that has been granted what it asked for is on the ready list, where no cancellation reaches
-** it: it resumes with what it was given, and its next suspension raises. A waiter that is canceled, or
-** expires, leaves its queue at once, in O(1), and takes nothing.
+** A *holder* is a userdata that begins with struct holder (holder_new) and has any number of queues:
+** heads of circular lists (link_init). Waiters leave a queue in order, and are *handed* what they wait
+** for: the holder decides, and changes its state, while they are still suspended. So no newcomer
+** overtakes, nobody is woken in vain, and one that has been granted what it asked for is on the ready
+** list, where no cancellation reaches it: it resumes with what it was given, and its next suspension
+** raises. A waiter that is canceled, or expires, leaves its queue at once, in O(1), and takes nothing.
 **
-** There are two sorts. A *fiber* in direct style costs nothing but a slot: its node is laid over the wait that
-** it would have on a task. An *operation* (x_async, select) is a task with a node for each clause.
+** There are two sorts. A *fiber* in direct style costs nothing but a slot: its node is laid over the
+** wait that it would have on a task. An *operation* (x_async, select) is a task with a node for each
+** clause.
 **
 ** Direct style, in the function of the holder at index 1, when what it asks for is not there:
 **
@@ -39,13 +40,14 @@
 **                  push the value, which for one that came to an end may be nil
 **                  waiter_grant(L, rt, n)           last: other tasks may land in it
 **
-** Holding. The holder holds its waiters, in its first two user values, and a waiter holds the holder, on its
-** stack or among its user values; so a task that waits for what nobody else refers to is collected with it,
-** and reported. Whoever ends the wait, be it grant, cancellation, deadline or finalizer, gives the slot back.
-** The finalizer of a holder calls holder_drop for each queue: the two may die in one collection, in any order.
-** A handle must know of all that come and go, since it is held while somebody waits (handle_changed). One that gives
-** up may be left a number in place of what it brought: how much of its write was sent (handle_left).
-** A shared lock must know of waiters that give up, since others may be let in then: it is told (lock_left).
+** Holding. The holder holds its waiters, in its first two user values, and a waiter holds the holder,
+** on its stack or among its user values; so a task that waits for what nobody else refers to is
+** collected with it, and reported. Whoever ends the wait, be it grant, cancellation, deadline or
+** finalizer, gives the slot back. The finalizer of a holder calls holder_drop for each queue: the two
+** may die in one collection, in any order. A handle must know of all that come and go, since it is held
+** while somebody waits (handle_changed). One that gives up may be left a number in place of what it
+** brought: how much of its write was sent (handle_left). A shared lock must know of waiters that give
+** up, since others may be let in then: it is told (lock_left).
 **
 ** Invariants: n->pos != 0 exactly while n is in a queue; then the holder holds its task there.
 **             h->waiting counts those, and any whose coroutine somebody has closed since.

@@ -5,9 +5,9 @@
 ** things: the object of the script, and what libuv knows, which lives until the handle is closed. The
 ** handle keeps the loop alive only while somebody waits for a change.
 **
-** A change goes over from the list to a waiter when that becomes ready, and is told when that lands: if it is
-** canceled in between, or while the change is made a table, which may run finalizers of users, the change goes back
-** to its place in the list, and is the next one's.
+** A change goes over from the list to a waiter when that becomes ready, and is told when that lands: if
+** it is canceled in between, or while the change is made a table, which may run finalizers of users,
+** the change goes back to its place in the list, and is the next one's.
 **
 ** Invariants: a change is in the list, or one waiter's that is ready, and `count` counts both; the list is in the order
 **             of `number`. Somebody waits only if the list is empty, and the watcher is open.
