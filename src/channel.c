@@ -36,8 +36,7 @@ static struct link *queue_of(struct channel *c, enum ask what) {
 
 /* [-2, +0, m] the reader below the item on top gets it */
 static void hand(lua_State *L, struct runtime *rt, struct nap *n) {
-  const struct clause *clause = waiter_clause(n);
-  if (clause != NULL && clause->what == ASK_BATCH) {
+  if (n->what == ASK_BATCH) {
     lua_insert(L, -2); /* item reader */
     waiter_push_value(L, n);
     lua_rotate(L, -3, 2); /* reader list item */
@@ -47,9 +46,9 @@ static void hand(lua_State *L, struct runtime *rt, struct nap *n) {
 }
 
 /* [-0, +0, m] all who asked to be told are */
-static void tell(lua_State *L, struct runtime *rt, int ch, struct link *q) {
+static void tell(lua_State *L, struct runtime *rt, int ch, struct channel *c, struct link *q) {
   struct nap *n;
-  while ((n = waiter_take(L, ch, q)) != NULL) {
+  while ((n = waiter_take(L, ch, &c->holder, q)) != NULL) {
     lua_pushboolean(L, 1);
     waiter_grant(L, rt, n);
   }
@@ -76,22 +75,30 @@ static void drained(lua_State *L, struct runtime *rt, int ch, const struct chann
 static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
   struct nap *n;
   if (c->count == 0) { /* of a rendezvous */
-    if (!waiter_any(&c->writers) || (n = waiter_take(L, ch, &c->writers)) == NULL) return false;
+    if (!waiter_any(&c->writers) || (n = waiter_take(L, ch, &c->holder, &c->writers)) == NULL)
+      return false;
     waiter_push_value(L, n);
     lua_insert(L, -2); /* item writer */
     lua_pushboolean(L, 1);
     waiter_grant(L, rt, n);
     return true;
   }
-  items_fetch(L, ch, c, 0, true);
-  if (waiter_any(&c->writers) && (n = waiter_take(L, ch, &c->writers)) != NULL) {
+  bool in_place = items_in_place(c);
+  items_fetch(L, ch, c, 0, !in_place);
+  if (waiter_any(&c->writers) && (n = waiter_take(L, ch, &c->holder, &c->writers)) != NULL) {
     waiter_push_value(L, n);
-    items_put(L, ch, c, -1);
-    lua_pop(L, 1);
+    if (in_place)
+      items_replace_first(L, ch, c);
+    else {
+      items_put(L, ch, c, -1);
+      lua_pop(L, 1);
+    }
     lua_pushboolean(L, 1);
     waiter_grant(L, rt, n);
-  } else if (waiter_any(&c->can_write))
-    tell(L, rt, ch, &c->can_write);
+    return true;
+  }
+  if (in_place) items_drop_first(L, ch, c);
+  if (waiter_any(&c->can_write)) tell(L, rt, ch, c, &c->can_write);
   if (c->count == 0 && c->completed) drained(L, rt, ch, c);
   return true;
 }
@@ -99,14 +106,14 @@ static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
 /* [-0, +0, m] gives the item at v to a reader, or stores it; false: there is no room */
 static bool offer(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
   struct nap *n;
-  if (waiter_any(&c->readers) && (n = waiter_take(L, ch, &c->readers)) != NULL) {
+  if (waiter_any(&c->readers) && (n = waiter_take(L, ch, &c->holder, &c->readers)) != NULL) {
     lua_pushvalue(L, v);
     hand(L, rt, n);
     return true;
   }
   if (c->count >= c->capacity) return false;
   items_put(L, ch, c, v);
-  if (waiter_any(&c->can_read)) tell(L, rt, ch, &c->can_read);
+  if (waiter_any(&c->can_read)) tell(L, rt, ch, c, &c->can_read);
   return true;
 }
 
@@ -124,11 +131,11 @@ static void drop(lua_State *L, int ch, struct channel *c, int v) {
 static bool insert(lua_State *L, struct runtime *rt, int ch, struct channel *c, int v) {
   struct nap *n;
   if (!items_insert(L, ch, c, v)) return false;
-  while (c->count > 0 && (n = waiter_take(L, ch, &c->readers)) != NULL) {
+  while (c->count > 0 && (n = waiter_take(L, ch, &c->holder, &c->readers)) != NULL) {
     items_fetch(L, ch, c, 0, true);
     hand(L, rt, n);
   }
-  if (c->count > 0) tell(L, rt, ch, &c->can_read);
+  if (c->count > 0) tell(L, rt, ch, c, &c->can_read);
   return true;
 }
 
@@ -152,12 +159,8 @@ static bool push_end(lua_State *L, int ch, const struct channel *c, enum ask wha
 /* [-0, +0, m] ends the waits of a queue */
 static void end_waits(lua_State *L, struct runtime *rt, int ch, struct channel *c, struct link *q) {
   struct nap *n;
-  while ((n = waiter_take(L, ch, q)) != NULL) {
-    const struct clause *clause = waiter_clause(n);
-    if (clause == NULL) { /* it will look itself */
-      lua_pushnil(L);
-      waiter_grant(L, rt, n);
-    } else if (push_end(L, ch, c, (enum ask)clause->what))
+  while ((n = waiter_take(L, ch, &c->holder, q)) != NULL) {
+    if (push_end(L, ch, c, (enum ask)n->what))
       waiter_fail(L, rt, n);
     else
       waiter_grant(L, rt, n);
@@ -260,9 +263,9 @@ void channel_announce(lua_State *L, struct runtime *rt, int ch, enum ask what) {
   struct channel *c = (struct channel *)lua_touserdata(L, ch);
   if (c->capacity != 0) return;
   if (what == ASK_WRITE && waiter_any(&c->can_read))
-    tell(L, rt, ch, &c->can_read);
+    tell(L, rt, ch, c, &c->can_read);
   else if (what < ASK_WRITE && waiter_any(&c->can_write))
-    tell(L, rt, ch, &c->can_write);
+    tell(L, rt, ch, c, &c->can_write);
 }
 
 /* ---- dropped items ---- */
@@ -344,7 +347,7 @@ bool channel_poll(lua_State *L, struct runtime *rt, int i, uint32_t k, int ch, e
 
 void channel_enqueue(lua_State *L, int i, int ch, struct clause *clause) {
   struct channel *c = (struct channel *)lua_touserdata(L, ch);
-  waiter_enqueue(L, i, ch, queue_of(c, (enum ask)clause->what), clause);
+  waiter_enqueue(L, i, ch, queue_of(c, (enum ask)clause->u.nap.what), clause);
 }
 
 /* [-0, +1, e] an operation on the channel at 1, with the item, the list or nil at 2 and the token at 3 */
@@ -368,7 +371,7 @@ static struct task *start(lua_State *L, struct channel *c, enum ask what, lua_In
   }
   lua_pushvalue(L, 2);
   lua_setiuservalue(L, 4, OP_KEYS);
-  op->clauses[0].what = (uint8_t)what;
+  op->clauses[0].u.nap.what = what;
   waiter_start(L, 4, queue_of(c, what), 3, s);
   channel_announce(L, rt, 1, what);
   return t;
@@ -394,12 +397,9 @@ static int twin(lua_State *L, enum ask what) {
 
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   (void)status;
-  if (waiter_resumed(L, runtime(L)) == WAITER_STRAY) {
-    lua_settop(L, 2);
-    return lua_yieldk(L, 0, ctx, wait_k);
-  }
-  if (!lua_isnil(L, 2)) return 1;
-  return push_end(L, 1, (struct channel *)lua_touserdata(L, 1), (enum ask)ctx) ? lua_error(L) : 1;
+  if (waiter_resumed(L, (struct runtime *)ctx) != WAITER_STRAY) return 1;
+  lua_settop(L, 2);
+  return lua_yieldk(L, 0, ctx, wait_k);
 }
 
 /* returns, or raises, what attempt has left on top */
@@ -431,7 +431,7 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
     if (outcome != PENDING) return give(L, c, outcome);
   }
   if (!deaf && me->member.scope->canceled) return scope_throw(L, me->member.scope); /* by one */
-  return waiter_wait(L, rt, me, queue_of(c, what), HUGE_VAL, deaf, what, wait_k);
+  return waiter_wait(L, rt, &c->holder, queue_of(c, what), what, HUGE_VAL, deaf, wait_k);
 }
 
 /* with the arguments as of twin, the token at k; f is the function that calls this */
@@ -473,7 +473,7 @@ static int l_read(lua_State *L) {
   }
   if (!can_wait(L, c, rt)) return direct(L, ASK_READ, 2, l_read);
   lua_pushnil(L);
-  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->readers, HUGE_VAL, false, ASK_READ, wait_k);
+  return waiter_wait(L, rt, &c->holder, &c->readers, ASK_READ, HUGE_VAL, false, wait_k);
 }
 
 static int l_write(lua_State *L) {
@@ -484,7 +484,7 @@ static int l_write(lua_State *L) {
   if (is_canceled(rt)) return direct(L, ASK_WRITE, 3, l_write);
   if (c->count == 0) {
     struct nap *n;
-    if (waiter_any(&c->readers) && (n = waiter_take(L, 1, &c->readers)) != NULL) {
+    if (waiter_any(&c->readers) && (n = waiter_take(L, 1, &c->holder, &c->readers)) != NULL) {
       lua_pushvalue(L, 2);
       hand(L, rt, n);
       lua_pushboolean(L, 1);
@@ -499,8 +499,7 @@ static int l_write(lua_State *L) {
   }
   if (c->count < c->capacity || c->mode != MODE_WAIT || !can_wait(L, c, rt))
     return direct(L, ASK_WRITE, 3, l_write);
-  return waiter_wait(L, rt, (struct fiber *)rt->me, &c->writers, HUGE_VAL, false, ASK_WRITE,
-                     wait_k);
+  return waiter_wait(L, rt, &c->holder, &c->writers, ASK_WRITE, HUGE_VAL, false, wait_k);
 }
 
 /* ---- Lua face: reading and writing ---- */

@@ -66,6 +66,19 @@ static inline lua_Integer items_place(const struct channel *c, lua_Integer k) {
   return (c->head + k) & (c->size - 1);
 }
 
+/* The place of the first item is that of the next one, too: it may be put there without the first one
+** having been removed. */
+static inline bool items_in_place(const struct channel *c) { return c->own && c->count == c->size; }
+static inline void items_replace_first(lua_State *L, int ch, struct channel *c) { /* [-1, +0, -] */
+  lua_setiuservalue(L, ch, CHANNEL_RING + (int)items_place(c, 0));
+  c->head++;
+}
+static inline void items_drop_first(lua_State *L, int ch, struct channel *c) { /* [-0, +0, -] */
+  lua_pushnil(L);
+  items_replace_first(L, ch, c);
+  c->count--;
+}
+
 /* items_fetch of the first item, and items_put of the one on top, in a ring that has it, or room for
 ** it. They leave more on the stack, for a function that is about to return. */
 static inline void items_fetch_first(lua_State *L, int ch, struct channel *c) {

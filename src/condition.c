@@ -47,19 +47,19 @@ static int retaken(lua_State *L, bool interrupted) {
   return task_push_outcome(L, RETAKE_OPERATION, op);
 }
 
-static int retake_k(lua_State *L, int status, lua_KContext interrupted) {
+static int retake_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = (struct runtime *)ctx;
   (void)status;
-  if (waiter_resumed(L, runtime(L)) == WAITER_STRAY) {
+  if (waiter_resumed(L, rt) == WAITER_STRAY) {
     lua_settop(L, RETAKE_OPERATION);
-    return lua_yieldk(L, 0, interrupted, retake_k);
+    return lua_yieldk(L, 0, ctx, retake_k);
   }
-  return retaken(L, interrupted);
+  return retaken(L, waiter_what(rt));
 }
 
 /* with the operation and the key at 1 and 2 */
 static int retake(lua_State *L, bool interrupted) {
   struct runtime *rt = runtime(L);
-  struct fiber *me = (struct fiber *)rt->me;
   lua_settop(L, 2);
   lua_getiuservalue(L, 2, KEY_LOCK);
   lua_insert(L, 1);
@@ -67,7 +67,7 @@ static int retake(lua_State *L, bool interrupted) {
   struct sync *lock = (struct sync *)lua_touserdata(L, RETAKE_LOCK);
   sync_check_live(L, lock);
   if (lock->class->attempt(L, lock)) return retaken(L, interrupted);
-  return waiter_wait(L, rt, me, &lock->waiters, HUGE_VAL, true, interrupted, retake_k);
+  return waiter_wait(L, rt, &lock->holder, &lock->waiters, interrupted, HUGE_VAL, true, retake_k);
 }
 
 /* ---- the wait ---- */

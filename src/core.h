@@ -263,10 +263,12 @@ struct nap {
   struct link link;
   void *none;
   struct deadline deadline;
-  uint32_t pos : 29;  /* in a queue: where its holder holds it (waiter.c); else 0 */
-  uint32_t noted : 1; /* … its holder's own mark (uvwrite.c) */
-  uint32_t own : 1;   /* of a fiber there: suspended in its own coroutine, in no inner one */
-  uint32_t given : 1; /* a token, which RUNTIME_GIVEN holds */
+  uint32_t pos : 25;   /* in a queue: where its holder holds it (waiter.c); else 0 */
+  uint32_t what : 3;   /* … for the holder to tell apart what it is asked for */
+  uint32_t noted : 1;  /* … its holder's own mark (uvwrite.c) */
+  uint32_t own : 1;    /* of a fiber there: suspended in its own coroutine, in no inner one */
+  uint32_t failed : 1; /* … woken by an error */
+  uint32_t given : 1;  /* a token, which RUNTIME_GIVEN holds */
 };
 
 /* The phases of a fiber.

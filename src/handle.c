@@ -198,7 +198,7 @@ void handle_close(struct handle *h) {
 ** still there */
 static bool give(lua_State *L, int i, struct handle *h, struct link *q, struct request *r,
                  bool failed) {
-  struct nap *n = waiter_take(L, i, q);
+  struct nap *n = waiter_take(L, i, &h->holder, q);
   if (n == NULL) return false;
   lua_insert(L, -2); /* waiter value */
   if (failed)
@@ -222,9 +222,9 @@ void handle_answer(lua_State *L, int i, struct handle *h, struct request *r) {
 }
 
 void handle_refuse(lua_State *L, int i, struct link *q) {
-  const struct handle *h = (const struct handle *)lua_touserdata(L, i);
+  struct handle *h = (struct handle *)lua_touserdata(L, i);
   int error = lua_gettop(L);
-  for (struct nap *n; (n = waiter_take(L, i, q)) != NULL;) {
+  for (struct nap *n; (n = waiter_take(L, i, &h->holder, q)) != NULL;) {
     lua_pushvalue(L, error);
     waiter_fail(L, h->rt, n);
   }
@@ -288,7 +288,7 @@ static struct task *start(lua_State *L, struct handle *h, struct request *r, int
 }
 
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
-  struct runtime *rt = runtime(L);
+  struct runtime *rt = (struct runtime *)ctx;
   (void)status;
   if (rt->me->flags & TASK_INTERRUPTED && lua_isinteger(L, 2) && fiber_on_top(L, rt)) {
     rt->me->flags &= (uint16_t)~TASK_INTERRUPTED;
@@ -304,8 +304,8 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
   return 1;
 }
 
-int handle_wait(lua_State *L, struct fiber *me, struct link *q, bool deaf) {
-  return waiter_wait(L, runtime(L), me, q, HUGE_VAL, deaf, 0, wait_k);
+int handle_wait(lua_State *L, struct handle *h, struct link *q, bool deaf) {
+  return waiter_wait(L, h->rt, &h->holder, q, 0, HUGE_VAL, deaf, wait_k);
 }
 
 int64_t handle_left(struct handle *h) { return h->class->left != NULL ? h->class->left(h) : -1; }
@@ -359,6 +359,6 @@ int handle_ask(lua_State *L, struct handle *h, struct request *r, int k, lua_CFu
     if (a == LOOK_VALUE) handle_news(h);
     lua_settop(L, 1);
     lua_pushnil(L);
-    return handle_wait(L, me, r->verb->queue(h), deaf);
+    return handle_wait(L, h, r->verb->queue(h), deaf);
   }
 }

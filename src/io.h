@@ -174,7 +174,7 @@ static inline int handle_return(lua_State *L, struct runtime *rt, int cost) { /*
   return handle_spend(rt, cost) ? handle_give_way(L, rt, false) : 1;
 }
 /* suspends the running fiber, with the handle and nil on its stack */
-int handle_wait(lua_State *L, struct fiber *me, struct link *q, bool deaf);
+int handle_wait(lua_State *L, struct handle *h, struct link *q, bool deaf);
 int handle_ask_async(lua_State *L, struct handle *h, struct request *r, int k); /* its twin */
 /* [-0, +0, m] those who wait for it, as far as it is there */
 void handle_answer(lua_State *L, int i, struct handle *h, struct request *r);

@@ -167,7 +167,7 @@ static void admit(lua_State *L, int i, struct lock *l) {
   struct nap *n;
   if (s->count == 0 && waiter_any(&s->waiters)) {
     s->count = EXCLUSIVE;
-    if ((n = waiter_take(L, i, &s->waiters)) != NULL) {
+    if ((n = waiter_take(L, i, &s->holder, &s->waiters)) != NULL) {
       hand(L, l, n);
       return;
     }
@@ -175,7 +175,7 @@ static void admit(lua_State *L, int i, struct lock *l) {
   }
   if (readers == NULL) return;
   while (s->count != EXCLUSIVE && !waiter_any(&s->waiters) &&
-         (n = waiter_take(L, i, readers)) != NULL) {
+         (n = waiter_take(L, i, &s->holder, readers)) != NULL) {
     s->count++;
     hand(L, l, n);
   }

@@ -93,7 +93,7 @@ static struct queued *select_new(lua_State *L) {
   for (lua_Integer k = 1; k <= n; k++) {
     struct clause *c = &op->clauses[k - 1];
     lua_rawgeti(L, 1, k);
-    c->what = (uint8_t)check_clause(L, k, &c->task);
+    c->u.nap.what = check_clause(L, k, &c->task);
     lua_rawseti(L, SELECT_VALUES, k);
     lua_rawseti(L, SELECT_INPUTS, k);
   }
@@ -117,7 +117,8 @@ static bool select_poll(lua_State *L, struct queued *op) {
       waiter_land(L, SELECT_OP); /* it is the first of them */
       return true;
     }
-    if (channel_poll(L, rt, SELECT_OP, k, SELECT_OP + 1, (enum ask)clause->what, SELECT_OP + 2))
+    if (channel_poll(L, rt, SELECT_OP, k, SELECT_OP + 1, (enum ask)clause->u.nap.what,
+                     SELECT_OP + 2))
       return true;
   }
   return false;
@@ -161,7 +162,7 @@ static void select_start(lua_State *L, struct queued *op, struct scope *s) {
     if (op->clauses[k].task) continue;
     lua_settop(L, SELECT_OP);
     lua_rawgeti(L, SELECT_INPUTS, (lua_Integer)k + 1);
-    channel_announce(L, rt, SELECT_OP + 1, (enum ask)op->clauses[k].what);
+    channel_announce(L, rt, SELECT_OP + 1, (enum ask)op->clauses[k].u.nap.what);
   }
 }
 

@@ -63,7 +63,7 @@ lua_Integer sync_grant(lua_State *L, struct sync *s, lua_Integer n) {
   struct runtime *rt = runtime(L);
   lua_Integer granted = 0;
   struct nap *w;
-  while (granted < n && (w = waiter_take(L, 1, &s->waiters)) != NULL) {
+  while (granted < n && (w = waiter_take(L, 1, &s->holder, &s->waiters)) != NULL) {
     granted++;
     lua_pushboolean(L, 1);
     waiter_grant(L, rt, w);
@@ -78,7 +78,7 @@ lua_Integer sync_grant_all(lua_State *L, struct sync *s) {
   lua_Integer granted = 0;
   struct nap *w;
   link_move(&s->waiters, &s->leaving);
-  while ((w = waiter_take(L, 1, &s->leaving)) != NULL) {
+  while ((w = waiter_take(L, 1, &s->holder, &s->leaving)) != NULL) {
     granted++;
     lua_pushvalue(L, value);
     waiter_grant(L, rt, w);
@@ -161,13 +161,14 @@ static int operation_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 static int wait_k(lua_State *L, int status, lua_KContext ctx) {
+  struct runtime *rt = (struct runtime *)ctx;
   (void)status;
-  switch (waiter_resumed(L, runtime(L))) {
+  switch (waiter_resumed(L, rt)) {
     case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, wait_k);
     case WAITER_EXPIRED: lua_pushboolean(L, 0); return 1;
     default: break;
   }
-  if (ctx != SYNC_WAIT) lock_own(L, 2);
+  if (waiter_what(rt) != SYNC_WAIT) lock_own(L, 2);
   return 1;
 }
 
@@ -195,7 +196,7 @@ static int wait_for(lua_State *L, struct sync *s, enum sync_what what, double se
   }
   bool deaf = token_none(L, 3);
   lua_settop(L, 2);
-  return waiter_wait(L, rt, me, queue_of(s, what), seconds, deaf, (lua_KContext)what, wait_k);
+  return waiter_wait(L, rt, &s->holder, queue_of(s, what), what, seconds, deaf, wait_k);
 }
 
 int sync_direct(lua_State *L, const struct sync_class *class, enum sync_what what,
@@ -235,9 +236,9 @@ static struct sync *check_any(lua_State *L, int i) {
 }
 
 /* [-0, +0, m] */
-static void fail_all(lua_State *L, struct link *q, int error) {
+static void fail_all(lua_State *L, struct sync *s, struct link *q, int error) {
   struct nap *n;
-  while ((n = waiter_take(L, 1, q)) != NULL) {
+  while ((n = waiter_take(L, 1, &s->holder, q)) != NULL) {
     lua_pushvalue(L, error);
     waiter_fail(L, runtime(L), n);
   }
@@ -249,8 +250,8 @@ static int l_dispose(lua_State *L) {
   if (s->disposed) return 0;
   push_disposed(L, s);
   s->disposed = true;
-  fail_all(L, &s->waiters, 2);
-  if (lock_readers(s) != NULL) fail_all(L, lock_readers(s), 2);
+  fail_all(L, s, &s->waiters, 2);
+  if (lock_readers(s) != NULL) fail_all(L, s, lock_readers(s), 2);
   return 0;
 }
 

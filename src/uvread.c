@@ -417,7 +417,7 @@ static int l_read(lua_State *L) {
   s->ask.data = 0;
   s->ask.size = UNLIMITED;
   lua_pushnil(L);
-  return handle_wait(L, me, &s->readers, false);
+  return handle_wait(L, &s->handle, &s->readers, false);
 }
 
 static int l_read_exactly(lua_State *L) { return read_any(L, ASK_EXACTLY, l_read_exactly); }
@@ -439,7 +439,7 @@ static void answer_some(lua_State *L, int i, struct stream *s) {
   lua_pushlstring(L, base, n);
   if (s->epoch == epoch) {           /* and so the one who waits is still there */
     s->handle.holder.handle = false; /* handle_land is about to look for itself */
-    struct nap *who = waiter_take(L, i, &s->readers);
+    struct nap *who = waiter_take(L, i, &s->handle.holder, &s->readers);
     s->handle.holder.handle = true;
     if (who != NULL) {
       lua_insert(L, -2);

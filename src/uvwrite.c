@@ -592,7 +592,7 @@ static bool end_one(lua_State *L, int i, struct stream *s, struct link *link, bo
   link_init(&one);
   link_drop(link);
   link_append(&one, link);
-  struct nap *n = waiter_take(L, i, &one);
+  struct nap *n = waiter_take(L, i, &s->handle.holder, &one);
   if (n == NULL) {
     lua_pop(L, 1);
     return false;

@@ -16,7 +16,7 @@
 **
 **     me = fiber_here(L, rt);                 raises where nobody can suspend; NULL: fiber_outside(L, f)
 **     lua_settop / push:  [1] holder, [2] anything: what the holder may look at (waiter_push_value)
-**     return waiter_wait(L, rt, me, &h->queue, seconds or HUGE_VAL, whether none was given, ctx, k);
+**     return waiter_wait(L, rt, &h->holder, &h->queue, what, seconds or HUGE_VAL, whether none was given, k);
 **
 **     k: switch (waiter_resumed(L, rt)) {     raises if it was interrupted, or waiter_fail'ed
 **       case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, k);
@@ -33,9 +33,9 @@
 **     op = waiter_operation(L, KIND_QUEUED, 1, seconds);
 **     operation_canceled(token, scope)?       operation_push_canceled, task_settle_canceled
 **     it is there?                            task_settle
-**     op->clauses[0].what = …; waiter_start(L, i, &h->queue, k, scope);
+**     op->clauses[0].u.nap.what = …; waiter_start(L, i, &h->queue, k, scope);
 **
-** Handing over:    n = waiter_take(L, holder, q)    pushes the waiter, which is in no queue now
+** Handing over:    n = waiter_take(L, i, h, q)      pushes the waiter, which is in no queue now
 **                  waiter_push_value(L, n)          if wanted: what it brought
 **                  push the value, which for one that came to an end may be nil
 **                  waiter_grant(L, rt, n)           last: other tasks may land in it
@@ -72,8 +72,7 @@ void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
 enum { ONE = 1 };
 
 /* [-1, +0, m] the waiter on top is held by the holder at i, and is the last in q */
-static void append(lua_State *L, int i, struct link *q, struct nap *n) {
-  struct holder *h = (struct holder *)lua_touserdata(L, i);
+static void append(lua_State *L, int i, struct holder *h, struct link *q, struct nap *n) {
   if (!h->one) {
     h->one = true;
     n->pos = ONE;
@@ -101,8 +100,7 @@ static void push_waiter(lua_State *L, int i, const struct nap *n) {
 }
 
 /* [-0, +0, -] n leaves the queue, and the holder at i holds it no more */
-static void drop(lua_State *L, int i, struct nap *n) {
-  struct holder *h = (struct holder *)lua_touserdata(L, i);
+static void drop(lua_State *L, int i, struct holder *h, struct nap *n) {
   link_drop(&n->link);
   if (n->pos == ONE) {
     h->one = false;
@@ -130,8 +128,8 @@ static lua_State *stack_of(struct fiber *f) {
 }
 
 /* [-0, +1, -] the holder at the bottom of the function that f is suspended in, if f is held there: somebody
-** may have closed the coroutine; false: [-0, +0] */
-static bool push_holder(lua_State *L, struct fiber *f) {
+** may have closed the coroutine; NULL: [-0, +0] */
+static struct holder *push_holder(lua_State *L, struct fiber *f) {
   int top = lua_gettop(L);
   lua_State *co = stack_of(f);
   if (co != NULL && lua_checkstack(co, 1)) {
@@ -143,16 +141,15 @@ static bool push_holder(lua_State *L, struct fiber *f) {
       push_waiter(L, -1, &f->u.nap);
       bool held = lua_touserdata(L, -1) == (void *)f;
       lua_pop(L, 1);
-      if (held) return true;
+      if (held) return (struct holder *)lua_touserdata(L, -1);
     }
   }
   lua_settop(L, top);
-  return false;
+  return NULL;
 }
 
 /* [-0, +0, -] a waiter of the holder on top has left without having got anything: f, or the operation at i */
-static void left(lua_State *L, struct fiber *f, int i) {
-  struct holder *h = (struct holder *)lua_touserdata(L, -1);
+static void left(lua_State *L, struct holder *h, struct fiber *f, int i) {
   if (h->tag == TAG_SHARED_LOCK) lock_left(L, -1);
   int64_t n = h->handle ? handle_left((struct handle *)(void *)h) : -1;
   if (n < 0) return;
@@ -168,9 +165,10 @@ static void left(lua_State *L, struct fiber *f, int i) {
 
 void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   struct nap *n = &f->u.nap;
-  if (n->pos != 0 && push_holder(L, f)) {
-    drop(L, -1, n);
-    if (!quiet) left(L, f, 0);
+  struct holder *h = n->pos != 0 ? push_holder(L, f) : NULL;
+  if (h != NULL) {
+    drop(L, -1, h, n);
+    if (!quiet) left(L, h, f, 0);
     lua_pop(L, 1);
     return;
   }
@@ -190,24 +188,25 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
 }
 
 bool waiter_push_name(lua_State *L, struct fiber *f) {
-  if (!push_holder(L, f)) return false;
+  if (push_holder(L, f) == NULL) return false;
   if (luaL_getmetafield(L, -1, "__name") != LUA_TSTRING) lua_pushliteral(L, "?");
   lua_replace(L, -2);
   return true;
 }
 
-int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
-                bool deaf, lua_KContext ctx, lua_KFunction k) {
+int waiter_wait(lua_State *L, struct runtime *rt, struct holder *h, struct link *q, uint32_t what,
+                double seconds, bool deaf, lua_KFunction k) {
+  struct fiber *me = (struct fiber *)rt->me;
   struct task *t = &me->task;
   if (seconds != HUGE_VAL) deadline_reserve(L, rt);
-  me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .own = me->co == L};
+  me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .what = what, .own = me->co == L};
   bool held = fiber_push_me(L, rt, me);
-  append(L, 1, q, &me->u.nap);
+  append(L, 1, h, q, &me->u.nap);
   if (deaf) t->flags |= TASK_DEAF;
   t->state = TASK_WAITING;
   if (seconds != HUGE_VAL) deadline_add(rt, &me->u.nap.deadline, seconds);
   fiber_park(L, me, seconds != HUGE_VAL || me->member.scope->armed, held);
-  return fiber_suspend(L, rt, me, ctx, k);
+  return fiber_suspend(L, rt, me, (lua_KContext)rt, k);
 }
 
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {
@@ -217,8 +216,8 @@ enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {
   me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED);
   if (flags & TASK_INTERRUPTED) scope_throw(L, me->member.scope);
   if (flags & TASK_EXPIRED) return WAITER_EXPIRED;
-  if (!lua_isnil(L, 1)) return WAITER_GRANTED;
-  lua_settop(L, 2); /* failed, with that error */
+  if (!me->u.nap.failed) return WAITER_GRANTED;
+  lua_settop(L, 2); /* with that error */
   lua_error(L);
   return WAITER_STRAY;
 }
@@ -241,8 +240,9 @@ struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double
 }
 
 void waiter_enqueue(lua_State *L, int i, int holder, struct link *q, struct clause *c) {
+  struct holder *h = (struct holder *)lua_touserdata(L, holder);
   lua_pushvalue(L, i);
-  append(L, holder, q, &c->u.nap);
+  append(L, holder, h, q, &c->u.nap);
 }
 
 void waiter_start(lua_State *L, int i, struct link *q, int k, struct scope *s) {
@@ -270,8 +270,9 @@ void waiter_withdraw(lua_State *L, int i, bool quiet) {
     struct clause *c = &op->clauses[k];
     if (c->task || c->u.nap.pos == 0) continue;
     push_input(L, i, k);
-    drop(L, -1, &c->u.nap);
-    if (!quiet) left(L, NULL, i);
+    struct holder *h = (struct holder *)lua_touserdata(L, -1);
+    drop(L, -1, h, &c->u.nap);
+    if (!quiet) left(L, h, NULL, i);
     lua_pop(L, 1);
   }
 }
@@ -412,10 +413,10 @@ static bool is_orphan(lua_State *L, const struct queued *op) {
   return !awaited;
 }
 
-struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
+struct nap *waiter_take(lua_State *L, int i, struct holder *h, struct link *q) {
   while (q->next != q) {
     struct nap *n = container_of(q->next, struct nap, link);
-    push_waiter(L, holder, n);
+    push_waiter(L, i, n);
     struct clause *c = waiter_clause(n);
     if (c != NULL) {
       waiter_withdraw(L, -1, true);
@@ -424,7 +425,7 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
       continue;
     }
     struct fiber *f = container_of(n, struct fiber, u.nap);
-    drop(L, holder, n);
+    drop(L, i, h, n);
     if (deadline_is_set(&n->deadline)) deadline_drop(runtime(L), &n->deadline);
     if (stack_of(f) != NULL) return n;
     fiber_wake(L, runtime(L), f); /* somebody has closed its coroutine: it gets nothing */
@@ -435,7 +436,8 @@ struct nap *waiter_take(lua_State *L, int holder, struct link *q) {
 void waiter_push_value(lua_State *L, struct nap *n) {
   struct clause *c = waiter_clause(n);
   if (c == NULL) {
-    lua_State *co = stack_of(container_of(n, struct fiber, u.nap));
+    struct fiber *f = container_of(n, struct fiber, u.nap);
+    lua_State *co = n->own ? f->co : stack_of(f);
     lua_pushvalue(co, 2);
     lua_xmove(co, L, 1);
     return;
@@ -450,7 +452,7 @@ void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n) {
   struct clause *c = waiter_clause(n);
   if (c == NULL) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
-    lua_State *co = stack_of(f);
+    lua_State *co = n->own ? f->co : stack_of(f);
     lua_xmove(L, co, 1);
     lua_replace(co, 2);
     lua_rawseti(L, UP_ANCHORS, f->task.slot); /* as fiber_wake */
@@ -468,8 +470,7 @@ void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n) {
     lua_State *co = stack_of(f);
     lua_xmove(L, co, 1);
     lua_replace(co, 2);
-    lua_pushnil(co);
-    lua_replace(co, 1);
+    n->failed = true;
     fiber_wake(L, rt, f);
     return;
   }

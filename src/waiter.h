@@ -29,7 +29,6 @@ struct clause {
     struct wait wait; /* `task`: for a task */
   } u;
   uint32_t index; /* in the operation */
-  uint8_t what;   /* for the holder to tell apart what it is asked for */
   bool task;
 };
 struct queued {
@@ -52,10 +51,13 @@ static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
-/* suspends the running fiber; deaf: to cancellation */
-int waiter_wait(lua_State *L, struct runtime *rt, struct fiber *me, struct link *q, double seconds,
-                bool deaf, lua_KContext ctx, lua_KFunction k);
+/* suspends the running fiber, in a queue of the holder at 1; deaf: to cancellation. k gets rt */
+int waiter_wait(lua_State *L, struct runtime *rt, struct holder *h, struct link *q, uint32_t what,
+                double seconds, bool deaf, lua_KFunction k);
 enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
+static inline uint32_t waiter_what(const struct runtime *rt) {    /* … then: what was asked for */
+  return ((const struct fiber *)rt->me)->u.nap.what;
+}
 /* [-0, +1, m] */
 struct queued *waiter_operation(lua_State *L, int kind, uint32_t clauses, double seconds);
 /* [-0, +0, m] the operation at i waits in q of the holder at 1 */
@@ -69,8 +71,8 @@ static inline int waiter_await_direct(lua_State *L, struct fiber *me, struct tas
 }
 /* [-0, +0, m] one clause of it */
 void waiter_enqueue(lua_State *L, int i, int holder, struct link *q, struct clause *c);
-/* [-0, +1, -] the first of q; NULL: [-0, +0] */
-struct nap *waiter_take(lua_State *L, int holder, struct link *q);
+/* [-0, +1, -] the first of q, of the holder at i; NULL: [-0, +0] */
+struct nap *waiter_take(lua_State *L, int i, struct holder *h, struct link *q);
 void waiter_push_value(lua_State *L, struct nap *n); /* [-0, +1, -] of one that was taken, below */
 /* [-1, +0, m] the operation at i, by its clause k */
 void waiter_settle(lua_State *L, struct runtime *rt, int i, uint32_t k, bool failed);
