@@ -8,7 +8,7 @@
 ** caller that is not the library's. And where a method has got no object of its class, the error says
 ** how methods are called.
 **
-** There are two ways in. A function of C finds its own arguments wrong: the checks of core.h, which
+** There are two ways in. A function of C finds its own arguments wrong: the checks of verbs.h, which
 ** stand in for Lua's. Or it finds those of a public function in Lua wrong, which has called it, itself
 ** or through helpers.
 **
