@@ -27,9 +27,10 @@ function arguments.check_token(n, token)
   if token ~= nil and not core.is_token(token) then core.check_class(n, token, "coflow.CancellationToken") end
 end
 
----Whether it is an integer, be it written as a float, from `least` to `most`, which may be nil.
+---Whether it is an integer, be it written as a float, from `least` to `most`; nil: no bound.
 function arguments.is_integer(value, least, most)
-  return type(value) == "number" and math.tointeger(value) ~= nil and value >= least and (not most or value <= most)
+  return type(value) == "number" and math.tointeger(value) ~= nil
+    and (not least or value >= least) and (not most or value <= most)
 end
 
 ---… or math.huge, which stands for "no limit".

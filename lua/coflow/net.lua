@@ -21,11 +21,8 @@ local Stream, Listener = core.methods "coflow.Stream", core.methods "coflow.List
 local BACKLOG = 1024
 local PAUSE = 0.1 -- seconds, before a listener that has no descriptors left asks again
 
+local is_integer, is_count, is_seconds = arguments.is_integer, arguments.is_count, arguments.is_seconds
 local check_token, token_last = arguments.check_token, arguments.token_last
-
-local function is_integer(value, least, most)
-  return type(value) == "number" and value == math.floor(value) and value >= least and value <= most
-end
 
 -- Whether it could be the name or the address of a host. The system would end it at a zero byte.
 local function is_host(value) return type(value) == "string" and value ~= "" and not value:find("\0", 1, true) end
@@ -187,7 +184,7 @@ net.is_address, net.report_failure, net.when_closed = nil, nil, nil
 function Stream:lines(max, token)
   core.check_class(1, self, "coflow.Stream")
   max, token = token_last(max, token)
-  if max ~= nil and max ~= math.huge and not is_integer(max, 1, math.maxinteger) then
+  if max ~= nil and not is_count(max, 1) then
     core.argument_error(2, "max must be a number of bytes")
   end
   check_token(3, token)
@@ -362,9 +359,9 @@ local function check_serve(self, fn, options, token)
   options, token = token_last(options, token)
   options = core.check_options(3, options, serve_options)
   local max, grace, on_error = options.max_connections, options.grace, options.on_error
-  if max ~= nil and max ~= math.huge and not is_integer(max, 1, math.maxinteger) then
+  if max ~= nil and not is_count(max, 1) then
     core.argument_error(3, "max_connections must be a positive integer")
-  elseif grace ~= nil and not (type(grace) == "number" and grace >= 0) then
+  elseif grace ~= nil and not is_seconds(grace) then
     core.argument_error(3, "grace must be a number of seconds")
   elseif on_error ~= nil and not core.is_callable(on_error) then
     core.argument_error(3, "on_error must be a function")
@@ -417,9 +414,8 @@ end
 -- UDP: udp.lua, when it is first used ---------------------------------------------------------------
 
 local shared = {
-  is_integer = is_integer, is_host = is_host, check_host = check_host, check_port = check_port,
-  families = families, address_of = address_of,
-  is_closed_error = is_closed_error,
+  is_host = is_host, check_host = check_host, check_port = check_port, families = families,
+  address_of = address_of, is_closed_error = is_closed_error,
 }
 
 return setmetatable(net, {

@@ -267,7 +267,7 @@ local function wrong_run(args, input, options, token)
     return 1, wrong
   elseif input ~= nil and type(input) ~= "string" then
     return 2, "input must be a string, or nil: options come third"
-  elseif max ~= nil and max ~= math.huge and not (math.type(max) and math.tointeger(max) and max > 0) then
+  elseif max ~= nil and not arguments.is_count(max, 1) then
     return 3, "max: number of bytes expected"
   elseif token ~= nil and not core.is_token(token) then
     return 4, "token must be a CancellationToken"

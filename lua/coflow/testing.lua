@@ -14,12 +14,14 @@
 --
 -- SPDX-License-Identifier: MIT
 
+local arguments = require "coflow.arguments"
 local closing = require "coflow.closing"
 local core = require "coflow.core"
 
 local begin, finish, left, left_open, lost, give_up = core.testing.begin, core.testing.finish, core.testing.left,
   core.testing.left_open, core.testing.lost, core.testing.give_up
 local InvalidOperation = core.errors.InvalidOperation
+local is_integer = arguments.is_integer
 
 local testing = {}
 
@@ -290,11 +292,11 @@ function testing.run(fn, options)
   options = core.check_options(2, options, run_options)
   local seed, start, threshold, provider = options.seed, options.start_time, options.autojump_threshold,
     options.time_provider
-  if seed and not (math.type(seed) and math.tointeger(seed)) then
+  if seed and not is_integer(seed) then
     core.argument_error(2, "seed must be an integer, or false")
   elseif start ~= nil and wrong_seconds(start) then
     core.argument_error(2, "start_time: " .. wrong_seconds(start))
-  elseif threshold ~= nil and not (type(threshold) == "number" and threshold >= 0) then
+  elseif threshold ~= nil and not arguments.is_seconds(threshold) then
     core.argument_error(2, "autojump_threshold must be a number of seconds >= 0")
   elseif provider ~= nil and getmetatable(provider) ~= FakeTimeProvider then
     core.argument_error(2, "time_provider must be a FakeTimeProvider")
@@ -325,9 +327,9 @@ function testing.explore(fn, options)
   core.check_function(1, fn)
   options = core.check_options(2, options, explore_options)
   local runs, first = options.runs or 100, options.seed or seed_of(nil) or 1
-  if not math.type(runs) or not math.tointeger(runs) or runs < 1 then
+  if not is_integer(runs, 1) then
     core.argument_error(2, "runs must be an integer > 0")
-  elseif not math.type(first) or not math.tointeger(first) then
+  elseif not is_integer(first) then
     core.argument_error(2, "seed must be an integer")
   end
   first = math.tointeger(first)

@@ -12,8 +12,9 @@ local udp_connect, udp_receive, try_send, wait_writable =
   functions.connect, functions.receive, functions.try_send, functions.wait_writable
 local UdpSocket = core.methods "coflow.UdpSocket"
 
+local is_integer = arguments.is_integer
 local check_token, token_last = arguments.check_token, arguments.token_last
-local is_integer, is_host, check_host, check_port, families, address_of, is_closed_error -- of net.lua
+local is_host, check_host, check_port, families, address_of, is_closed_error -- of net.lua
 
 local net = {}
 
@@ -216,7 +217,7 @@ end
 
 ---Called by net.lua, with what it shares; returns the functions for coflow.net.
 return function(shared)
-  is_integer, is_host, families = shared.is_integer, shared.is_host, shared.families
+  is_host, families = shared.is_host, shared.families
   check_host, check_port = shared.check_host, shared.check_port
   address_of, is_closed_error = shared.address_of, shared.is_closed_error
   return net

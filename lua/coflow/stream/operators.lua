@@ -7,6 +7,7 @@
 -- Source: LINQ for IAsyncEnumerable; the names are those of Lua's libraries for iterators.
 -- SPDX-License-Identifier: MIT
 
+local arguments = require "coflow.arguments"
 local core = require "coflow.core"
 local iteration = require "coflow.stream.iteration"
 local gather = require "coflow.stream.pump"
@@ -45,9 +46,8 @@ end
 
 local function at_least(least)
   return function(n)
-    n = math.type(n) and math.tointeger(n)
-    if not n or n < least then core.argument_error(2, "integer >= " .. least .. " expected") end
-    return n
+    if not arguments.is_integer(n, least) then core.argument_error(2, "integer >= " .. least .. " expected") end
+    return math.tointeger(n)
   end
 end
 
