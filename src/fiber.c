@@ -278,9 +278,16 @@ static void keep_name(lua_State *L, struct runtime *rt, struct task *t) {
 static int start_k(lua_State *L, int status, lua_KContext ctx);
 
 static int finish(lua_State *L, struct runtime *rt, struct fiber *f, int status) {
+  int results = lua_gettop(L) - BODY_COUNT;
+  if (results > 1 &&
+      !lua_checkstack(L, LUA_MINSTACK)) { /* Lua has made room for these, and no more */
+    lua_settop(L, BODY_COUNT);
+    lua_pushliteral(L, "stack overflow (too many results)");
+    status = LUA_ERRRUN;
+  }
   if (f->task.traits & TRAIT_CHILD) group_child_ended(L, rt, f, status <= LUA_YIELD);
   if (status <= LUA_YIELD)
-    task_succeed(L, rt, BODY_TASK, &f->task, lua_gettop(L) - BODY_COUNT);
+    task_succeed(L, rt, BODY_TASK, &f->task, results);
   else
     task_settle_error(L, rt, BODY_TASK, 0);
   keep_name(L, rt, &f->task);

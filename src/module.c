@@ -599,10 +599,42 @@ static void runtime_new(lua_State *L) {
   loop_init(rt);
 }
 
+/* ---- which Lua ---- */
+
+ONCE static int l_raise_true(lua_State *L) {
+  lua_pushboolean(L, 1);
+  return lua_error(L);
+}
+
+/* raises false, and while that unwinds a __close metamethod raises true */
+ONCE static int l_raise_both(lua_State *L) {
+  lua_newtable(L);
+  lua_createtable(L, 0, 1);
+  lua_pushcfunction(L, l_raise_true);
+  lua_setfield(L, -2, "__close");
+  lua_setmetatable(L, -2);
+  lua_toclose(L, -1);
+  lua_pushboolean(L, 0);
+  return lua_error(L);
+}
+
+/* [-0, +0, e] Since Lua 5.4.3 a __close metamethod may wait, and its error takes the place of the one that
+** unwinds: scopes end so. One library serves all of 5.4, so it is not the headers that tell. */
+ONCE static void check_lua(lua_State *L) {
+  luaL_checkversion(L);
+  lua_pushcfunction(L, l_raise_both);
+  lua_pcall(L, 0, 0, 0);
+  if (!lua_toboolean(L, -1))
+    luaL_error(L, "coflow needs Lua 5.4.3 or later: in this older one a __close metamethod can "
+                  "neither wait nor raise");
+  lua_pop(L, 1);
+}
+
 __attribute__((visibility("default"))) int luaopen_coflow_core(lua_State *L);
 
 int luaopen_coflow_core(lua_State *L) {
   if (lua_rawgetp(L, LUA_REGISTRYINDEX, &runtime_key) == LUA_TNIL) {
+    check_lua(L);
     runtime_new(L); /* nil runtime */
     lua_replace(L, -2);
     find_library(L, (struct runtime *)lua_touserdata(L, -1));
