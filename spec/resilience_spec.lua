@@ -126,7 +126,7 @@ describe("retry", function()
     assert.equal(math.huge, longest)
   end))
 
-  it("never delays with a base of 0, and then does not suspend", in_task(function()
+  it("never delays with a base of 0, but lets others and deadlines have their turn", helper.in_order(function()
     local log, note = recorder()
     for _, backoff in ipairs { "constant", "linear", "exponential" } do
       assert.same({ 0, 0, 0 }, delays_of { delay = 0, backoff = backoff, use_jitter = true })
@@ -137,8 +137,16 @@ describe("retry", function()
     assert.equal(0, delays[n])
     local other = flow.spawn(note, "other")
     resilience.retry { delay = 0 }:execute(failing(3, note))
-    assert.same({ "1 0.0", "2 0.0", "3 0.0", "4 0.0" }, log)
+    assert.same({ "1 0.0", "other", "2 0.0", "3 0.0", "4 0.0" }, log)
     other:await()
+    local for_ever = resilience.retry { delay = 0, max_retry_attempts = math.huge }
+    local source = flow.CancellationTokenSource()
+    flow.spawn(source.cancel, source)
+    raises("OperationCanceled", flow.with_cancellation, source.token, for_ever.execute, for_ever, error)
+    local plain = coroutine.wrap(function() -- where nothing can suspend it goes on
+      return pcall(resilience.retry({ delay = 0 }).execute, resilience.retry { delay = 0 }, failing(9, note))
+    end)
+    assert.is_false((plain()))
   end))
 
   it("varies constant and linear delays by a quarter", in_task(function()

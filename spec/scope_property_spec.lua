@@ -185,7 +185,7 @@ end
 -- on the way (the specs of groups have the plain cases): so each counts once here, and one alone is itself.
 local function describe_aggregate(err, name)
   local words, seen = {}, {}
-  for i = 1, err.inner_exceptions.n do
+  for i = 1, err.inner_exceptions.n or #err.inner_exceptions do
     local word = name(err.inner_exceptions[i])
     if not seen[word] then words[#words + 1] = word end
     seen[word] = true

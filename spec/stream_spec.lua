@@ -928,7 +928,7 @@ describe("a list", function()
     local lists = { {}, { 1, 2, 3 }, { 1, 2, 3, n = 2 }, { 1, 2, 3, n = "2" }, { 1, n = 0 }, size(2), size(0) }
     for _, items in ipairs(lists) do
       local all = flow.parallel.map(items, function(item) return item end)
-      assert.equal(all.n, #stream.from(items):to_table())
+      assert.equal(#all, #stream.from(items):to_table())
     end
   end))
 

@@ -495,8 +495,9 @@ static void run_callbacks(lua_State *L, bool first) {
 /* [-1, +0, v] raises an Aggregate of the list of errors on top, unless it is nil */
 static void raise_errors(lua_State *L) {
   if (!lua_isnil(L, -1)) {
-    error_push(L, ERROR_AGGREGATE, "%d callback(s) of a cancellation token failed",
-               (int)values_count(L, -1));
+    lua_Integer n = values_count(L, -1);
+    values_mark(L, -1, n);
+    error_push(L, ERROR_AGGREGATE, "%d callback(s) of a cancellation token failed", (int)n);
     lua_pushvalue(L, -2);
     lua_setfield(L, -2, "inner_exceptions");
     lua_error(L);

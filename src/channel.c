@@ -58,14 +58,16 @@ static void tell(lua_State *L, struct runtime *rt, int ch, struct channel *c, st
 static void drained(lua_State *L, struct runtime *rt, int ch, const struct channel *c) {
   items_close(L, ch);
   if (lua_getiuservalue(L, ch, CHANNEL_COMPLETION) == LUA_TUSERDATA) {
-    int task = lua_gettop(L);
-    if (task_done((struct task *)lua_touserdata(L, task)))
+    int i = lua_gettop(L);
+    struct task *t = (struct task *)lua_touserdata(L, i);
+    if (task_done(t))
       ;
     else if (!c->failed)
-      task_settle(L, rt, task, 0);
+      task_settle(L, rt, i, 0);
     else {
+      t->flags |= TASK_OBSERVED; /* the error is for those who read */
       lua_getiuservalue(L, ch, CHANNEL_ERROR);
-      task_settle_error(L, rt, task, 0);
+      task_settle_error(L, rt, i, 0);
     }
   }
   lua_pop(L, 1);

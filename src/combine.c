@@ -237,15 +237,6 @@ void combine_fire(lua_State *L, struct runtime *rt, int i, struct wait *w, int o
 
 /* ---- landing ---- */
 
-static bool has_nil(lua_State *L, int i, lua_Integer n) {
-  bool found = false;
-  for (lua_Integer k = 1; k <= n && !found; k++) {
-    found = lua_rawgeti(L, i, k) == LUA_TNIL;
-    lua_pop(L, 1);
-  }
-  return found;
-}
-
 /* [-0, +1, -] input k of a combinator whose list is at `inputs`, or whose inputs are on the stack */
 static struct task *push_input(lua_State *L, const struct combine *c, int inputs, uint32_t k) {
   if (c->direct)
@@ -282,10 +273,7 @@ uint32_t combine_push_aggregate(lua_State *L, const struct combine *c, int input
     }
     lua_settop(L, errors);
   }
-  if ((lua_Integer)lua_rawlen(L, errors) != count || has_nil(L, errors, count)) {
-    lua_pushinteger(L, count); /* nil is a legal error value: only n tells how many */
-    lua_setfield(L, errors, "n");
-  }
+  values_mark(L, errors, count); /* nil is a legal error value */
   error_push(L, ERROR_AGGREGATE, count == 1 ? "a task failed" : "%d tasks failed", (int)count);
   lua_insert(L, errors);
   lua_setfield(L, errors, "inner_exceptions");

@@ -368,12 +368,13 @@ static int queue(lua_State *L, struct job *j) {
 
 static bool read_ready(struct job *j) { return j->limit == 0 || j->file->length > 0; }
 
-/* read…(max, token): max is `usual` unless given */
+/* read…(max, token): max is `usual` unless given; -1: no limit */
 static int read_some(lua_State *L, int64_t usual, const struct io_class *class,
                      ssize_t (*run)(struct job *), bool (*ready)(struct job *)) {
   check_file(L);
   io_token_last(L, 2);
-  int64_t max = lua_isnoneornil(L, 2) ? usual : job_check_size(L, 2);
+  bool unlimited = lua_isnoneornil(L, 2) || (usual < 0 && lua_tonumber(L, 2) == HUGE_VAL);
+  int64_t max = unlimited ? usual : job_check_size(L, 2);
   lua_settop(L, 3);
   struct job *j = begin_for(L, 3, class, run, ready);
   if (j != NULL) j->limit = max;
@@ -401,14 +402,16 @@ static int l_read_line(lua_State *L) {
   return read_some(L, -1, &read_line_class, run_read_first_line, line_ready);
 }
 
-/* next_line(file, token) -> the next line, if it has been read ahead and nothing is in the way: no task */
+/* next_line(file, max, token) -> the next line, if it has been read ahead and nothing is in the way: no task */
 static int l_next_line(lua_State *L) {
   struct file *f = check_file(L);
-  const struct token *k = token_opt(L, 2);
+  const struct token *k = token_opt(L, 3);
+  lua_Number max = luaL_optnumber(L, 2, HUGE_VAL);
   if (f->running == NULL) follow(f);
   size_t line = f->running == NULL ? line_in(f, 0) : 0;
   const struct scope *s = ((const struct fiber *)runtime(L)->me)->member.scope;
-  if (line == 0 || operation_canceled(k, s)) return 0; /* the operation says so */
+  if (line == 0 || (lua_Number)(line - 1) > max || operation_canceled(k, s))
+    return 0; /* the operation says so */
   uint32_t epoch = f->epoch;
   lua_pushlstring(L, f->buffer + f->at, line - 1);
   if (f->running != NULL || f->epoch != epoch) return 0; /* a finalizer has been here */

@@ -220,6 +220,18 @@ void values_pack(lua_State *L, int n) {
   lua_setfield(L, -2, "n");
 }
 
+void values_mark(lua_State *L, int i, lua_Integer n) {
+  bool holes = (lua_Integer)lua_rawlen(L, i) != n;
+  i = lua_absindex(L, i);
+  for (lua_Integer k = 1; k <= n && !holes; k++) {
+    holes = lua_rawgeti(L, i, k) == LUA_TNIL;
+    lua_pop(L, 1);
+  }
+  lua_pushliteral(L, "n");
+  holes ? lua_pushinteger(L, n) : lua_pushnil(L);
+  lua_rawset(L, i);
+}
+
 lua_Integer values_count(lua_State *L, int i) {
   lua_Integer n = lua_getfield(L, i, "n") == LUA_TNUMBER ? lua_tointeger(L, -1) : -1;
   lua_pop(L, 1);
@@ -256,6 +268,14 @@ void slots_free(lua_State *L, int i, int *first_free, int slot) {
 }
 
 /* ---- Lua face ---- */
+
+/* mark_count(list, n) -> list: values_mark */
+static int l_mark_count(lua_State *L) {
+  lua_settop(L, 2);
+  values_mark(L, 1, lua_tointeger(L, 2));
+  lua_settop(L, 1);
+  return 1;
+}
 
 /* methods(class name) -> the table of its methods, for the library to add those written in Lua */
 static int l_methods(lua_State *L) {
@@ -475,6 +495,7 @@ static int l_runtime_gc(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {{"methods", l_methods},
+                                     {"mark_count", l_mark_count},
                                      {"take", l_take},
                                      {"late", l_late},
                                      {"require", l_require},

@@ -68,6 +68,8 @@ void module_check_options(lua_State *L, int i, const char *const names[]); /* [-
 void values_pack(lua_State *L, int n);         /* [-n, +1, m] */
 int values_unpack(lua_State *L);               /* [-1, +n, e] of the table on top; their number */
 lua_Integer values_count(lua_State *L, int i); /* … of a list without n: its length */
+/* [-0, +0, m] the list at i, of so many values, gets an n if its length might not tell: a nil is among them */
+void values_mark(lua_State *L, int i, lua_Integer n);
 /* [-1, +0, m] stores the value on top in a free slot */
 int slots_add(lua_State *L, int i, int *free);
 void slots_free(lua_State *L, int i, int *free, int slot); /* [-0, +0, -] */

@@ -13,14 +13,18 @@ local File = core.methods("coflow.File")
 ---read ahead, but the position is behind the last one told: leaving the loop early loses nothing. Leaves the
 ---file open. May suspend.
 ---Cancellation: raises at the next line.
+---Raises: IO with code EMSGSIZE at a line of more than `max` bytes.
+---@param max? integer no limit unless given; may be left out
 ---@param token? coflow.CancellationToken
 ---@return fun(): string?
-function File:lines(token)
+function File:lines(max, token)
   core.check_class(1, self, "coflow.File")
-  arguments.check_token(2, token)
+  max, token = arguments.token_last(max, token)
+  if max ~= nil and not arguments.is_count(max, 0) then core.argument_error(2, "max must be a number of bytes") end
+  arguments.check_token(3, token)
   local read_line = self.read_line
   return function()
-    return next_line(self, token) or read_line(self, nil, token)
+    return next_line(self, max, token) or read_line(self, max, token)
   end
 end
 

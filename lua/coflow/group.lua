@@ -18,15 +18,15 @@ local errors = core.errors
 local DEPTH = 32
 
 -- The errors that were raised independently of each other: of those that tasks have from one another, the first.
--- A body that failed stands as false among the failed tasks.
+-- Gives the list, how many there are, and the task of the last one, if it was one's. A body that failed stands as
+-- false among the failed tasks.
 local function own_failures(failed, policy, body_error, body_root)
-  local list, roots = { n = 0 }, {}
+  local list, roots, n, last = {}, {}, 0, nil
   local function add(err, root, task)
     if root and roots[root] then return end
     if root then roots[root] = true end
-    list.n = list.n + 1
-    list[list.n] = err
-    list.task = task
+    n = n + 1
+    list[n], last = err, task
   end
   for _, task in ipairs(failed or {}) do
     if not task then
@@ -39,20 +39,19 @@ local function own_failures(failed, policy, body_error, body_root)
       end
     end
   end
-  return list
+  return list, n, last
 end
 
 -- Raises what the ended group ends with, or returns its winner, if it has one.
 local function conclude(group, ok, body_error, body_root)
   local policy, failed, winner, canceled, had_children = core.take_group_state(group)
-  local failures = own_failures(failed, policy, body_error, body_root)
+  local failures, n, task = own_failures(failed, policy, body_error, body_root)
   if winner then return winner end
-  local n = failures.n
-  if n > 1 or (n == 1 and policy == "first_success" and failures.task) then
+  if n > 1 or (n == 1 and policy == "first_success" and task) then
     local message = n == 1 and "a task of the group failed" or n .. " tasks of the group failed"
-    error(errors.Aggregate(message, { inner_exceptions = failures }), 0)
+    error(errors.Aggregate(message, { inner_exceptions = core.mark_count(failures, n) }), 0)
   elseif n == 1 then
-    if failures.task then core.await(failures.task) end -- raises its error, and goes on with its traceback
+    if task then core.await(task) end -- raises its error, and goes on with its traceback
     error(failures[1], 0)
   end
   core.throw_if_canceled() -- from outside

@@ -326,12 +326,12 @@ Host.start_async = arguments.twin(Host.start, check_wait)
 local function conclude(failed)
   if #failed == 1 then core.await(failed[1]) end -- raises its error, and goes on with its traceback
   if #failed == 0 then return end
-  local list = { n = #failed }
+  local list = {}
   for i, task in ipairs(failed) do
     local _, err = core.try_await(task)
     list[i] = err
   end
-  error(errors.Aggregate(#failed .. " services of the host failed", { inner_exceptions = list }), 0)
+  error(errors.Aggregate(#failed .. " services of the host failed", { inner_exceptions = core.mark_count(list, #failed) }), 0)
 end
 
 local function name_of(service)

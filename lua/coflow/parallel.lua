@@ -143,27 +143,29 @@ end
 ---@field on_progress? fun(done: integer, total: integer?) called when an item has been dealt with, on its task, in the
 ---context of the call; `total` is known for lists
 
--- options, fn and its number; the options may be left out
-local function sort_arguments(options, fn)
-  if options == nil or not core.is_callable(options) then return options, fn, 3 end
-  if fn == nil then return nil, options, 2 end
+-- options, fn, its number, and the token behind it; the options may be left out
+local function sort_arguments(options, fn, token)
+  if options == nil or not core.is_callable(options) then return options, fn, 3, token end
+  if fn == nil or core.is_token(fn) then return nil, options, 2, fn or token end
   if type(fn) == "table" and not core.is_callable(fn) then
     core.argument_error(2, "table of options expected, got function: options come before the function")
   end
-  return options, fn, 3
+  return options, fn, 3, token
 end
 
--- The function, the source and the length as above, and the options; raises what is wrong with the arguments.
-local function check_arguments(items, options, fn)
+-- The function, the source and the length as above, the options, and the token; raises what is wrong with the
+-- arguments.
+local function check_arguments(items, options, fn, token)
   local place
-  options, fn, place = sort_arguments(options, fn)
+  options, fn, place, token = sort_arguments(options, fn, token)
   local source, total, wrong = source_of(items)
   if wrong then core.argument_error(1, wrong) end
   options = core.check_options(2, options, known_options)
   wrong = wrong_options(options)
   if wrong then core.argument_error(2, wrong) end
   core.check_function(place, fn)
-  return fn, source, total, options
+  arguments.check_token(place + 1, token)
+  return fn, source, total, options, options.token or token
 end
 
 local parallel = {}
@@ -174,31 +176,33 @@ local parallel = {}
 ---The first failure (of `fn`, of `on_progress`, of the source) cancels `token`, the ambient one of all of them, and no
 ---further item is taken. Returns, or raises, when all have ended and the source is closed. As in a task group, a
 ---call of `fn` that ends canceled has not failed.
----Cancellation: `options.token` or the ambient one; it wins over errors. Canceled before: the source is not touched.
+---Cancellation: `options.token`, or `token`, or the ambient one; it wins over errors. Canceled before: the source is not touched.
 ---Raises: the one error as it is, or an Aggregate when several failed on their own.
 ---Source: .NET Parallel.ForEachAsync; its default degree is the number of processors.
 ---@param items table|function|coflow.Stream|coflow.Channel a list (`n` counts), an iterator, a stream or a channel
 ---@param options? coflow.ParallelOptions may be left out
 ---@param fn fun(item: any, token: coflow.CancellationToken)
-function parallel.for_each(items, options, fn)
+---@param token? coflow.CancellationToken where options.token is nil
+function parallel.for_each(items, options, fn, token)
   local source, total
-  fn, source, total, options = check_arguments(items, options, fn)
-  drive(new_loop(fn, options, total), items, source, options.token)
+  fn, source, total, options, token = check_arguments(items, options, fn, token)
+  drive(new_loop(fn, options, total), items, source, token)
 end
 
 ---As `for_each`; returns the first values that `fn` returned, in the order of the items.
 ---@param items table|function|coflow.Stream|coflow.Channel
 ---@param options? coflow.ParallelOptions may be left out
 ---@param fn fun(item: any, token: coflow.CancellationToken): any
----@return { n: integer, [integer]: any } results nil for an item whose call ended canceled
-function parallel.map(items, options, fn)
+---@param token? coflow.CancellationToken
+---@return { n?: integer, [integer]: any } results nil for an item whose call ended canceled; `n`, their number, only
+---where a nil is among them
+function parallel.map(items, options, fn, token)
   local source, total
-  fn, source, total, options = check_arguments(items, options, fn)
+  fn, source, total, options, token = check_arguments(items, options, fn, token)
   local loop = new_loop(fn, options, total)
   loop.results = {}
-  drive(loop, items, source, options.token)
-  loop.results.n = loop.count
-  return loop.results
+  drive(loop, items, source, token)
+  return core.mark_count(loop.results, loop.count)
 end
 
 parallel.for_each_async = arguments.twin(parallel.for_each, check_arguments)

@@ -67,6 +67,7 @@ local function run(self, fn, ...)
     if not strategy.handles(self, err) then error(err, 0) end
     local delay = delay_after(self, state, attempt, err)
     if self._on_retry then call(self._on_retry, { attempt_number = attempt, delay = delay, error = err }) end
+    if delay == 0 and core.is_awaitable_here() then core.yield() end -- others have their turn
     core.sleep(delay) -- which raises if the token was canceled meanwhile
   end
   return call(fn, ...)
@@ -89,7 +90,7 @@ local class = strategy.class("retry", run)
 ---@field random? fun(): number the source of jitter, giving numbers from 0 to 1 (math.random)
 
 ---A strategy that calls the function again when it has failed. When the attempts are used up the last error comes
----out as it is. With a delay of 0 it does not suspend.
+---out as it is. With a delay of 0 others that are ready come first, where it can suspend.
 ---Cancellation: ends the delay, and is never retried.
 ---@param options? coflow.RetryOptions
 ---@return coflow.Strategy

@@ -109,17 +109,17 @@ function iteration.__close(it)
   if not it._run.closed then finish(it) end
 end
 
-local function close_later(close)
+local function close_forgotten(it)
   core.current_task().name = "closing a forgotten stream"
-  close()
+  if not it._run.closed then finish(it) end
 end
 
--- Forgotten unfinished: closed on a later turn, by a task that has nobody's context or token.
+-- Forgotten unfinished: closed on a later turn, by a task that has nobody's context or token. (Not so when the state
+-- closes: then there is no later turn, but whoever stands in the loop may still be closed, and closes it.)
 function iteration.__gc(it)
   if it._run.closed or it._busy == nil or not it._close then return end
-  it._run.closed = true
   local _ <close> = core.suppress_flow()
-  core.spawn(close_later, it._close)
+  core.spawn(close_forgotten, it)
 end
 
 ---Ends the iteration and closes its producers. Twice is harmless. May suspend.
