@@ -714,6 +714,21 @@ describe("cancel_after", function()
     assert.same({ start }, at)
   end))
 
+  it("of 0 cancels when those that are ready have had a turn, however many go on", in_order(function()
+    local done = false
+    for _ = 1, 3 do flow.spawn(function() while not done do flow.yield() end end) end
+    local source <close> = Source()
+    source:cancel_after(0)
+    flow.yield()
+    assert.is_true(source.is_cancellation_requested)
+    local ticked
+    flow.Timer(function() ticked = true end, 0)
+    flow.yield()
+    flow.yield()
+    assert.is_true(ticked)
+    done = true
+  end))
+
   it("replaces the earlier deadline, with a later or a sooner one", in_task(function(clock)
     local later <close>, sooner = Source(2), Source()
     local start = clock:now()

@@ -423,6 +423,18 @@ describe("completion", function()
     assert.is_true(other.completion.is_completed_successfully)
   end))
 
+  it("with an error is not told as unobserved, for those who read get it", in_task(function()
+    support.with_reports(function(reports)
+      local ch = Channel.unbounded()
+      assert.is_false(ch.completion.is_completed)
+      ch:complete("E")
+      assert.is_true(ch.completion.is_faulted)
+      ch = nil -- luacheck: ignore
+      collect()
+      assert.same({}, reports)
+    end)
+  end))
+
   it("with an error faults its task with that very object, and reads with ChannelClosed", in_task(function()
     local ch, err = Channel.unbounded(), {}
     ch:write(1) -- CH-12, CH-13

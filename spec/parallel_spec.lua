@@ -462,6 +462,20 @@ describe("parallel.for_each", function()
     assert.same({ 10, 20, 30, 40 }, sums)
   end))
 
+  it("takes a token last, behind the function", in_task(function()
+    local source = Source()
+    source:cancel()
+    for _, call in ipairs {
+      function() parallel.for_each({ 1 }, {}, error, source.token) end,
+      function() parallel.for_each({ 1 }, error, source.token) end,
+      function() parallel.map({ 1 }, nil, error, source.token) end,
+      function() parallel.map_async({ 1 }, error, source.token):await() end,
+    } do
+      assert.equal(source.token, raises("OperationCanceled", call).token)
+    end
+    assert.same({ 1 }, parallel.map({ 1 }, { token = Token.none }, function(v) return v end, source.token))
+  end))
+
   it("drives the loop outside every task", function()
     local sum = 0
     parallel.for_each(list(4), function(item) flow.sleep(0.001) sum = sum + item end)
@@ -508,6 +522,7 @@ describe("parallel.for_each", function()
       bad(2, {}, degree(1.5), print)
       bad(2, {}, degree("4"), print)
       bad(2, {}, { token = 1 }, print)
+      bad(4, {}, {}, print, 1)
       bad(2, {}, { on_progress = 1 }, print)
     end
   end))

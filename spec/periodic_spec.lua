@@ -15,6 +15,34 @@ local is = flow.errors.is
 local function nothing() end
 
 describe("Timer", function()
+  it("ticks under the next scope outside when the one that it was made in has ended, however that did", in_task(function()
+    local outcomes, timer
+    local function make(seconds)
+      timer = Timer(function() outcomes[#outcomes + 1] = (pcall(flow.sleep, 0.25)) end, 1, 1)
+      flow.sleep(seconds)
+    end
+    local function ticks(n, scope, ...)
+      outcomes = {}
+      pcall(scope, ...)
+      while #outcomes < n do flow.sleep(1) end
+      timer:dispose()
+      return outcomes
+    end
+    assert.same({ true, true, true }, ticks(3, flow.with_timeout, 9, make, 1.5))
+    assert.same({ true, true, true }, ticks(3, flow.with_timeout, 1.5, make, 9))
+    local source = Source(1.5)
+    assert.same({ true, true, true }, ticks(3, flow.with_cancellation, source.token, make, 9))
+    assert.same({ true, true, true }, ticks(3, flow.with_timeout, 1.5, flow.task_group, function(group)
+      group:spawn(flow.with_timeout, 9, make, 9):await()
+    end))
+    local outer = Source(2.5) -- this one is canceled before it ends
+    assert.same({ true, true, false, false, false, true }, ticks(6, flow.with_cancellation, outer.token, function()
+      pcall(flow.with_timeout, 1.5, make, 9)
+      local _ <close> = helper.closing(function() flow.shield(flow.sleep, 3) end)
+      flow.sleep(9)
+    end))
+  end))
+
   it("runs its function once, as a task, when it is due", in_task(function(clock)
     local events, record = recorder()
     local start, root = clock:now(), flow.current_task()
@@ -220,7 +248,7 @@ describe("Timer", function()
     assert.is_false(timer:change(1))
   end))
 
-  it("starts its tasks in the scope of whoever made it", in_task(function()
+  it("starts its tasks in the scope of whoever made it, while that lasts", in_task(function()
     local events, record = recorder()
     local timer
     local owner = flow.spawn(function()
@@ -238,7 +266,7 @@ describe("Timer", function()
     flow.sleep(5) -- the second tick, at 6
     timer:dispose()
     flow.sleep(200)
-    assert.same({ false, "OperationCanceled", true, "OperationCanceled" }, events)
+    assert.same({ false, "OperationCanceled", false, true }, events)
   end))
 
   it("is under what is above, after its maker has ended", in_task(function()

@@ -539,6 +539,26 @@ describe("a stream", function()
     ]])
   end)
 
+  it("is closed by whoever stands in its loop when the state closes", function()
+    assert.equal("end\nbody closed\nproducer closed\n", helper.output [[
+      local flow = require "coflow"
+      local function closing(what) return setmetatable({}, { __close = function() print(what .. " closed") end }) end
+      flow.run(function()
+        flow.spawn(function()
+          for _ in flow.stream.new(function(emit)
+            local _ <close> = closing "producer"
+            emit(1)
+          end):map(function(v) return v end):iterate() do
+            local _ <close> = closing "body"
+            flow.sleep(10)
+          end
+        end)
+        flow.yield()
+      end)
+      print("end")
+    ]])
+  end)
+
   it("is closed with the generator that runs over it, which cannot wait for it", in_task(function(clock)
     for _, shape in ipairs { function(s) return s end, function(s) return s:buffer(2) end } do
       local log, note = recorder()

@@ -148,7 +148,8 @@ static bool push_known_name(lua_State *L, lua_Debug *ar, int fn, int class) {
 /* ---- of whom ---- */
 
 bool blame_find_line(lua_State *L, lua_State *at, int level, lua_Debug *ar) {
-  for (; lua_getstack(at, level, ar); level++) {
+  /* so many of ours lie on each other only where tail calls have taken those of users away */
+  for (int end = level + 100; level < end && lua_getstack(at, level, ar); level++) {
     lua_getinfo(at, "Sl", ar);
     if (ar->currentline > 0 && !module_is_ours(runtime(L), ar->source)) return true;
   }

@@ -118,6 +118,7 @@ enum task_kind {
   KIND_SELECT,  /* … in several, and for tasks, whichever comes first (select.c) */
   KIND_PERIOD,  /* wait_for_next_tick_async */
   KIND_TICK,    /* of a Timer; no object of Lua's */
+  KIND_NUDGE,   /* no task: something is due already (loop.c) */
   KIND_GATE,    /* no task: a lock that is to let readers in (lock.c) */
   KIND_CATCHER, /* no task: of signals (signal.c) */
   KIND_IO,      /* libuv has it in hands: its struct begins with struct io */
@@ -492,6 +493,7 @@ struct runtime {
   struct deadlines *deadlines; /* NULL until one is set */
   struct scope *origin;        /* the scope of RUNTIME_ORIGIN */
   struct task *idle_ticks;     /* memory for ticks of Timers */
+  struct task nudge;           /* what is due is looked at when this comes off the ready list */
 
   /* What a test changes (testing.c): the source of time, of choice, and that births are noted. */
   enum clock clock;

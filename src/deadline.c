@@ -343,6 +343,7 @@ void deadline_set(struct runtime *rt, struct deadline *d, double now, double due
 double deadline_add(struct runtime *rt, struct deadline *d, double seconds) {
   double now = loop_now(rt), due = loop_after(now, seconds);
   deadline_set(rt, d, now, due);
+  if (seconds == 0) loop_nudge(rt);
   return due;
 }
 

@@ -395,6 +395,20 @@ void fiber_drop_coroutine(lua_State *L, struct runtime *rt, struct fiber *f) {
   if (planned) schedule_end(L, rt);
 }
 
+/* It never starts: a child that was queued in a canceled group, or a continuation whose token has been
+** canceled, which has what it waited for as its last argument. */
+void fiber_land(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  if (f->task.label == 0) fiber_label(L, i); /* while it has its function */
+  if (f->task.traits & TRAIT_QUEUED) {
+    group_discard(L, i);
+    return;
+  }
+  fiber_push_awaiting(L, f, -1);
+  task_push_error(L, lua_gettop(L));
+  if (!task_done(&f->task)) fiber_discard(L, runtime(L), i);
+}
+
 void fiber_discard(lua_State *L, struct runtime *rt, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   task_settle_canceled(L, rt, i);

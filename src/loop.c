@@ -8,9 +8,11 @@
 **     timers     what is due moves to the ready list
 **     libuv      polled without waiting while tasks are ready; else until the next deadline (poll.c)
 **
-** so neither a burst of ready tasks nor one of events starves the other. The pump is an ordinary C
-** function called under protection by loop_run and loop.run only, outside every libuv callback:
-** nothing that Lua raises, and no os.exit in a task, ever unwinds through libuv.
+** so neither a burst of ready tasks nor one of events starves the other. What is set to be due at once
+** does not wait until so many have run: a *nudge*, put behind those that are ready then, ends the step.
+**
+** The pump is an ordinary C function called under protection by loop_run and loop.run only, outside
+** every libuv callback: nothing that Lua raises, and no os.exit in a task, ever unwinds through libuv.
 **
 ** Time is loop_now: monotonic, or virtual (poll.c). That, and which ready task comes first, is all that
 ** a test changes (testing.c); the real clock is not looked at then, so that a test takes one course.
@@ -90,6 +92,12 @@ void loop_remove(struct runtime *rt, struct task *t) {
   t->next = NULL;
 }
 
+void loop_nudge(struct runtime *rt) {
+  if (rt->nudge.flags & TASK_LINKED) return;
+  rt->nudge.tag = TAG_TASK | KIND_NUDGE;
+  loop_ready(rt, &rt->nudge);
+}
+
 void loop_land(lua_State *L, struct runtime *rt, int i, struct task *t) {
   if (t->flags & TASK_LINKED || task_done(t)) return;
   task_hold(L, i, t);
@@ -142,7 +150,7 @@ static void land(lua_State *L, struct runtime *rt, struct task *t) {
     case KIND_HANDLE: handle_land(L, i); break;
     case KIND_SCOPE: scope_land(L, i); break;
     case KIND_EXPIRY: expiry_land(L, i); break;
-    case KIND_FIBER: group_discard(L, i); break;
+    case KIND_FIBER: fiber_land(L, i); break;
     case KIND_CATCHER: signal_land(L, i); break;
     case KIND_IDLE: testing_land(L, i); break;
     case KIND_QUEUED:
@@ -214,6 +222,8 @@ static void run_one(lua_State *L, struct runtime *rt) {
   if (!task_is(t, KIND_FIBER)) {
     if (task_is(t, KIND_HANDLE) || task_is(t, KIND_IO))
       land_in_place(L, rt, t);
+    else if (task_is(t, KIND_NUDGE))
+      rt->slice = 0;
     else
       land(L, rt, t);
   } else if (t->flags & TASK_ABANDONED)

@@ -204,6 +204,14 @@ void periodic_fire(lua_State *L, struct runtime *rt, struct deadline *d, double 
     deadline_rest(rt, d);
 }
 
+/* the scope of the tasks that start by o: that in which the Timer was made, or, should that have ended,
+** the next one outside that has not */
+static struct scope *scope_of(const struct runtime *rt, const struct origin *o) {
+  struct scope *s = o ? o->scope : NULL;
+  while (s != NULL && s != rt->root && s->owner == NULL) s = s->member.scope;
+  return s ? s : rt->root;
+}
+
 /* [-0, +n, m] runs the function of the Timer at i, whose deadline had that index, as the blank task on
 ** top. Most of these tasks end at once, and nobody has seen them: then the next one is made of the same
 ** object. */
@@ -213,8 +221,8 @@ static void start(lua_State *L, struct runtime *rt, int i, uint32_t index, bool 
   const struct origin *o = (const struct origin *)lua_touserdata(L, -1);
   lua_insert(L, -2);
   lua_getiuservalue(L, i, TIMER_FUNCTION);
-  lua_insert(L, -2);                                                          /* origin fn task */
-  struct fiber *f = fiber_fit(L, rt, 0, o && o->scope ? o->scope : rt->root); /* origin task */
+  lua_insert(L, -2);                                      /* origin fn task */
+  struct fiber *f = fiber_fit(L, rt, 0, scope_of(rt, o)); /* origin task */
   if (o != NULL)
     lua_getiuservalue(L, task - 1, ORIGIN_CONTEXT);
   else

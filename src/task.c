@@ -230,6 +230,19 @@ void wait_owner(lua_State *L, int on, const struct wait *w) {
   }
 }
 
+/* [-1, +0, m] the fiber on top has waited for t. A continuation whose token has ended the wait never
+** starts, and is settled with the others that the token cancels; what has a scheduler tells it first. */
+static void wake_fiber(lua_State *L, struct runtime *rt, struct fiber *f, const struct task *t) {
+  const struct task *me = &f->task;
+  if (task_is(t, KIND_WAIT) && t->state == TASK_CANCELED && me->slot != 0 &&
+      !(me->flags & (TASK_STARTED | TASK_LINKED | TASK_ABANDONED)) &&
+      !(me->traits & TRAIT_SCHEDULED)) {
+    loop_land(L, rt, -1, &f->task);
+    lua_pop(L, 1);
+  } else
+    fiber_wake(L, rt, f);
+}
+
 void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
   struct wait *last = t->waiters, *w = last->next;
   on = lua_absindex(L, on);
@@ -249,7 +262,7 @@ void wait_notify(lua_State *L, struct runtime *rt, int on, struct task *t) {
       if (w->pos != 0)
         lua_rawgeti(L, waiters, (lua_Integer)w->pos); /* else it is the value itself */
       if (w->role == WAIT_FIBER)
-        fiber_wake(L, rt, container_of(w, struct fiber, u.wait));
+        wake_fiber(L, rt, container_of(w, struct fiber, u.wait), t);
       else if (w->role == WAIT_OP)
         wait_op_fire(L, rt, -1);
       else

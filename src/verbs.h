@@ -266,6 +266,7 @@ int fiber_run_hot(lua_State *L, int i, struct fiber *f, lua_KFunction k);
 void fiber_wake(lua_State *L, struct runtime *rt, struct fiber *f);
 /* [-1, +0, m] stops it where it stands, with the error on top */
 void fiber_fail(lua_State *L, struct runtime *rt, struct fiber *f);
+void fiber_land(lua_State *L, int i); /* [-0, +0, m] the one at i is called off before it starts */
 /* [-1, +0, -] the fiber at i never starts: canceled with that error */
 void fiber_discard(lua_State *L, struct runtime *rt, int i);
 /* [-0, +0, -] of one that did not end well */
@@ -726,6 +727,7 @@ static inline void loop_queue(struct runtime *rt, struct fiber *f) { /* … a fi
   loop_ready(rt, &f->task);
 }
 void loop_remove(struct runtime *rt, struct task *t); /* from anywhere on the list */
+void loop_nudge(struct runtime *rt);                  /* something is due already */
 static inline struct mark loop_mark(const struct runtime *rt) {
   return (struct mark){rt->ready != NULL ? rt->ready_last : NULL, rt->removals};
 }
