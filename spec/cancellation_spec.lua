@@ -268,6 +268,29 @@ describe("callbacks", function()
     assert.same({ "ran" }, events)
   end))
 
+  it("that are dropped with throw_on_first_exception leave no scope uncanceled", in_task(function()
+    local source, other = Source(), Source()
+    local linked = Source.linked(source.token)
+    local waits = {}
+    for i = 1, 3 do
+      waits[i] = flow.spawn(flow.with_cancellation, source.token, flow.with_cancellation, other.token, flow.sleep, 9)
+    end
+    flow.yield()
+    raises("OperationCanceled", flow.with_cancellation, source.token, function()
+      source.token:register(fails_with "first")
+      local ran = {}
+      flow.cancellation_token():register(function() ran[1] = true end)
+      source.token:register(fails_with "last")
+      local ok, err = pcall(source.cancel, source, "why", { throw_on_first_exception = true })
+      assert.same({ false, "last" }, { ok, err })
+      assert.is_true(flow.cancellation_token().is_cancellation_requested)
+      assert.same({}, ran)
+      flow.sleep(1)
+    end)
+    for i = 1, 3 do assert.equal("why", raises("OperationCanceled", flow.await, waits[i]).reason) end
+    assert.is_false(linked.is_cancellation_requested) -- as in .NET
+  end))
+
   it("of a linked source come as their Aggregate, with throw_on_first_exception too", in_task(function()
     local log, note = recorder()
     local parent <close> = Source()

@@ -274,6 +274,19 @@ describe("the first failure", function()
     end))
   end))
 
+  it("counts once where a task was stopped because it yielded, at once or later", in_task(function()
+    for _, before in ipairs { function() end, flow.yield, function() flow.sleep(1) end } do
+      raises("InvalidOperation", flow.task_group, function(group)
+        local child = group:spawn(function()
+          before()
+          coroutine.yield()
+        end)
+        group:spawn(flow.await, child)
+        child:await()
+      end)
+    end
+  end))
+
   it("counts twice where two raised the same value on their own", in_task(function()
     local mine = {}
     local err = raised(flow.task_group, function(group)

@@ -15,7 +15,7 @@ local is = flow.errors.is
 local function nothing() end
 
 describe("Timer", function()
-  it("ticks under the next scope outside when the one that it was made in has ended, however that did", in_task(function()
+  it("ticks under the next scope outside once the one that it was made in has ended", in_task(function()
     local outcomes, timer
     local function make(seconds)
       timer = Timer(function() outcomes[#outcomes + 1] = (pcall(flow.sleep, 0.25)) end, 1, 1)

@@ -438,9 +438,33 @@ static void follow_link(lua_State *L, int i, int up) {
   lua_settop(L, top);
 }
 
-/* [-0, +0, -] the callbacks of the list at `run` do not run */
+/* [-0, +0, m] cancels the scopes that are under the token on top of the list at `run`, whose tokens come
+** above it there; false: there are none any more */
+static bool follow_scopes(lua_State *L, int run) {
+  const struct token *token = (const struct token *)lua_touserdata(L, run);
+  bool found = false;
+  lua_getiuservalue(L, run, TOKEN_LIST);
+  for (lua_Integer k = token->count; k > 0; k--) {
+    lua_rawgeti(L, -1, k);
+    struct registration *r = (struct registration *)lua_touserdata(L, -1);
+    if (r->pending && r->link && link_of(r)->child->scope != NULL) {
+      found = true;
+      follow_link(L, lua_gettop(L), run);
+    }
+    lua_pop(L, 1);
+  }
+  lua_pop(L, 1);
+  return found;
+}
+
+/* [-0, +0, m] the callbacks of the list at `run` do not run; nor are sources canceled that are linked to
+** those tokens, but scopes under them are */
 static void drop_rest(lua_State *L, int run) {
-  for (; !lua_isnil(L, run); next_token(L, run)) token_drop_registrations(L, run);
+  while (!lua_isnil(L, run)) {
+    if (follow_scopes(L, run)) continue;
+    token_drop_registrations(L, run);
+    next_token(L, run);
+  }
 }
 
 /* [-0, +1, m] the next registration of the token, which is on top of the list at `run`, whose callback

@@ -68,6 +68,11 @@ struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
     error_throw(L, ERROR_OPERATION,
                 "cannot suspend a task inside a value_changed handler: start a task in it "
                 "(flow.spawn)");
+  if (rt->resetting == L)
+    error_throw(
+        L, ERROR_OPERATION,
+        "cannot suspend a task in a __close handler that runs because the task was given up, or "
+        "the Lua state closes: nobody would resume it");
   lua_State *at = L; /* what is in the way lies between here and the task's own coroutine */
   for (; at != me->co && l != NULL && l->co == at && l->task == rt->me; at = l->from, l = l->up) {
     if (l->closing)

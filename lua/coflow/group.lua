@@ -21,10 +21,15 @@ local DEPTH = 32
 -- Gives the list, how many there are, and the task of the last one, if it was one's. A body that failed stands as
 -- false among the failed tasks.
 local function own_failures(failed, policy, body_error, body_root)
-  local list, roots, n, last = {}, {}, 0, nil
+  local list, n, last = {}, 0, nil
+  local roots, known, rootless = {}, {}, {}
   local function add(err, root, task)
     if root and roots[root] then return end
     if root then roots[root] = true end
+    if type(err) == "table" then -- a task that was stopped where it stood has no root: then the error itself tells
+      if rootless[err] or (not root and known[err]) then return end
+      known[err], rootless[err] = true, not root or nil
+    end
     n = n + 1
     list[n], last = err, task
   end

@@ -331,7 +331,8 @@ local function conclude(failed)
     local _, err = core.try_await(task)
     list[i] = err
   end
-  error(errors.Aggregate(#failed .. " services of the host failed", { inner_exceptions = core.mark_count(list, #failed) }), 0)
+  core.mark_count(list, #failed)
+  error(errors.Aggregate(#failed .. " services of the host failed", { inner_exceptions = list }), 0)
 end
 
 local function name_of(service)

@@ -176,7 +176,8 @@ local parallel = {}
 ---The first failure (of `fn`, of `on_progress`, of the source) cancels `token`, the ambient one of all of them, and no
 ---further item is taken. Returns, or raises, when all have ended and the source is closed. As in a task group, a
 ---call of `fn` that ends canceled has not failed.
----Cancellation: `options.token`, or `token`, or the ambient one; it wins over errors. Canceled before: the source is not touched.
+---Cancellation: `options.token`, or `token`, or the ambient one; it wins over errors. Canceled before: the source is
+---not touched.
 ---Raises: the one error as it is, or an Aggregate when several failed on their own.
 ---Source: .NET Parallel.ForEachAsync; its default degree is the number of processors.
 ---@param items table|function|coflow.Stream|coflow.Channel a list (`n` counts), an iterator, a stream or a channel
