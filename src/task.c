@@ -234,8 +234,8 @@ void wait_owner(lua_State *L, int on, const struct wait *w) {
 ** starts, and is settled with the others that the token cancels; what has a scheduler tells it first. */
 static void wake_fiber(lua_State *L, struct runtime *rt, struct fiber *f, const struct task *t) {
   const struct task *me = &f->task;
-  if (task_is(t, KIND_WAIT) && t->state == TASK_CANCELED && me->slot != 0 &&
-      !(me->flags & (TASK_STARTED | TASK_LINKED | TASK_ABANDONED)) &&
+  if (task_is(t, KIND_WAIT) && t->flags & TASK_QUIET && t->state == TASK_CANCELED &&
+      me->slot != 0 && !(me->flags & (TASK_STARTED | TASK_LINKED | TASK_ABANDONED)) &&
       !(me->traits & TRAIT_SCHEDULED)) {
     loop_land(L, rt, -1, &f->task);
     lua_pop(L, 1);
