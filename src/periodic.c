@@ -4,8 +4,9 @@
 ** Timer. One is 96 bytes, and a node in deadline.c. While armed it is held by the loop, in RUNTIME_TIMERS
 ** at the index of its deadline: whoever made it need not keep it. What it needs to start its function is
 ** the function and its *origin*: the context captured at creation, and the cancellation scope of whoever
-** created it, of which its tasks become members. Timers made at the same place share one origin. The
-** scope stays while an origin of it does (scope->refs), though nothing else may be left in it.
+** created it, of which its tasks become members; or, once that has ended, of the next one outside.
+** Timers made at the same place share one origin. The scope stays while an origin of it does
+** (scope->refs), though nothing else may be left in it.
 **
 ** When a Timer is due it puts a *tick* on the ready list, a task in memory of ours; when that lands the fiber
 ** is made, and run at once. So a million timers due at one instant need no million coroutines. A tick that

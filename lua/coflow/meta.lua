@@ -344,7 +344,8 @@ local Timer = {}
 ---the execution context and under the cancellation of whoever makes the timer; what one tick writes to async
 ---locals, the next does not see. A tick does not wait for the task of the one before. When the program was busy for
 ---longer than a period there is one tick for all that were missed, and the next one keeps to the grid.
----Cancellation: the timer goes on; its tasks end at their first wait.
+---Cancellation: the timer goes on; its tasks end at their first wait, until the scope that was canceled has ended:
+---then they are under the next one outside.
 ---Raises: nothing from `fn`: an error in it is reported as that of any task that nobody observes.
 ---Source: .NET System.Threading.Timer.
 ---@param fn function
