@@ -28,13 +28,14 @@ static bool push_public_name(lua_State *L) {
   luaL_getsubtable(L, LUA_REGISTRYINDEX, LUA_LOADED_TABLE);
   lua_getfield(L, -1, "coflow");
   if (!lua_istable(L, -1)) return false;
-  for (lua_pushnil(L); lua_next(L, fn + 2); lua_pop(L, 1)) {
-    if (lua_type(L, fn + 3) != LUA_TSTRING) continue;
-    if (lua_rawequal(L, -1, fn)) {
+  for (lua_pushnil(L); lua_next(L, fn + 2); lua_pop(L, 1))
+    if (lua_type(L, fn + 3) == LUA_TSTRING && lua_rawequal(L, -1, fn)) {
       lua_pushfstring(L, "coflow.%s", lua_tostring(L, fn + 3));
       return true;
     }
-    if (!lua_istable(L, -1)) continue;
+  for (lua_pushnil(L); lua_next(L, fn + 2);
+       lua_pop(L, 1)) { /* what is also a method comes second */
+    if (lua_type(L, fn + 3) != LUA_TSTRING || !lua_istable(L, -1)) continue;
     for (lua_pushnil(L); lua_next(L, fn + 4); lua_pop(L, 1))
       if (lua_type(L, fn + 5) == LUA_TSTRING && lua_rawequal(L, -1, fn)) {
         lua_pushfstring(L, "coflow.%s.%s", lua_tostring(L, fn + 3), lua_tostring(L, fn + 5));
