@@ -446,6 +446,39 @@ describe("AsyncLocal:with", function()
     assert.is_nil(loc.value)
   end))
 
+  it("refuses dispose from another task also when its own has ended", in_task(function()
+    local context = loc:run(9, flow.ExecutionContext.capture)
+    for _, open in ipairs {
+      function() return loc:with("gone") end, function() return context:enter() end,
+    } do
+      for _, scope in ipairs { flow.spawn(open):await(), flow.async(open)():await() } do
+        local err = raises("InvalidOperation", function() scope:dispose() end)
+        assert.equal("this scope was opened in another task: dispose of it there", err.message)
+        loc.value = "mine"
+        do local _ <close> = scope end -- nothing is left to be put back
+        assert.equal("mine", loc.value)
+      end
+    end
+  end))
+
+  it("refuses dispose to the generator of its task, and the reverse", in_task(function()
+    local scope, inner = loc:with("mine")
+    local generator = flow.coroutine.wrap(function()
+      local err = raises("InvalidOperation", function() scope:dispose() end)
+      assert.equal("this scope was opened outside this coroutine: dispose of it there", err.message)
+      inner = loc:with("the generator's")
+      flow.coroutine.yield()
+      inner:dispose()
+      return loc.value
+    end)
+    generator()
+    local err = raises("InvalidOperation", function() inner:dispose() end)
+    assert.equal("this scope was opened in another coroutine: dispose of it there", err.message)
+    assert.equal("mine", generator())
+    scope:dispose()
+    assert.is_nil(loc.value)
+  end))
+
   it("puts its value back at __close, also over inner ones that were never closed",
     in_task(function()
       loc.value = "before"
