@@ -1352,6 +1352,19 @@ describe("a value_changed handler that raises", function()
     outer:dispose()
     assert.is_nil(other.value)
   end))
+
+  it("shows in the async traceback of the task that has set", in_task(function()
+    local loc = flow.AsyncLocal { value_changed = function(args)
+      if not args.context_changed then error("refused") end
+    end }
+    local task = flow.spawn(function() loc.value = 1 end)
+    assert.matches("async_local_spec.lua:%d+: refused$", select(2, task:try_await()))
+    local line = debug.getinfo(1, "l").currentline
+    local handler = ("async_local_spec.lua:%d: in function <"):format(line - 4)
+    local setter = ("async_local_spec.lua:%d: in function <"):format(line - 2)
+    local _, at = task:traceback():find(handler, 1, true)
+    assert.is_truthy(at and task:traceback():find(setter, at, true), task:traceback())
+  end))
 end)
 
 describe("a value_changed handler that is called as a task is entered", function()

@@ -42,6 +42,38 @@ local callers = {
     flow.yield()
   end,
   ["a callback registered too late"] = function(fn) flow.CancellationToken.canceled:register(fn) end,
+  ["a value_changed handler of a set"] = function(fn)
+    local watched = flow.AsyncLocal { value_changed = function(args)
+      if args.current_value == 1 and not args.context_changed then fn() end
+    end }
+    watched.value = 1
+  end,
+  ["a value_changed handler of a switch"] = function(fn)
+    local told = false
+    local watched = flow.AsyncLocal { value_changed = function(args)
+      if told or not args.context_changed then return end
+      told = true
+      fn()
+    end }
+    flow.call(function() watched.value = 1 end)
+  end,
+  ["a method of a scheduler"] = function(fn)
+    local queued
+    local scheduler = flow.TaskScheduler.new { queue_task = function(_, task)
+      queued = task
+      fn()
+    end }
+    flow.spawn_on(scheduler, function() end)
+    scheduler:try_execute_task(queued)
+  end,
+  ["a handler of unobserved exceptions"] = function(fn)
+    local before = flow.on_unobserved_exception(function(err)
+      if err == "seen by nobody" then pcall(fn) end
+    end)
+    flow.async(error)("seen by nobody", 0)
+    support.collect()
+    flow.on_unobserved_exception(before)
+  end,
 }
 
 -- A test that runs outside every task, and then in one.
