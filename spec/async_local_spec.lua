@@ -446,6 +446,39 @@ describe("AsyncLocal:with", function()
     assert.is_nil(loc.value)
   end))
 
+  it("refuses dispose from another task also when its own has ended", in_task(function()
+    local context = loc:run(9, flow.ExecutionContext.capture)
+    for _, open in ipairs {
+      function() return loc:with("gone") end, function() return context:enter() end,
+    } do
+      for _, scope in ipairs { flow.spawn(open):await(), flow.async(open)():await() } do
+        local err = raises("InvalidOperation", function() scope:dispose() end)
+        assert.equal("this scope was opened in another task: dispose of it there", err.message)
+        loc.value = "mine"
+        do local _ <close> = scope end -- nothing is left to be put back
+        assert.equal("mine", loc.value)
+      end
+    end
+  end))
+
+  it("refuses dispose to the generator of its task, and the reverse", in_task(function()
+    local scope, inner = loc:with("mine")
+    local generator = flow.coroutine.wrap(function()
+      local err = raises("InvalidOperation", function() scope:dispose() end)
+      assert.equal("this scope was opened outside this coroutine: dispose of it there", err.message)
+      inner = loc:with("the generator's")
+      flow.coroutine.yield()
+      inner:dispose()
+      return loc.value
+    end)
+    generator()
+    local err = raises("InvalidOperation", function() inner:dispose() end)
+    assert.equal("this scope was opened in another coroutine: dispose of it there", err.message)
+    assert.equal("mine", generator())
+    scope:dispose()
+    assert.is_nil(loc.value)
+  end))
+
   it("puts its value back at __close, also over inner ones that were never closed",
     in_task(function()
       loc.value = "before"
@@ -1318,6 +1351,19 @@ describe("a value_changed handler that raises", function()
     assert.equal(1, loc.value)
     outer:dispose()
     assert.is_nil(other.value)
+  end))
+
+  it("shows in the async traceback of the task that has set", in_task(function()
+    local loc = flow.AsyncLocal { value_changed = function(args)
+      if not args.context_changed then error("refused") end
+    end }
+    local task = flow.spawn(function() loc.value = 1 end)
+    assert.matches("async_local_spec.lua:%d+: refused$", select(2, task:try_await()))
+    local line = debug.getinfo(1, "l").currentline
+    local handler = ("async_local_spec.lua:%d: in function <"):format(line - 4)
+    local setter = ("async_local_spec.lua:%d: in function <"):format(line - 2)
+    local _, at = task:traceback():find(handler, 1, true)
+    assert.is_truthy(at and task:traceback():find(setter, at, true), task:traceback())
   end))
 end)
 

@@ -533,6 +533,129 @@ describe("ExecutionContext.suppress_flow", function()
     assert.is_true(is_suppressed())
   end))
 
+  it("is undone by nobody else, who is told why", in_task(function()
+    local function refused(control)
+      return raises("InvalidOperation", function() control:undo() end).message
+    end
+    local elsewhere = flow.spawn(suppress):await()
+    assert.equal("the flow was suppressed in another task: undo it there", refused(elsewhere))
+    local control <close> = suppress()
+    flow.coroutine.wrap(function()
+      assert.equal("the flow was suppressed outside this coroutine: undo it there", refused(control))
+    end)()
+    flow.CancellationToken.canceled:register(function()
+      assert.equal("the flow was suppressed outside this callback: undo it there", refused(control))
+    end)
+    assert.is_true(is_suppressed())
+  end))
+
+  it("is not undone inside flow.call, which would put it back, but is at its block's end",
+    in_task(function()
+      for _, call in ipairs {
+        function(fn) flow.call(fn) end,
+        function(fn) flow.call(flow.call, fn) end,
+        function(fn) flow.call(function() coroutine.wrap(fn)() end) end,
+        function(fn) coroutine.wrap(function() flow.call(fn) end)() end,
+      } do
+        local control
+        do
+          local block <close> = suppress()
+          control = block
+          call(function()
+            raises("InvalidOperation", function() control:undo() end)
+            assert.is_true(is_suppressed())
+          end)
+          assert.is_true(is_suppressed())
+        end
+        assert.is_false(is_suppressed())
+        control:undo() -- harmless
+        control = suppress()
+        pcall(call, function() pcall(control.undo, control) end)
+        control:undo()
+        assert.is_false(is_suppressed())
+      end
+    end))
+
+  it("is undone inside the flow.call that it was begun in, whatever was the case before", in_task(function()
+    do
+      local _ <close> = suppress()
+      flow.call(function()
+        ExecutionContext.restore_flow()
+        local control = suppress()
+        control:undo()
+        assert.is_false(is_suppressed())
+      end)
+      assert.is_true(is_suppressed())
+    end
+    assert.is_false(is_suppressed())
+  end))
+
+  it("begun in a flow.call that has ended is not what is undone later", in_task(function()
+    local inner
+    local _ <close> = suppress()
+    flow.call(function()
+      ExecutionContext.restore_flow()
+      inner = suppress()
+    end)
+    local err = raises("InvalidOperation", function() inner:undo() end)
+    assert.equal("the flow was suppressed in a call or scope that has ended: undo it there", err.message)
+    do local _ <close> = inner end
+    assert.is_true(is_suppressed())
+  end))
+
+  it("ended while a call in another coroutine is open does not come back with its end", in_task(function()
+    local control = suppress()
+    local generator = coroutine.wrap(function() flow.call(coroutine.yield) end)
+    generator()
+    control:undo()
+    assert.is_false(is_suppressed())
+    generator()
+    assert.is_false(is_suppressed())
+  end))
+
+  it("ends with its block also over an entered context that was left open", in_task(function()
+    local context = context_with(1)
+    local entered
+    do
+      local _ <close> = suppress()
+      entered = context:enter()
+    end
+    assert.is_false(is_suppressed())
+    entered:dispose()
+    assert.is_false(is_suppressed())
+    assert.is_nil(loc.value)
+  end))
+
+  it("is not ordered with the values of a block, and ends without them", in_task(function()
+    local control
+    do
+      local _ <close> = loc:with(1)
+      control = suppress()
+    end
+    assert.is_nil(loc.value)
+    assert.is_true(is_suppressed())
+    local scope = loc:with(2)
+    control:undo()
+    control = suppress()
+    scope:dispose()
+    assert.is_nil(loc.value)
+    assert.is_true(is_suppressed())
+    control:undo()
+    assert.is_false(is_suppressed())
+  end))
+
+  it("may be in force in a coroutine that yields, in its caller's context", in_task(function()
+    local generator = flow.coroutine.wrap(function()
+      local control = suppress()
+      flow.coroutine.yield(is_suppressed())
+      control:undo()
+      return is_suppressed()
+    end, { context = "caller" })
+    assert.is_true(generator())
+    assert.is_true(is_suppressed())
+    assert.is_false(generator())
+  end))
+
   it("is not in force inside a registered callback, and what one starts does not outlive it",
     in_task(function()
       local source <close> = flow.CancellationTokenSource()

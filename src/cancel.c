@@ -386,7 +386,7 @@ static int call(lua_State *L, struct runtime *rt, int i, struct registration *r)
     int arguments = r->packed ? values_unpack(L) - 1 : 0;
     clear(L, i, r);
     rt->depth++;
-    status = lua_pcall(L, arguments, 0, 0);
+    status = guard_call(L, rt, arguments, 0);
     rt->depth--;
   }
   if (me->traits & TRAIT_PLAN) {

@@ -466,11 +466,12 @@ struct runtime {
   int started_at;               /* … there */
   struct fiber *handoff;        /* to be run at once by whoever runs the one that yields now */
   int depth;                    /* fibers nested on the C stack */
-  int hot;             /* of these, hot starts: their callers go on as soon as they suspend */
-  int reports;         /* errors that are being reported now, one within the other */
-  int faults;          /* failed tasks that are not known to be garbage */
-  struct level *level; /* the innermost coroutine of ours that is resumed now */
-  int slice;           /* how many more tasks may run before the pump polls */
+  int hot;                   /* of these, hot starts: their callers go on as soon as they suspend */
+  int reports;               /* errors that are being reported now, one within the other */
+  int faults;                /* failed tasks that are not known to be garbage */
+  struct level *level;       /* the innermost coroutine of ours that is resumed now */
+  struct callback *callback; /* the innermost one that runs within a task's code (guard.c) */
+  int slice;                 /* how many more tasks may run before the pump polls */
 
   bool meddled;      /* somebody has resumed or closed an idle coroutine: look at each */
   struct idle *idle; /* coroutines ready for reuse, each anchored in its slot */

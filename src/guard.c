@@ -7,10 +7,19 @@
 ** refused and change nothing, unless that task is closing the coroutine in which the guard was opened:
 ** what it kept then goes without a word.
 **
-** The suppression of flow is not ordered with the others; a second one is inert.
+** A *callback* (guard_call) is code of the user's that runs within somebody else's on the same task, as
+** cancel's do: it has a part of that stack to itself. What was opened outside is refused to it as to
+** another task: the context that it was opened in is not the one of the callback, or is about to be put
+** back. What a callback leaves open is dropped at its end, as at the end of a task; a dropped guard is
+** refused to everybody. (Not that of a coroutine that has ended: it is as disposed of.)
 **
-** Source: .NET AsyncFlowControl and ExecutionContext.Run; with() is a token of Python's contextvars as
-** a scope. SPDX-License-Identifier: MIT
+** The suppression of flow is ordered only with what puts it back; a second one is inert.
+**
+** Invariant: a guard that is neither done nor dropped is in the stack at its home. Those of a callback that
+**            runs are on top; it cannot suspend.
+** Source:    .NET AsyncFlowControl and ExecutionContext.Run; with() is a token of Python's contextvars as
+**            a scope.
+** SPDX-License-Identifier: MIT
 */
 #include "core.h"
 
@@ -21,9 +30,11 @@ struct guard {
   uint32_t tag;
   uint8_t kind;
   bool done;
-  uint16_t suppressed;         /* TASK_SUPPRESSED of the owner before */
+  bool suppressed;             /* the flow of its owner, before */
+  bool called;                 /* opened in a callback */
   void *owner;                 /* the task, or the coroutine's record, that it belongs to */
-  struct guard **home;         /* the owner's stack of guards; NULL once its end has come */
+  struct guard **home;         /* the owner's stack of guards; NULL: dropped */
+  const struct callback *in;   /* the callback that it belongs to, or NULL */
   lua_State *co;               /* where it was opened: order is kept per coroutine */
   struct guard *below, *above; /* in that stack */
   char place[];                /* where it was opened, if a yield could leave it; else not there */
@@ -32,11 +43,31 @@ enum { GUARD_SAVED = 1, GUARD_OWNER, GUARD_LOCAL };
 /* of GUARD_CONTEXT: the synchronization context before, which is the task's and no part of a context */
 enum { GUARD_SYNCHRONIZATION = GUARD_LOCAL };
 
-/* the scope belongs to the code that runs now, not to another task or coroutine */
+/* A callback while it runs: a frame on the C stack. */
+struct callback {
+  struct callback *up;
+  const struct task *task;
+  const struct level *own; /* the coroutine with a context of its own that it runs in, or NULL */
+  const lua_State *co;
+  struct guard **home; /* where it has opened guards, or NULL */
+};
+
+/* the callback that runs now, or NULL: the innermost one, unless that has started a task, or resumed a
+** coroutine with a context of its own, since */
+static struct callback *callback_of(const struct runtime *rt, const struct level *own) {
+  struct callback *c = rt->callback;
+  return c != NULL && c->task == rt->me && c->own == own ? c : NULL;
+}
+
+static const void *owner_of(const struct runtime *rt, const struct level *own) {
+  return own != NULL ? (const void *)own->record : (const void *)rt->me;
+}
+
+/* the scope belongs to the code that runs now, not to another task, coroutine or callback */
 static bool is_own(lua_State *L, const struct guard *g) {
-  struct runtime *rt = runtime(L);
+  const struct runtime *rt = runtime(L);
   const struct level *own = coroutine_own(rt);
-  return g->owner == (own != NULL ? (void *)own->record : (void *)rt->me);
+  return g->home != NULL && g->owner == owner_of(rt, own) && g->in == callback_of(rt, own);
 }
 
 /* [-0, +1, m] a guard of the running code, on its stack of guards; its user values are still nil */
@@ -56,6 +87,7 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   g->kind = (uint8_t)kind;
   g->suppressed = rt->me->flags & TASK_SUPPRESSED;
   const struct level *own = coroutine_own(rt);
+  struct callback *in = callback_of(rt, own);
   struct guard **home =
       own ? coroutine_guards(own->record) : &scope_own(L, rt, (struct fiber *)rt->me)->guards;
   if (own)
@@ -66,7 +98,11 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
   lua_setiuservalue(L, -2, GUARD_OWNER);
   g->home = home;
   g->co = L;
-  if (kind == GUARD_FLOW) return g; /* not ordered with the others */
+  if (in != NULL) {
+    g->in = in;
+    g->called = true;
+    in->home = home;
+  }
   g->below = *home;
   if (g->below) g->below->above = g;
   *home = g;
@@ -75,7 +111,7 @@ static struct guard *guard_new(lua_State *L, enum guard_kind kind) {
 
 static void unlink_guard(struct guard *g) {
   g->done = true; /* who has the guard at hand makes it forget what it kept */
-  if (g->home == NULL || g->kind == GUARD_FLOW) return;
+  if (g->home == NULL) return;
   if (g->above)
     g->above->below = g->below;
   else
@@ -84,14 +120,28 @@ static void unlink_guard(struct guard *g) {
   g->above = g->below = NULL;
 }
 
-void guard_drop_all(struct guard **home) {
-  for (struct guard *g = *home, *below; g != NULL; g = below) {
+/* the innermost guards at home, those of the callback `in`, or all (NULL): their end has come */
+static void drop(struct guard **home, const struct callback *in) {
+  struct guard *g = *home;
+  for (struct guard *below; g != NULL && (in == NULL || g->in == in); g = below) {
     below = g->below;
-    g->done = true;
     g->home = NULL;
+    g->in = NULL;
     g->above = g->below = NULL;
   }
-  *home = NULL;
+  if (g != NULL) g->above = NULL;
+  *home = g;
+}
+
+void guard_drop_all(struct guard **home) { drop(home, NULL); }
+
+int guard_call(lua_State *L, struct runtime *rt, int arguments, int handler) {
+  struct callback here = {rt->callback, rt->me, coroutine_own(rt), L, NULL};
+  rt->callback = &here;
+  int status = lua_pcall(L, arguments, 0, handler);
+  rt->callback = here.up;
+  if (here.home != NULL) drop(here.home, &here);
+  return status;
 }
 
 /* [-0, +0, -] the guard at i remembers the synchronization context of the running task */
@@ -108,9 +158,21 @@ static void take(lua_State *L, int i, int uservalue) {
   lua_setiuservalue(L, i, uservalue);
 }
 
+/* g, which puts the suppression back, is about to: what has suppressed the flow since has no more to undo */
+static void drop_suppressions(struct guard *g) {
+  for (struct guard *a = g->above, *next; a != NULL; a = next) {
+    next = a->above;
+    if (a->kind != GUARD_FLOW) continue;
+    unlink_guard(a);
+    a->done = false;
+    a->home = NULL;
+  }
+}
+
 /* [-0, +0, me] puts back what the guard at i, whose owner is running, remembers */
 static void guard_restore(lua_State *L, int i, struct guard *g) {
   struct task *me = runtime(L)->me;
+  if (g->kind == GUARD_CONTEXT) drop_suppressions(g);
   unlink_guard(g);
   take(L, i, GUARD_SAVED);
   if (g->kind == GUARD_VALUE) {
@@ -118,7 +180,7 @@ static void guard_restore(lua_State *L, int i, struct guard *g) {
     context_set_local(L, lua_gettop(L), lua_gettop(L) - 1);
     lua_pop(L, 1);
   } else {
-    me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | g->suppressed);
+    me->flags = (uint16_t)((me->flags & ~TASK_SUPPRESSED) | (g->suppressed ? TASK_SUPPRESSED : 0));
     context_swap(L);
     if (me->traits & TRAIT_PLAN) {
       take(L, i, GUARD_SYNCHRONIZATION);
@@ -128,35 +190,74 @@ static void guard_restore(lua_State *L, int i, struct guard *g) {
   lua_pop(L, 1);
 }
 
+static bool is_of_coroutine(const struct guard *g) {
+  return *(const uint32_t *)g->owner == TAG_COROUTINE;
+}
+
+/* a guard that is not the running code's */
 static int refuse_stranger(lua_State *L, const struct guard *g) {
-  return error_throw(
-      L, ERROR_OPERATION,
-      g->kind == GUARD_FLOW
-          ? "the flow was suppressed by another task: undo it in the task that suppressed it"
-          : "this scope belongs to another task: dispose of it in the task that opened it");
+  const struct runtime *rt = runtime(L);
+  const struct level *own = coroutine_own(rt);
+  bool here = g->owner == owner_of(rt, own);
+  const char *where;
+  if (here && !g->called && callback_of(rt, own) != NULL)
+    where = "outside this callback";
+  else if (g->called)
+    where = "in a callback";
+  else if (here)
+    where = "in a call or scope that has ended";
+  else if (g->owner == rt->me)
+    where = "outside this coroutine";
+  else if (is_of_coroutine(g))
+    where = "in another coroutine";
+  else
+    where = "in another task";
+  error_push(L, ERROR_OPERATION,
+             g->kind == GUARD_FLOW ? "the flow was suppressed %s: undo it there"
+                                   : "this scope was opened %s: dispose of it there",
+             where);
+  return lua_error(L);
+}
+
+/* a, above g, must be closed before g: it is of the same coroutine; or of the one that runs now, and would
+** put back what g undoes */
+static bool is_before(const lua_State *L, const struct guard *a, const struct guard *g) {
+  return a->co == g->co || (a->co == L && a->kind == GUARD_CONTEXT);
+}
+
+/* ends a suppression, also for the guards above, which are to put it back */
+static void end_suppression(struct guard *g, struct task *me) {
+  for (struct guard *a = g->above; a != NULL; a = a->above) a->suppressed = false;
+  unlink_guard(g);
+  me->flags &= (uint16_t)~TASK_SUPPRESSED;
 }
 
 static void undo_flow(lua_State *L, struct guard *g) {
   struct task *me = runtime(L)->me;
-  if (g->done) return;
-  if (!is_own(L, g)) refuse_stranger(L, g);
   if (!(me->flags & TASK_SUPPRESSED))
     error_throw(L, ERROR_OPERATION, "the flow of the execution context is not suppressed here");
-  g->done = true;
-  me->flags &= (uint16_t)~TASK_SUPPRESSED;
+  for (const struct guard *a = g->above; a != NULL; a = a->above)
+    if (a->kind == GUARD_CONTEXT && is_before(L, a, g))
+      error_throw(
+          L, ERROR_OPERATION,
+          "the flow was suppressed outside a call or scope that is still open, and would put "
+          "the suppression back: undo it when that has ended");
+  end_suppression(g, me);
 }
 
 static int l_guard_dispose(lua_State *L) {
   struct guard *g = (struct guard *)object_check(L, 1, TAG_GUARD);
   lua_settop(L, 1);
+  if (g->done) return 0;
   if (g->kind == GUARD_FLOW) {
+    if (!is_own(L, g)) return refuse_stranger(L, g);
     undo_flow(L, g);
     return 0;
   }
-  if (g->done) return 0;
+  if (g->home == NULL && !g->called && is_of_coroutine(g)) return 0; /* its end has done so */
   if (!is_own(L, g)) return refuse_stranger(L, g);
   for (const struct guard *a = g->above; a != NULL; a = a->above)
-    if (a->co == g->co)
+    if (a->kind != GUARD_FLOW && is_before(L, a, g))
       return error_throw(
           L, ERROR_OPERATION,
           "scopes must be disposed of in reverse order: one opened later is still open");
@@ -169,19 +270,20 @@ static int l_guard_close(lua_State *L) {
   lua_settop(L, 1);
   if (g->done) return 0;
   if (!is_own(L, g)) {
-    if (L != g->co) return refuse_stranger(L, g);
+    const struct callback *c = runtime(L)->callback;
+    bool called = c != NULL && c->co == L; /* in the midst of the block, whose coroutine this is */
+    if (g->home != NULL && (L != g->co || called)) return refuse_stranger(L, g);
     unlink_guard(g); /* somebody else has closed that coroutine */
     take(L, 1, GUARD_SAVED);
     return 0;
   }
   if (g->kind == GUARD_FLOW) {
-    if (runtime(L)->me->flags & TASK_SUPPRESSED) undo_flow(L, g);
-    g->done = true;
+    end_suppression(g, runtime(L)->me);
     return 0;
   }
   for (struct guard *a = g->above, *next; a != NULL; a = next) {
     next = a->above; /* left open by their blocks: their values go with this scope */
-    if (a->co == g->co) unlink_guard(a);
+    if (a->kind != GUARD_FLOW && a->co == g->co) unlink_guard(a);
   }
   guard_restore(L, 1, g);
   return 0;
@@ -198,7 +300,7 @@ bool guard_push_left_open(lua_State *L, struct runtime *rt, const lua_State *co)
   const struct guard *g =
       own ? *coroutine_guards(own->record) : scope_own(L, rt, (struct fiber *)rt->me)->guards;
   for (; g != NULL; g = g->below)
-    if (g->co == co) {
+    if (g->co == co && g->kind != GUARD_FLOW) {
       lua_pushstring(L, g->place);
       return true;
     }
@@ -284,7 +386,7 @@ static int l_suppress(lua_State *L) {
   struct task *me = runtime(L)->me;
   struct guard *g = guard_new(L, GUARD_FLOW);
   if (me->flags & TASK_SUPPRESSED)
-    g->done = true; /* a second one is inert */
+    unlink_guard(g); /* a second one is inert */
   else
     me->flags |= TASK_SUPPRESSED;
   return 1;

@@ -193,7 +193,7 @@ int schedule_call_outside(lua_State *L, struct runtime *rt, int arguments) {
   context_push_current(L);
   schedule_push_context(L, outside);
   lua_rotate(L, base, 2); /* locals context fn arguments */
-  int status = lua_pcall(L, arguments, 0, 0);
+  int status = guard_call(L, rt, arguments, 0);
   outside->flags = (uint16_t)((outside->flags & ~TASK_SUPPRESSED) | suppressed);
   rt->me = outside;
   context_push_current(L);

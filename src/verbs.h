@@ -415,6 +415,9 @@ ONCE void context_open(lua_State *L);
 /* ---- guard.c: scopes of the context ---- */
 
 void guard_drop_all(struct guard **home); /* [-0, +0, -] of an owner whose end has come */
+/* [-(n+1), +1 if it fails, -] calls a function of the user with n arguments as a callback, within the
+** running task's code; handler: index of a message handler, or 0 */
+int guard_call(lua_State *L, struct runtime *rt, int arguments, int handler);
 /* [-0, +1, m] where one was opened in the coroutine co, which shares our context, that is open yet;
 ** false: [-0, +0] */
 bool guard_push_left_open(lua_State *L, struct runtime *rt, const lua_State *co);

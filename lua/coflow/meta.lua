@@ -443,11 +443,13 @@ function AsyncLocal:with(value) end
 local Scope = {}
 
 ---Undoes it now. A second time is harmless.
----Raises: InvalidOperation out of order or from another task; nothing is changed then.
+---Raises: InvalidOperation out of order, from another task or coroutine, or in a callback (of a token, a value_changed
+---handler …) from outside it or the reverse; nothing is changed then.
 function Scope:dispose() end
 
 ---The same as `dispose`; the name is for `suppress_flow`.
----Raises: as `dispose`; InvalidOperation also if the flow was restored otherwise.
+---Raises: as `dispose`; InvalidOperation also if the flow was restored otherwise, or in a `flow.call` begun since,
+---which would suppress it again.
 function Scope:undo() end
 
 ---An immutable snapshot of all async locals that flow. `pairs(context)` gives locals and values, for debugging.
