@@ -206,6 +206,10 @@ describe("a stream", function()
       kept = emit
       assert.truthy(raised(emit, nil):find("nil is not an item", 1, true))
       assert.truthy(raised(emit):find("bad argument #1", 1, true))
+      local line = helper.here(1)
+      local _, err = pcall(function() emit(1, 2, 3) end)
+      assert.truthy(err:find(line .. ": bad argument #3 to 'emit' (an item is one or two values)", 1, true), err)
+      assert.truthy(raised(emit, 1, nil, false):find("bad argument #3", 1, true))
       is_error("InvalidOperation", raised(flow.await, flow.spawn(emit, 1)), "emit")
       is_error("InvalidOperation", raised(flow.coroutine.wrap(function() emit(1) end)), "emit")
       emit(2)
@@ -911,6 +915,41 @@ describe("stream.from", function()
     local i = 0
     local callable = setmetatable({}, { __call = function() i = i + 1 if i < 3 then return i end end })
     assert.same({ 1, 2 }, stream.from(callable):to_table())
+  end))
+
+  -- once the third value was lost
+  it("refuses an iterator that gives three values", in_task(function()
+    local log, note = recorder()
+    local closed = closing(function() note("closed") end)
+    local function three() return 1, 2, false end
+    for _, through in ipairs { "map", "buffer", "merge" } do
+      local s = stream.from(three, nil, nil, closed)
+      s = through == "map" and s or s[through](s, through == "buffer" and 1 or {})
+      local it <close> = s:iterate()
+      is_error("InvalidOperation", raised(it), "an item is one or two values")
+      assert.is_nil(it())
+    end
+    assert.same({ "closed", "closed", "closed" }, log)
+    is_error("InvalidOperation", raised(drain, stream.from(("abc"):gmatch("(.)(.)(.)"))), "iterator")
+  end))
+
+  -- once it said source.lua:135: bad argument #1 to 'fn'
+  it("says of a function of C that it is no iterator of that, without a place in the library", in_task(function()
+    local expected = "bad argument #1 to 'next' (table expected, got nil)"
+    assert.equal(expected, raised(drain, stream.from(next)))
+    assert.equal(expected, raised(flow.parallel.for_each, next, print))
+    assert.equal(expected, raised(drain, stream.from { 1 }:flat_map(function() return next end)))
+    assert.same({ { 1, "a" }, { 2, "b" } }, stream.from(next, { "a", "b" }):to_table())
+    local values = { 1, {}, 3 }
+    local pulled = stream.from(flow.coroutine.wrap(function()
+      for _, value in ipairs(values) do
+        flow.yield() -- in the first call as in the later ones
+        flow.coroutine.yield(value)
+      end
+    end)):to_table()
+    assert.same(values, pulled)
+    local err = {}
+    assert.equal(err, raised(drain, stream.from(flow.coroutine.wrap(function() error(err) end))))
   end))
 
   it("takes a stream, an iteration of one, and anything that can be iterated", in_task(function()

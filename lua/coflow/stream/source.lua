@@ -31,9 +31,11 @@ local function open_producer(fn, run)
   local source, own, thread -- nil before the first pull; own: the source's token
   local closing, refusals = false, 0
 
-  local function emit(value, second)
+  local function emit(value, second, third)
     if value == nil then
       core.argument_error(1, "nil is not an item")
+    elseif third ~= nil then
+      core.argument_error(3, "an item is one or two values")
     elseif running() ~= thread then
       error(errors.InvalidOperation("emit can only be called by the producer function itself, not from another task, "
         .. "coroutine or callback, nor after its end"), 2)
@@ -90,7 +92,7 @@ end
 ---A stream of what `fn` emits. Each iteration calls `fn` anew, when its first item is asked for: it goes on to
 ---`emit(item)`, which returns when the next item is asked for. It runs in the execution context in which the iteration
 ---started; what it writes there is kept from item to item, and never seen outside. An item is any value but nil,
----or two values.
+---or two values; a third one is refused.
 ---
 ---When the iteration is left early `token` is canceled, and then `emit` raises its OperationCanceled, so that `<close>`
 ---variables run; they may wait. A producer that catches it and emits again gets it again, and after a hundred
@@ -129,10 +131,32 @@ local function close_value(value)
   local _ <close> = value
 end
 
+local function returned(ok, ...)
+  if ok then return ... end
+  error((...), 0)
+end
+
+-- If a function of C is no iterator, or not of that state, its first call says so with the line of whoever calls it,
+-- which would be ours; pcall has none.
+local function call_first(fn, state, control)
+  if type(fn) ~= "function" or debug.getinfo(fn, "S").what ~= "C" then return fn(state, control) end
+  return returned(pcall(fn, state, control))
+end
+
 local function open_iterator(run, fn, state, control, closing)
+  local call
+  local function first() -- only this one is looked at: the others are to cost nothing
+    call = fn
+    local value, second, third = call_first(fn, state, control)
+    if third ~= nil then
+      error(errors.InvalidOperation("an item is one or two values: the iterator gave a third one"), 0)
+    end
+    return value, second
+  end
+  call = first
   return function()
     if run.closed then return nil end
-    local value, second = fn(state, control)
+    local value, second = call(state, control)
     control = value
     return value, second
   end, closing ~= nil and function() close_value(closing) end or nil
@@ -193,7 +217,8 @@ end
 ---a method `iterate`. Of an iterator it takes what `for` takes (`stream.from(pairs(t))`: keys and values), the
 ---to-be-closed value too; two values are one item. Where that state is used up, a second iteration finds nothing.
 ---A list has as many elements as its `n` says, or else `#list`.
----Raises: InvalidOperation, when it comes to it, for an element of a list that is nil.
+---Raises: InvalidOperation, when it comes to it, for an element of a list that is nil, or an iterator whose
+---first item is of three values.
 ---@param source table|function|coflow.Stream|coflow.Channel
 ---@return coflow.Stream
 local function from(source, state, control, closing)
