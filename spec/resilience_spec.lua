@@ -190,7 +190,7 @@ describe("retry", function()
 
   it("takes its delays from a generator, uncapped, and its own where that gives none", in_task(function()
     local log, note = recorder()
-    local given = { 10, -1, nil, 0, 0 / 0, n = 5 }
+    local given = { 10, -1, nil, 0, -math.huge, n = 5 }
     local problem = {}
     local delays = delays_of {
       delay = 1, backoff = "linear", max_delay = 4, max_retry_attempts = 5,
@@ -203,6 +203,8 @@ describe("retry", function()
     assert.same({ "0 false", "1 false", "2 false", "3 false", "4 false" }, log)
     local strategy = resilience.retry { delay_generator = function() return "1" end }
     helper.is_error("InvalidOperation", raised(strategy.execute, strategy, fail), "delay_generator", "string")
+    strategy = resilience.retry { delay_generator = function() return 0 / 0 end } -- once like a negative one
+    helper.is_error("InvalidOperation", raised(strategy.execute, strategy, fail), "delay_generator", "NaN")
   end))
 
   it("tells on_retry before each delay, not after the last attempt", in_task(function()
@@ -485,6 +487,18 @@ describe("circuit_breaker", function()
     run(breaker, "--")
     flow.sleep(1e9)
     assert.equal("open", run(breaker, "-"))
+  end))
+
+  it("has a state that cannot be assigned", in_task(function()
+    local breaker = resilience.circuit_breaker { minimum_throughput = 2 }
+    for _, state in ipairs { "closed", "open" } do
+      local line = helper.here(1)
+      local _, err = pcall(function() breaker.state = "isolated" end)
+      local expected = line .. ": field 'state' of a coflow.resilience.circuit_breaker cannot be assigned"
+      assert.truthy(err:find(expected, 1, true), err)
+      assert.equal(state, breaker.state)
+      run(breaker, "--")
+    end
   end))
 
   it("counts errors that should_handle does not want as successes", in_task(function()

@@ -16,9 +16,15 @@ local class = { __name = "coflow.AsyncLazy", methods = AsyncLazy }
 function class.__index(lazy, key)
   if key == "is_value_created" then
     local current = rawget(lazy, "_flight")
-    return current ~= nil and not current.given_up and current.task.is_completed_successfully
+    return current and not current.given_up and current.task.is_completed_successfully
   end
   return AsyncLazy[key]
+end
+
+-- The fields of its own are there from the beginning, so that it is for others only.
+function class.__newindex(lazy, key, value)
+  if key == "is_value_created" then error("field 'is_value_created' of an AsyncLazy cannot be assigned", 2) end
+  rawset(lazy, key, value)
 end
 
 local known_options = { retry_on_failure = true }
@@ -62,7 +68,8 @@ AsyncLazy.get_async = arguments.twin(AsyncLazy.get, check_get)
 local function new(factory, options)
   core.check_function(1, factory)
   options = core.check_options(2, options, known_options)
-  return setmetatable({ _factory = factory, _retry = options.retry_on_failure and true or false }, class)
+  local retry = options.retry_on_failure and true or false
+  return setmetatable({ _factory = factory, _retry = retry, _flight = false }, class)
 end
 
 return { AsyncLazy = new }

@@ -62,7 +62,7 @@ local function state_of(self)
 end
 
 local function begin(self, state)
-  self._state, self._period, self._probe, self._inner = state, self._period + 1, nil, nil
+  self._state, self._period, self._probe, self._inner = state, self._period + 1, false, nil
   clear_counts(self)
 end
 
@@ -122,7 +122,7 @@ function passing.__close(passage, err)
   local self = passage.breaker
   if passage.period ~= self._period then return end -- it was refused, or began before
   local ok, result = pcall(verdict, self, passage, err) -- which may suspend
-  if self._probe == passage then self._probe = nil end
+  if self._probe == passage then self._probe = false end
   if not ok then error(result, 0) end
   if passage.period ~= self._period then return end
   if result == "success" then succeeded(self) elseif result == "failure" then failed(self, err) end

@@ -54,6 +54,8 @@ local function delay_after(self, state, attempt, err)
   local given = call(self._delay_generator, { attempt_number = attempt, error = err })
   if given and type(given) ~= "number" then
     error(errors.InvalidOperation("delay_generator must return a number of seconds or nil, not a " .. type(given)), 0)
+  elseif given ~= given then
+    error(errors.InvalidOperation("delay_generator must return a number of seconds or nil, not NaN"), 0)
   end
   return given and given >= 0 and given or delay
 end
@@ -92,6 +94,7 @@ local class = strategy.class("retry", run)
 ---A strategy that calls the function again when it has failed. When the attempts are used up the last error comes
 ---out as it is. With a delay of 0 others that are ready come first, where it can suspend.
 ---Cancellation: ends the delay, and is never retried.
+---Raises: InvalidOperation for a delay of `delay_generator` that is no number, or NaN.
 ---@param options? coflow.RetryOptions
 ---@return coflow.Strategy
 return strategy.constructor(class, {

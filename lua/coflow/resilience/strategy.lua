@@ -121,6 +121,11 @@ function strategy.class(name, run, getters)
       if get then return get(self) end
       return methods[key]
     end
+
+    function class.__newindex(self, key, value)
+      if getters[key] then error(("field '%s' of a %s cannot be assigned"):format(key, class.__name), 2) end
+      rawset(self, key, value)
+    end
   end
 
   ---Refuses a `self` of another class.
