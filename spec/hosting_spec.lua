@@ -444,7 +444,9 @@ describe("Host", function()
       assert.equal("string", type(err))
       assert.truthy(err:find(message, 1, true), err)
     end
-    refuses("shutdown_timeout must be a number", function() flow.Host { shutdown_timeout = -1 } end)
+    refuses("shutdown_timeout must be a number of seconds, not negative", function()
+      flow.Host { shutdown_timeout = -1 }
+    end)
     refuses("shutdown_timeout must be a number", function() flow.Host { shutdown_timeout = 0 / 0 } end)
     refuses("failure must be", function() flow.Host { failure = "crash" } end)
     refuses("unknown option 'timeout'", function() flow.Host { timeout = 1 } end)

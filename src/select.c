@@ -68,7 +68,7 @@ static lua_Integer check_list(lua_State *L, double *seconds) {
   lua_pushliteral(L, "timeout");
   if (lua_rawget(L, 1) != LUA_TNIL) {
     luaL_argcheck(L, lua_type(L, -1) == LUA_TNUMBER && lua_tonumber(L, -1) >= 0, 1,
-                  "timeout must be a number of seconds");
+                  "timeout must be a number of seconds, not negative");
     *seconds = (double)lua_tonumber(L, -1);
   }
   lua_settop(L, 2);

@@ -129,7 +129,7 @@ local function task_group(fn, options)
   elseif not policies[policy] then
     core.argument_error(2, "policy must be \"fail_fast\", \"supervise\" or \"first_success\"")
   elseif grace ~= nil and not arguments.is_seconds(grace) then
-    core.argument_error(2, "grace must be a number of seconds")
+    core.argument_error(2, "grace must be a number of seconds, not negative")
   end
   local group, depth = core.open_group(limit, policies[policy], grace)
   local _ <close> = group

@@ -520,7 +520,7 @@ local function new_host(options)
   options = core.check_options(1, options, known_options)
   local timeout, failure = options.shutdown_timeout or 30, options.failure or "stop_host"
   if not arguments.is_seconds(timeout) then
-    core.argument_error(1, "shutdown_timeout must be a number of seconds")
+    core.argument_error(1, "shutdown_timeout must be a number of seconds, not negative")
   elseif failure ~= "stop_host" and failure ~= "ignore" then
     core.argument_error(1, "failure must be \"stop_host\" or \"ignore\"")
   end

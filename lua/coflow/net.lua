@@ -362,7 +362,7 @@ local function check_serve(self, fn, options, token)
   if max ~= nil and not is_count(max, 1) then
     core.argument_error(3, "max_connections must be a positive integer")
   elseif grace ~= nil and not is_seconds(grace) then
-    core.argument_error(3, "grace must be a number of seconds")
+    core.argument_error(3, "grace must be a number of seconds, not negative")
   elseif on_error ~= nil and not core.is_callable(on_error) then
     core.argument_error(3, "on_error must be a function")
   end

@@ -58,7 +58,7 @@ function flow.shield(options, ...)
   local grace = core.check_options(1, options, shield_options).grace
   core.check_function(2, (...))
   if grace ~= nil and not arguments.is_seconds(grace) then
-    core.argument_error(1, "grace must be a number of seconds")
+    core.argument_error(1, "grace must be a number of seconds, not negative")
   end
   return shielded(grace, ...)
 end
