@@ -110,8 +110,6 @@ bool items_insert(lua_State *L, int ch, struct channel *c, int v) {
   lua_getiuservalue(L, ch, CHANNEL_ITEMS);
   lua_pushvalue(L, v);
   lua_call(L, 3, 1); /* comparers run in it; the last thing that it does is to put the item there */
-  if (lua_type(L, -1) == LUA_TSTRING) /* select has it in its list */
-    blame_argument(L, v == 2 ? 2 : 1, lua_tostring(L, -1));
   bool done = lua_toboolean(L, -1);
   lua_pop(L, 1);
   if (!done) return false;

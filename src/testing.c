@@ -4,8 +4,8 @@
 ** A test runs on the scheduler, the timers and the poll of production. While one runs
 **
 ** - time is virtual (poll.c). What waits until the loop is *idle*, a task of KIND_IDLE, comes before any
-**   jump of the clock: one at a time, the last one first, so that settling inside settling nests. Those who move a
-**   clock by hand come after all of these, among themselves also the last one first.
+**   jump of the clock: one at a time, the last one first, so that settling inside settling nests. Whoever moves a
+**   clock by hand comes after all of these.
 ** - with a seed, any of the first WINDOW ready tasks comes next, and equal deadlines fire in any order.
 **   Nothing but the seed decides: no address, no hash, no real clock. Nobody starves: the first of the
 **   list is passed over PATIENCE times at most.
@@ -313,24 +313,18 @@ void testing_land(lua_State *L, int i) {
   task_settle(L, runtime(L), i, 0);
 }
 
-struct idler {
-  struct task task;
-  bool moves; /* the clock: it stands behind all that do not */
-};
-
-/* idle(moves) -> a task that is complete once nothing else is left to do; moves: nor anybody settles */
+/* idle(last) -> a task that is complete once nothing else is left to do; last: nor anybody else waits
+** for that */
 static int l_idle(lua_State *L) {
   struct runtime *rt = runtime(L);
   struct task **at = &rt->idlers;
   lua_settop(L, 1);
-  struct idler *idler = (struct idler *)task_new(L, KIND_IDLE, sizeof *idler, TASK_WAITERS, false);
-  struct task *t = &idler->task;
+  struct task *t = task_new(L, KIND_IDLE, sizeof *t, TASK_WAITERS, false);
   if (rt->clock == CLOCK_REAL)
     return error_throw(L, ERROR_OPERATION, "only under testing.run is there such a moment");
-  idler->moves = lua_toboolean(L, 1);
   task_hold(L, -1, t);
-  while (idler->moves && *at != NULL && !((const struct idler *)(const void *)*at)->moves)
-    at = &(*at)->next;
+  if (lua_toboolean(L, 1))
+    while (*at != NULL) at = &(*at)->next;
   t->flags |= TASK_LINKED;
   t->next = *at;
   *at = t;

@@ -96,70 +96,33 @@ local function place(pieces, at, position, spare, item)
   end
 end
 
--- Puts `item` where it belongs. false: the channel has been completed meanwhile; a string: what is wrong with it.
-local function put(self, pieces, item, comparer)
-  while true do
-    local version = version_of(self)
-    if not version then return false end
-    local count = #pieces
-    local at = math.min(search(pieces, count, item, comparer, true), math.max(count, 1))
-    local piece = pieces[at]
-    local position = piece and search(piece, #piece, item, comparer) or 1
-    local spare = (not piece or #piece >= PIECE) and {} or nil
-    if version_of(self) == version then -- else it is another one now
-      place(pieces, at, position, spare, item)
-      return true
-    end
-  end
-end
-
--- What is raised in here itself, not in a metamethod, is that `<` does not know the item.
-local function by_less(a, b) return a < b end
-
-local Unknown = {}
-
-local function look_at_error(err)
-  local info = debug.getinfo(2, "f")
-  if info and info.func == by_less then return setmetatable({ err }, Unknown) end
-  return core.trace_handler(err)
-end
-
-local function outcome(ok, result)
-  if ok then return result end
-  if getmetatable(result) ~= Unknown then error(result, 0) end
-  return result[1]:match("attempt to .*") .. ": a comparer says which item goes first"
-end
-
-local simple = { number = true, string = true }
-
--- `put` for a channel without a comparer.
-local function put_by_less()
-  local kind -- all items are of this type, of those that `<` always knows; or nil
-  return function(self, pieces, item)
-    local own = type(item)
-    if own == kind or #pieces == 0 and simple[own] then
-      kind = own
-      return put(self, pieces, item, by_less)
-    end
-    kind = nil
-    return outcome(xpcall(put, look_at_error, self, pieces, item, by_less))
-  end
-end
-
 ---A channel without a limit whose items are read in order of priority; equal ones as they were written.
----What `comparer` raises, the write raises, and the item is not there. Without one, an item that `<` cannot compare
----with those that are there is a wrong argument.
+---What `comparer` raises, the write raises, and the item is not there.
 ---Source: .NET Channel.CreateUnboundedPrioritized; there the order of equal items is open.
 ---@param options? { comparer?: fun(a, b): boolean } true if `a` goes first; by default a < b
 ---@return coflow.Channel
 function Channel.prioritized(options)
   local comparer = core.check_options(1, options, prioritized_options).comparer
   if comparer == nil then
-    return channel_new(nil, nil, nil, put_by_less())
+    comparer = core.less
   elseif not core.is_callable(comparer) then
     core.argument_error(1, "comparer must be a function")
   end
-  return channel_new(nil, nil, nil, function(self, pieces, item) return put(self, pieces, item, comparer) end)
+  return channel_new(nil, nil, nil, function(self, pieces, item)
+    while true do
+      local version = version_of(self)
+      if not version then return false end -- a comparer has completed it
+      local count = #pieces
+      local at = math.min(search(pieces, count, item, comparer, true), math.max(count, 1))
+      local piece = pieces[at]
+      local position = piece and search(piece, #piece, item, comparer) or 1
+      local spare = (not piece or #piece >= PIECE) and {} or nil
+      if version_of(self) == version then -- else it is another one now
+        place(pieces, at, position, spare, item)
+        return true
+      end
+    end
+  end)
 end
 
 -- Batches ---------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ function Clock.settle(_) core.await(core.testing.idle()) end
 ---@class coflow.testing.FakeTimeProvider
 ---@field _now number its time while it is not installed
 ---@field _installed boolean
----@field _advances table[] those under way, in the order in which they began
+---@field _advances table[] those under way, by their targets; `turn`: a completion source of one that waits
+---@field _leader table? the one of these that moves the clock
 local FakeTimeProvider = { __name = "coflow.testing.FakeTimeProvider" }
 FakeTimeProvider.__index = FakeTimeProvider
 
@@ -89,60 +90,78 @@ function FakeTimeProvider:settle()
   Clock.settle(self)
 end
 
--- Advances under way, of several tasks or one in what another one has woken, add up: each is to take the clock on from
--- where those before it will have taken it. So where the clock is going is the target of the last one.
---
--- - The clock moves only when nothing else is left to do; also nobody settles then. So whoever settles during an
---   advance goes on before any time passes, and one by 0 seconds is an advance like any other.
--- - At the last target, once all has settled, the last one returns; and the one before it when what that has led to has
---   settled, too, which may be further advances. So what was woken by an advance may advance as it likes, and
---   has done so when that one returns; but those who do so for ever hold up the others for ever.
--- - The time that passes is that of the first one that has not had its own yet. One that is canceled takes back what it
---   has not had: those that began later have so much less to go, and still as much as they asked for.
--- - One that is left at the end of its test is no longer under way when its task has been closed; and the next run
---   begins with none.
---
--- Invariant: the target of each is its own seconds after that of the one before it, or after the time at which it began
--- or another one was canceled, if that is later. So where one is not reached, none of those behind it is.
+-- One of the advances under way, the leader, moves the clock, no further than to the first of their targets; the others
+-- wait for theirs, or for their turn to lead. Whoever leads and ends, in whatever way, leaves that to the first. So one
+-- that has been begun inside another one goes on beyond it as soon as the test waits; and when the test's function has
+-- returned no more time passes: those that are under way then end where the clock stands.
 
-local function chain(list, from)
-  for at = from, #list do
-    local entry, before = list[at], list[at - 1]
-    entry.target = math.max(core.loop.now(), before and before.target or 0) + entry.seconds
-  end
+local function lead(provider, entry)
+  provider._leader = entry
+  if entry and entry.turn then entry.turn:try_set_result() end
 end
 
 local advancing = {
   __close = function(guard)
-    local list, at = guard.list, #guard.list
-    while at > 0 and list[at] ~= guard.entry do at = at - 1 end
-    if at == 0 then return end -- there was no memory for it
-    table.remove(list, at)
-    if guard.entry.target > core.loop.now() then chain(list, at) end
+    local provider, entry = guard.provider, guard.entry
+    local list = provider._advances
+    for at = #list, 1, -1 do
+      if list[at] == entry then table.remove(list, at) end
+    end
+    if provider._leader == entry then lead(provider, list[1]) end
   end,
 }
 
-local function advance(self, seconds)
-  local list, entry = self._advances, { seconds = seconds }
-  local _ <close> = setmetatable({ list = list, entry = entry }, advancing)
-  list[#list + 1] = entry
-  chain(list, #list)
-  while true do
-    local idle = core.testing.idle(true)
-    idle.name = "FakeTimeProvider:advance"
-    core.await(idle)
-    local target = list[#list].target
-    if core.loop.now() >= target then return end
-    core.testing.step(target)
+local function begin_advance(self, seconds)
+  local entry, list = { target = core.loop.now() + seconds }, self._advances
+  local at = #list + 1
+  while at > 1 and list[at - 1].target > entry.target do at = at - 1 end
+  if self._leader then
+    entry.turn = core.TaskCompletionSource()
+    entry.turn.task.name = "FakeTimeProvider:advance"
+  else
+    lead(self, entry)
   end
+  table.insert(list, at, entry)
+  return entry
+end
+
+local function advance(self, seconds)
+  local entry = begin_advance(self, seconds)
+  local _ <close> = setmetatable({ provider = self, entry = entry }, advancing)
+  if entry.turn then core.await(entry.turn.task) end
+  while not entry.reached do
+    core.await(core.testing.idle(true))
+    local first = self._advances[1]
+    if entry.reached then
+      return
+    elseif core.loop.now() < first.target then
+      core.testing.step(first.target)
+    else
+      first.reached = true
+      table.remove(self._advances, 1)
+      if first ~= entry then first.turn:try_set_result() end
+    end
+  end
+end
+
+local function wait_until_idle() core.await(core.testing.idle(true)) end
+
+-- The test's function has ended.
+local function end_advances(provider, ...)
+  for _, entry in ipairs(provider._advances) do
+    entry.reached = true
+    if entry.turn then entry.turn:try_set_result() end
+  end
+  if provider._leader then pcall(core.run, wait_until_idle) end -- the leader waits for that, too
+  return ...
 end
 
 ---Moves the time on: what is ready runs; then the clock steps to each time at which something is due, up to
 ---and including the target, and all that becomes ready there runs; then it stands at the target, and settles.
----So whatever runs reads its own due time. When several are under way, of several tasks or in what another one has
----woken, the clock goes as far as they ask for in sum; then they return, the last one first, each when what the one
----before it led to has settled.
----Cancellation: the clock goes on for the others only, if there are any.
+---So whatever runs reads its own due time. Several may be under way, of several tasks or in what another one has woken:
+---each returns when the clock stands at its own target, as far from where the clock stood when it was called. One that
+---is under way when the test's function returns ends then.
+---Cancellation: the clock stays where it is, or goes on to the targets of others.
 ---Raises: InvalidOperation if it is not installed, or where it cannot suspend, as in a callback: start a task there.
 ---Source: .NET FakeTimeProvider.Advance, but that one moves to the target first, and in a callback returns at once.
 ---@param seconds number >= 0
@@ -254,11 +273,11 @@ local function run_under(fn, seed, start, threshold, provider)
   local _ <close> = ending
   local _ <close> = seed and seed_numbers(seed)
   if not provider then return ended(fn, seed, pcall(core.run, fn, setmetatable({ seed = seed }, Clock))) end
-  provider._installed, provider._advances = true, {}
+  provider._installed, provider._advances, provider._leader = true, {}, nil
   local _ <close> = setmetatable({}, { __close = function()
     provider._now, provider._installed = core.loop.now(), false
   end })
-  return ended(fn, seed, pcall(core.run, fn, provider))
+  return ended(fn, seed, end_advances(provider, pcall(core.run, fn, provider)))
 end
 
 ---Runs `fn(clock)` as the root task while time is virtual, and returns what it returns. When nothing is ready
