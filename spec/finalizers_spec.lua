@@ -33,6 +33,29 @@ local function look_at_scopes()
   told(task:try_await())
 end
 
+describe("a continuation that its token calls off", function()
+  it("may have its coroutine, that of an earlier task, closed in the midst of it", in_order(function()
+    sweep(function(at)
+      local gate, threads, tasks = flow.TaskCompletionSource(), {}, {}
+      for i = 1, 2 do
+        tasks[i] = flow.spawn(function()
+          threads[i] = coroutine.running()
+          gate.task:await()
+        end)
+      end
+      flow.yield()
+      gate:set_result()
+      for i = 1, 2 do tasks[i]:await() end
+      local source, status, close = flow.CancellationTokenSource(), coroutine.status, coroutine.close
+      for i = 1, 2 do tasks[i] = never():continue_with(print, { token = source.token }) end
+      at(function()
+        for i = 1, 2 do if status(threads[i]) == "suspended" then close(threads[i]) end end
+      end, source.cancel, source)
+      for i = 1, 2 do assert.is_false((tasks[i]:try_await())) end
+    end)
+  end))
+end)
+
 describe("an operation that lands", function()
   local kinds = {
     ["a delay"] = function(token) return flow.delay(100, token) end,

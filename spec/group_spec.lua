@@ -284,6 +284,13 @@ describe("the first failure", function()
         group:spawn(flow.await, child)
         child:await()
       end)
+      raises("InvalidOperation", flow.task_group, function(group)
+        local child = group:spawn(function()
+          before()
+          coroutine.yield()
+        end)
+        for _ = 1, 2 do group:spawn(flow.await, child) end
+      end, { policy = "supervise" })
     end
   end))
 

@@ -523,6 +523,7 @@ describe("parallel.for_each", function()
       bad(2, {}, degree("4"), print)
       bad(2, {}, { token = 1 }, print)
       bad(4, {}, {}, print, 1)
+      bad(4, {}, print, nil, 1)
       bad(2, {}, { on_progress = 1 }, print)
     end
   end))

@@ -499,6 +499,24 @@ describe("flow.loop", function()
     assert.equal(clock:now(), flow.loop.now())
   end))
 
+  it("fires in one turn what is due at once, and runs what is ready then", function()
+    for _, mode in ipairs { "once", "nowait" } do
+      local log, note = recorder()
+      flow.run(function()
+        flow.spawn(note, "before")
+        local source = flow.CancellationTokenSource()
+        source:cancel_after(0) -- which the end of this run leaves behind
+      end)
+      local timer <close> = flow.Timer(note, 0)
+      flow.spawn(note, "after")
+      flow.loop.run(mode)
+      assert.same({ "before", "after", "" }, log)
+      flow.Timer(note, 0):dispose()
+      assert.is_false(flow.loop.is_alive())
+      assert.is_nil(flow.loop.timeout())
+    end
+  end)
+
   it("is not run inside a task", in_task(function()
     for _, mode in ipairs { "default", "once", "nowait" } do
       raises("InvalidOperation", flow.loop.run, mode)

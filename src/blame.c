@@ -149,10 +149,11 @@ static bool push_known_name(lua_State *L, lua_Debug *ar, int fn, int class) {
 /* ---- of whom ---- */
 
 bool blame_find_line(lua_State *L, lua_State *at, int level, lua_Debug *ar) {
-  /* so many of ours lie on each other only where tail calls have taken those of users away */
-  for (int end = level + 100; level < end && lua_getstack(at, level, ar); level++) {
-    lua_getinfo(at, "Sl", ar);
+  /* where there are so many tail calls they have taken those of users away, and there is no end of ours */
+  for (int tails = 0; tails < 100 && lua_getstack(at, level, ar); level++) {
+    lua_getinfo(at, "Slt", ar);
     if (ar->currentline > 0 && !module_is_ours(runtime(L), ar->source)) return true;
+    tails += ar->istailcall != 0;
   }
   return false;
 }

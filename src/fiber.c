@@ -405,7 +405,10 @@ void fiber_land(lua_State *L, int i) {
     return;
   }
   fiber_push_awaiting(L, f, -1);
-  task_push_error(L, lua_gettop(L));
+  if (object_test(L, -1, TAG_TASK) != NULL)
+    task_push_error(L, lua_gettop(L));
+  else /* somebody has closed its coroutine meanwhile */
+    error_push(L, ERROR_CANCELED, "the operation was canceled");
   if (!task_done(&f->task)) fiber_discard(L, runtime(L), i);
 }
 

@@ -68,7 +68,7 @@ struct fiber *fiber_not_here(lua_State *L, struct runtime *rt) {
     error_throw(L, ERROR_OPERATION,
                 "cannot suspend a task inside a value_changed handler: start a task in it "
                 "(flow.spawn)");
-  if (rt->resetting == L)
+  if (rt->resetting == L || me->co == NULL)
     error_throw(
         L, ERROR_OPERATION,
         "cannot suspend a task in a __close handler that runs because the task was given up, or "

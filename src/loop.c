@@ -93,7 +93,8 @@ void loop_remove(struct runtime *rt, struct task *t) {
 }
 
 void loop_nudge(struct runtime *rt) {
-  if (rt->nudge.flags & TASK_LINKED) return;
+  if (!rt->pumping || rt->nudge.flags & TASK_LINKED)
+    return; /* else what is due comes first anyway */
   rt->nudge.tag = TAG_TASK | KIND_NUDGE;
   loop_ready(rt, &rt->nudge);
 }
@@ -359,6 +360,7 @@ static enum drive_end enter(lua_State *L, int i, enum loop_mode mode) {
   lua_pushinteger(L, mode);
   int status = lua_pcall(L, 2, 1, 0);
   rt->pumping = false;
+  if (rt->nudge.flags & TASK_LINKED) loop_remove(rt, &rt->nudge);
   if (status != LUA_OK) { /* out of memory, wherever it was: what ran then does so no more */
     rt->me = rt->outside;
     rt->depth = rt->hot = 0;

@@ -22,13 +22,14 @@ local DEPTH = 32
 -- false among the failed tasks.
 local function own_failures(failed, policy, body_error, body_root)
   local list, n, last = {}, 0, nil
-  local roots, known, rootless = {}, {}, {}
+  local roots, added = {}, {}
+  local rootless = {} -- errors of tasks that were stopped where they stood: these themselves tell where they are from
   local function add(err, root, task)
     if root and roots[root] then return end
     if root then roots[root] = true end
-    if type(err) == "table" then -- a task that was stopped where it stood has no root: then the error itself tells
-      if rootless[err] or (not root and known[err]) then return end
-      known[err], rootless[err] = true, not root or nil
+    if type(err) == "table" then
+      if added[err] and (rootless[err] or not root) then return end
+      added[err] = true
     end
     n = n + 1
     list[n], last = err, task
@@ -39,6 +40,7 @@ local function own_failures(failed, policy, body_error, body_root)
     elseif task.is_faulted then
       local root, observed = core.failure_root(task), core.is_observed(task)
       local err = task.exception -- which observes it
+      if not root and type(err) == "table" then rootless[err] = true end
       if policy ~= "supervise" or not observed then -- else somebody has dealt with it
         add(err, root, task)
       end

@@ -143,28 +143,29 @@ end
 ---@field on_progress? fun(done: integer, total: integer?) called when an item has been dealt with, on its task, in the
 ---context of the call; `total` is known for lists
 
--- options, fn, its number, and the token behind it; the options may be left out
+-- options, fn, its number, the token behind it, and its number; the options may be left out
 local function sort_arguments(options, fn, token)
-  if options == nil or not core.is_callable(options) then return options, fn, 3, token end
-  if fn == nil or core.is_token(fn) then return nil, options, 2, fn or token end
+  if options == nil or not core.is_callable(options) then return options, fn, 3, token, 4 end
+  if core.is_token(fn) then return nil, options, 2, fn, 3 end
+  if fn == nil then return nil, options, 2, token, 4 end
   if type(fn) == "table" and not core.is_callable(fn) then
     core.argument_error(2, "table of options expected, got function: options come before the function")
   end
-  return options, fn, 3, token
+  return options, fn, 3, token, 4
 end
 
 -- The function, the source and the length as above, the options, and the token; raises what is wrong with the
 -- arguments.
 local function check_arguments(items, options, fn, token)
-  local place
-  options, fn, place, token = sort_arguments(options, fn, token)
+  local place, token_place
+  options, fn, place, token, token_place = sort_arguments(options, fn, token)
   local source, total, wrong = source_of(items)
   if wrong then core.argument_error(1, wrong) end
   options = core.check_options(2, options, known_options)
   wrong = wrong_options(options)
   if wrong then core.argument_error(2, wrong) end
   core.check_function(place, fn)
-  arguments.check_token(place + 1, token)
+  arguments.check_token(token_place, token)
   return fn, source, total, options, options.token or token
 end
 
