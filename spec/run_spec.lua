@@ -507,7 +507,7 @@ describe("flow.loop", function()
         local source = flow.CancellationTokenSource()
         source:cancel_after(0) -- which the end of this run leaves behind
       end)
-      local timer <close> = flow.Timer(note, 0)
+      local _ <close> = flow.Timer(note, 0)
       flow.spawn(note, "after")
       flow.loop.run(mode)
       assert.same({ "before", "after", "" }, log)

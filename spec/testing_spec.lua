@@ -1024,7 +1024,7 @@ describe("a FakeTimeProvider", function()
     assert.same({ "outer 1.0", "inner 3.0", "outer 4.0", "inner 4.0" }, log)
     local ticks = 0
     testing.run(function() -- each tick takes the time to the next one
-      local timer <close> = flow.Timer(function()
+      local _ <close> = flow.Timer(function()
         ticks = ticks + 1
         p:advance(1)
       end, 1, 1)
