@@ -361,6 +361,22 @@ describe("a prioritized channel", function()
     end), "'write'")
   end))
 
+  it("refuses an item whose comparer changes the channel each time it is asked", in_task(function()
+    local ch, busy
+    ch = Channel.prioritized { comparer = function(a, b)
+      if not busy then
+        busy = true
+        ch:try_write(99)
+        ch:try_read()
+        busy = false
+      end
+      return a < b
+    end }
+    ch:write(5)
+    raises("InvalidOperation", ch.write, ch, 1)
+    assert.equal(1, ch.count)
+  end))
+
   it("lets the comparer use the channel", in_task(function()
     local ch, act
     ch = Channel.prioritized { comparer = function(a, b)

@@ -60,6 +60,7 @@ end
 -- and cannot fail. No piece is empty.
 
 local PIECE = 128
+local RESTARTS = 1000 -- of the search, because a comparer has changed the channel meanwhile
 
 -- The first index of `list` from which on `item` goes before none; `last` gives what an element is compared by. What
 -- the comparer does to the channel is noticed afterwards.
@@ -97,7 +98,8 @@ local function place(pieces, at, position, spare, item)
 end
 
 ---A channel without a limit whose items are read in order of priority; equal ones as they were written.
----What `comparer` raises, the write raises, and the item is not there.
+---What `comparer` raises, the write raises, and the item is not there; so it does with InvalidOperation when that
+---changes the channel without end.
 ---Source: .NET Channel.CreateUnboundedPrioritized; there the order of equal items is open.
 ---@param options? { comparer?: fun(a, b): boolean } true if `a` goes first; by default a < b
 ---@return coflow.Channel
@@ -109,7 +111,7 @@ function Channel.prioritized(options)
     core.argument_error(1, "comparer must be a function")
   end
   return channel_new(nil, nil, nil, function(self, pieces, item)
-    while true do
+    for _ = 1, RESTARTS do
       local version = version_of(self)
       if not version then return false end -- a comparer has completed it
       local count = #pieces
@@ -122,6 +124,7 @@ function Channel.prioritized(options)
         return true
       end
     end
+    error(core.errors.InvalidOperation("the comparer changes the channel each time that it is asked"), 0)
   end)
 end
 
