@@ -42,21 +42,6 @@ local callers = {
     flow.yield()
   end,
   ["a callback registered too late"] = function(fn) flow.CancellationToken.canceled:register(fn) end,
-  ["a value_changed handler of a set"] = function(fn)
-    local watched = flow.AsyncLocal { value_changed = function(args)
-      if args.current_value == 1 and not args.context_changed then fn() end
-    end }
-    watched.value = 1
-  end,
-  ["a value_changed handler of a switch"] = function(fn)
-    local told = false
-    local watched = flow.AsyncLocal { value_changed = function(args)
-      if told or not args.context_changed then return end
-      told = true
-      fn()
-    end }
-    flow.call(function() watched.value = 1 end)
-  end,
   ["a method of a scheduler"] = function(fn)
     local queued
     local scheduler = flow.TaskScheduler.new { queue_task = function(_, task)

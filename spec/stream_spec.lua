@@ -511,6 +511,10 @@ describe("a stream", function()
     flow.on_unobserved_exception(function(err) io.stderr:write("unobserved: ", tostring(err), "\n") end)
   end))
 
+  it("made of an iterator ends where that gives nil, whatever comes with it", in_task(function()
+    assert.same({}, stream.from(function() return nil, "message", 5 end):to_table())
+  end))
+
   it("may be anywhere when the state closes", function()
     assert.equal("end\n", helper.output [[
       local flow = require "coflow"

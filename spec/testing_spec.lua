@@ -1022,6 +1022,15 @@ describe("a FakeTimeProvider", function()
       note("outer", p:now())
     end, { time_provider = p })
     assert.same({ "outer 1.0", "inner 3.0", "outer 4.0", "inner 4.0" }, log)
+    assert.equal("mine", raised(testing.run, function() -- however busy others are
+      local done = false
+      flow.spawn(function() while not done do flow.yield() end end)
+      flow.spawn(p.advance, p, 9)
+      flow.yield()
+      error("mine", 0)
+    end, { time_provider = p }))
+    testing.run(function() flow.spawn(p.advance, p, 9) end, { time_provider = p }) -- begun when the test has ended
+    assert.equal(4, p:now())
     local ticks = 0
     testing.run(function() -- each tick takes the time to the next one
       local _ <close> = flow.Timer(function()

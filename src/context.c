@@ -185,8 +185,7 @@ static bool push_seen(lua_State *L, int i, int l) {
 ** Those of the old context first, in the order the locals were made, then those only in the new. */
 static void tell_switch(lua_State *L, int old, int new) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WATCHED);
-  struct runtime *rt = runtime(L);
-  int list = lua_gettop(L), n = rt->watched_count;
+  int list = lua_gettop(L), n = runtime(L)->watched_count;
   for (int pass = 0; pass < 2; pass++)
     for (int k = 1; k <= n; k++, lua_settop(L, list)) {
       if (lua_rawgeti(L, list, k) == LUA_TNIL) continue;
@@ -198,7 +197,7 @@ static void tell_switch(lua_State *L, int old, int new) {
       lua_pushvalue(L, list + 2);
       lua_pushvalue(L, list + 3);
       lua_pushboolean(L, 1);
-      if (guard_call(L, rt, 4, 0) != LUA_OK) error_report(L, -1, 0);
+      if (lua_pcall(L, 4, 0, 0) != LUA_OK) error_report(L, -1, 0);
     }
   lua_settop(L, list - 1);
 }
@@ -301,14 +300,12 @@ static void local_set_anyhow(lua_State *L, int l, int v) {
     else
       lua_pushvalue(L, v); /* context previous current */
     if (!lua_rawequal(L, -1, -2)) {
-      lua_getiuservalue(L, UP_RUNTIME,
-                        RUNTIME_FIBER_HANDLER); /* the error goes on: with its trace */
       module_push_function(L, call_handler);
       lua_getiuservalue(L, l, LOCAL_HANDLER);
       lua_pushvalue(L, context + 1);
       lua_pushvalue(L, context + 2);
       lua_pushboolean(L, 0);
-      if (guard_call(L, o->rt, 4, context + 3) != LUA_OK) lua_error(L);
+      lua_call(L, 4, 0);
     }
   }
   lua_settop(L, top);

@@ -249,13 +249,12 @@ static int l_guard_dispose(lua_State *L) {
   struct guard *g = (struct guard *)object_check(L, 1, TAG_GUARD);
   lua_settop(L, 1);
   if (g->done) return 0;
+  if (g->home == NULL && !g->called && is_of_coroutine(g)) return 0; /* its end has done so */
+  if (!is_own(L, g)) return refuse_stranger(L, g);
   if (g->kind == GUARD_FLOW) {
-    if (!is_own(L, g)) return refuse_stranger(L, g);
     undo_flow(L, g);
     return 0;
   }
-  if (g->home == NULL && !g->called && is_of_coroutine(g)) return 0; /* its end has done so */
-  if (!is_own(L, g)) return refuse_stranger(L, g);
   for (const struct guard *a = g->above; a != NULL; a = a->above)
     if (a->kind != GUARD_FLOW && is_before(L, a, g))
       return error_throw(
@@ -282,7 +281,7 @@ static int l_guard_close(lua_State *L) {
     return 0;
   }
   for (struct guard *a = g->above, *next; a != NULL; a = next) {
-    next = a->above; /* left open by their blocks: their values go with this scope */
+    next = a->above; /* left open by their blocks, which nobody makes good any more */
     if (a->kind != GUARD_FLOW && a->co == g->co) unlink_guard(a);
   }
   guard_restore(L, 1, g);

@@ -331,6 +331,17 @@ static int l_idle(lua_State *L) {
   return 1;
 }
 
+/* release(): whoever waits until the loop is idle waits no more */
+static int l_release(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  for (struct task *t; (t = rt->idlers) != NULL;) {
+    rt->idlers = t->next;
+    t->flags &= (uint16_t)~TASK_LINKED;
+    loop_ready(rt, t);
+  }
+  return 0;
+}
+
 /* ---- Lua face ---- */
 
 /* begin(jumping, start, quiet, seed or nil): time is virtual from now on */
@@ -656,9 +667,9 @@ static int l_give_up(lua_State *L) {
 }
 
 static const luaL_Reg functions[] = {
-    {"begin", l_begin},   {"finish", l_finish}, {"idle", l_idle},       {"step", l_step},
-    {"settle", l_settle}, {"left", l_left},     {"give_up", l_give_up}, {"left_open", l_left_open},
-    {"lost", l_lost},     {NULL, NULL}};
+    {"begin", l_begin},         {"finish", l_finish}, {"idle", l_idle}, {"release", l_release},
+    {"step", l_step},           {"settle", l_settle}, {"left", l_left}, {"give_up", l_give_up},
+    {"left_open", l_left_open}, {"lost", l_lost},     {NULL, NULL}};
 
 ONCE static void testing_open(lua_State *L) {
   module_push_function(L, note_lost);

@@ -443,8 +443,8 @@ function AsyncLocal:with(value) end
 local Scope = {}
 
 ---Undoes it now. A second time is harmless.
----Raises: InvalidOperation out of order, from another task or coroutine, or in a callback (of a token, a value_changed
----handler …) from outside it or the reverse; nothing is changed then.
+---Raises: InvalidOperation out of order, from another task or coroutine, or in a callback of a token
+---from outside it or the reverse; nothing is changed then.
 function Scope:dispose() end
 
 ---The same as `dispose`; the name is for `suppress_flow`.

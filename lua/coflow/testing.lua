@@ -61,6 +61,7 @@ function Clock.settle(_) core.await(core.testing.idle()) end
 ---@field _installed boolean
 ---@field _advances table[] those under way, by their targets; `turn`: a completion source of one that waits
 ---@field _leader table? the one of these that moves the clock
+---@field _over boolean the function of the test has returned, or raised
 local FakeTimeProvider = { __name = "coflow.testing.FakeTimeProvider" }
 FakeTimeProvider.__index = FakeTimeProvider
 
@@ -126,6 +127,7 @@ local function begin_advance(self, seconds)
 end
 
 local function advance(self, seconds)
+  if self._over then return end
   local entry = begin_advance(self, seconds)
   local _ <close> = setmetatable({ provider = self, entry = entry }, advancing)
   if entry.turn then core.await(entry.turn.task) end
@@ -144,15 +146,14 @@ local function advance(self, seconds)
   end
 end
 
-local function wait_until_idle() core.await(core.testing.idle(true)) end
-
 -- The test's function has ended.
 local function end_advances(provider, ...)
+  provider._over = true
   for _, entry in ipairs(provider._advances) do
     entry.reached = true
     if entry.turn then entry.turn:try_set_result() end
   end
-  if provider._leader then pcall(core.run, wait_until_idle) end -- the leader waits for that, too
+  core.testing.release() -- the leader
   return ...
 end
 
@@ -160,7 +161,7 @@ end
 ---and including the target, and all that becomes ready there runs; then it stands at the target, and settles.
 ---So whatever runs reads its own due time. Several may be under way, of several tasks or in what another one has woken:
 ---each returns when the clock stands at its own target, as far from where the clock stood when it was called. One that
----is under way when the test's function returns ends then.
+---is under way when the test's function returns ends then, and so does one that is begun later.
 ---Cancellation: the clock stays where it is, or goes on to the targets of others.
 ---Raises: InvalidOperation if it is not installed, or where it cannot suspend, as in a callback: start a task there.
 ---Source: .NET FakeTimeProvider.Advance, but that one moves to the target first, and in a callback returns at once.
@@ -273,7 +274,7 @@ local function run_under(fn, seed, start, threshold, provider)
   local _ <close> = ending
   local _ <close> = seed and seed_numbers(seed)
   if not provider then return ended(fn, seed, pcall(core.run, fn, setmetatable({ seed = seed }, Clock))) end
-  provider._installed, provider._advances, provider._leader = true, {}, nil
+  provider._installed, provider._advances, provider._leader, provider._over = true, {}, nil, false
   local _ <close> = setmetatable({}, { __close = function()
     provider._now, provider._installed = core.loop.now(), false
   end })

@@ -148,7 +148,7 @@ local function open_iterator(run, fn, state, control, closing)
   local function first() -- only this one is looked at: the others are to cost nothing
     call = fn
     local value, second, third = call_first(fn, state, control)
-    if third ~= nil then
+    if value ~= nil and third ~= nil then
       error(errors.InvalidOperation("an item is one or two values: the iterator gave a third one"), 0)
     end
     return value, second
