@@ -438,7 +438,7 @@ function AsyncLocal:set(value) end
 function AsyncLocal:with(value) end
 
 ---What `with`, `enter` and `suppress_flow` return: undoes its effect when closed.
----Closing one also closes those of the same task that were opened later and never closed.
+---Those of the same coroutine that were opened later and never closed end with it, and undo nothing any more.
 ---@class coflow.Scope
 local Scope = {}
 
