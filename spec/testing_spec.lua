@@ -1030,6 +1030,10 @@ describe("a FakeTimeProvider", function()
       error("mine", 0)
     end, { time_provider = p }))
     testing.run(function() flow.spawn(p.advance, p, 9) end, { time_provider = p }) -- begun when the test has ended
+    is_error("InvalidOperation", raised(testing.run, function()
+      flow.spawn(function() while true do p:advance(1) end end)
+      flow.yield()
+    end, { time_provider = p }), "left something behind")
     assert.equal(4, p:now())
     local ticks = 0
     testing.run(function() -- each tick takes the time to the next one
