@@ -86,7 +86,10 @@ static bool take(lua_State *L, struct runtime *rt, int ch, struct channel *c) {
     return true;
   }
   bool in_place = items_in_place(c);
-  items_fetch(L, ch, c, 0, !in_place);
+  if (in_place)
+    items_push_first(L, ch, c);
+  else
+    items_fetch(L, ch, c, 0, true);
   if (waiter_any(&c->writers) && (n = waiter_take(L, ch, &c->holder, &c->writers)) != NULL) {
     waiter_push_value(L, n);
     if (in_place)
@@ -433,7 +436,7 @@ static int wait_for(lua_State *L, struct channel *c, enum ask what, int k, lua_C
     if (outcome != PENDING) return give(L, c, outcome);
   }
   if (!deaf && me->member.scope->canceled) return scope_throw(L, me->member.scope); /* by one */
-  return waiter_wait(L, rt, &c->holder, queue_of(c, what), what, HUGE_VAL, deaf, wait_k);
+  return waiter_wait(L, rt, &c->holder, queue_of(c, what), what, deaf, wait_k);
 }
 
 /* with the arguments as of twin, the token at k; f is the function that calls this */
@@ -475,7 +478,7 @@ static int l_read(lua_State *L) {
   }
   if (!can_wait(L, c, rt)) return direct(L, ASK_READ, 2, l_read);
   lua_pushnil(L);
-  return waiter_wait(L, rt, &c->holder, &c->readers, ASK_READ, HUGE_VAL, false, wait_k);
+  return waiter_wait(L, rt, &c->holder, &c->readers, ASK_READ, false, wait_k);
 }
 
 static int l_write(lua_State *L) {
@@ -501,7 +504,7 @@ static int l_write(lua_State *L) {
   }
   if (c->count < c->capacity || c->mode != MODE_WAIT || !can_wait(L, c, rt))
     return direct(L, ASK_WRITE, 3, l_write);
-  return waiter_wait(L, rt, &c->holder, &c->writers, ASK_WRITE, HUGE_VAL, false, wait_k);
+  return waiter_wait(L, rt, &c->holder, &c->writers, ASK_WRITE, false, wait_k);
 }
 
 /* ---- Lua face: reading and writing ---- */

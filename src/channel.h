@@ -69,6 +69,9 @@ static inline lua_Integer items_place(const struct channel *c, lua_Integer k) {
 /* The place of the first item is that of the next one, too: it may be put there without the first one
 ** having been removed. */
 static inline bool items_in_place(const struct channel *c) { return c->own && c->count == c->size; }
+static inline void items_push_first(lua_State *L, int ch, struct channel *c) { /* [-0, +1, -] */
+  lua_getiuservalue(L, ch, CHANNEL_RING + (int)items_place(c, 0));
+}
 static inline void items_replace_first(lua_State *L, int ch, struct channel *c) { /* [-1, +0, -] */
   lua_setiuservalue(L, ch, CHANNEL_RING + (int)items_place(c, 0));
   c->head++;

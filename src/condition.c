@@ -35,12 +35,12 @@ static void check_held(lua_State *L, int i, int owner) {
 
 /* ---- the lock is taken again ---- */
 
-enum { RETAKE_LOCK = 1, RETAKE_KEY, RETAKE_OPERATION };
+enum { RETAKE_LOCK = 1, RETAKE_OPERATION, RETAKE_KEY };
 
 /* the wait ends as its operation did, or as interrupted */
 static int retaken(lua_State *L, bool interrupted) {
   struct fiber *me = (struct fiber *)runtime(L)->me;
-  lua_settop(L, RETAKE_OPERATION);
+  lua_settop(L, RETAKE_KEY);
   lock_returned(L, RETAKE_LOCK, RETAKE_KEY);
   struct task *op = (struct task *)lua_touserdata(L, RETAKE_OPERATION);
   if (interrupted && op->state != TASK_SUCCEEDED) return scope_throw(L, me->member.scope);
@@ -51,7 +51,7 @@ static int retake_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = (struct runtime *)ctx;
   (void)status;
   if (waiter_resumed(L, rt) == WAITER_STRAY) {
-    lua_settop(L, RETAKE_OPERATION);
+    lua_settop(L, RETAKE_KEY);
     return lua_yieldk(L, 0, ctx, retake_k);
   }
   return retaken(L, waiter_what(rt));
@@ -66,8 +66,11 @@ static int retake(lua_State *L, bool interrupted) {
   lua_rotate(L, 2, 1); /* lock key operation */
   struct sync *lock = (struct sync *)lua_touserdata(L, RETAKE_LOCK);
   sync_check_live(L, lock);
-  if (lock->class->attempt(L, lock)) return retaken(L, interrupted);
-  return waiter_wait(L, rt, &lock->holder, &lock->waiters, interrupted, HUGE_VAL, true, retake_k);
+  bool taken = lock->class->attempt(L, lock);
+  lua_settop(L, 3);
+  lua_insert(L, RETAKE_OPERATION);
+  if (taken) return retaken(L, interrupted);
+  return waiter_wait(L, rt, &lock->holder, &lock->waiters, interrupted, true, retake_k);
 }
 
 /* ---- the wait ---- */

@@ -305,7 +305,7 @@ static int wait_k(lua_State *L, int status, lua_KContext ctx) {
 }
 
 int handle_wait(lua_State *L, struct handle *h, struct link *q, bool deaf) {
-  return waiter_wait(L, h->rt, &h->holder, q, 0, HUGE_VAL, deaf, wait_k);
+  return waiter_wait(L, h->rt, &h->holder, q, 0, deaf, wait_k);
 }
 
 int64_t handle_left(struct handle *h) { return h->class->left != NULL ? h->class->left(h) : -1; }

@@ -196,7 +196,7 @@ static int wait_for(lua_State *L, struct sync *s, enum sync_what what, double se
   }
   bool deaf = token_none(L, 3);
   lua_settop(L, 2);
-  return waiter_wait(L, rt, &s->holder, queue_of(s, what), what, seconds, deaf, wait_k);
+  return waiter_wait_for(L, rt, &s->holder, queue_of(s, what), what, seconds, deaf, wait_k);
 }
 
 int sync_direct(lua_State *L, const struct sync_class *class, enum sync_what what,

@@ -15,13 +15,13 @@
 ** Direct style, in the function of the holder at index 1, when what it asks for is not there:
 **
 **     me = fiber_here(L, rt);                 raises where nobody can suspend; NULL: fiber_outside(L, f)
-**     lua_settop / push:  [1] holder, [2] anything: what the holder may look at (waiter_push_value)
-**     return waiter_wait(L, rt, &h->holder, &h->queue, what, seconds or HUGE_VAL, whether none was given, k);
+**     lua_settop / push:  [1] holder, … on top anything: what the holder may look at (waiter_push_value)
+**     return waiter_wait(L, rt, &h->holder, &h->queue, what, whether no token counts, k);   or waiter_wait_for
 **
 **     k: switch (waiter_resumed(L, rt)) {     raises if it was interrupted, or waiter_fail'ed
-**       case WAITER_STRAY: lua_settop(L, 2); return lua_yieldk(L, 0, ctx, k);
+**       case WAITER_STRAY: lua_settop(L, as it was); return lua_yieldk(L, 0, ctx, k);
 **       case WAITER_EXPIRED: …                its time is up; it is in no queue
-**       case WAITER_GRANTED: …                index 2 is the value that it was granted; above it is what was there
+**       case WAITER_GRANTED: …                on top, in place of that, is the value that it was granted
 **     }
 **
 ** With an explicit token direct style is waiter_await of the operation, started under scope_ambient after
@@ -72,7 +72,7 @@ void *holder_new(lua_State *L, uint32_t tag, size_t size, int uservalues) {
 enum { ONE = 1 };
 
 /* [-1, +0, m] the waiter on top is held by the holder at i, and is the last in q */
-static void append(lua_State *L, int i, struct holder *h, struct link *q, struct nap *n) {
+static inline void append(lua_State *L, int i, struct holder *h, struct link *q, struct nap *n) {
   if (!h->one) {
     h->one = true;
     n->pos = ONE;
@@ -89,7 +89,7 @@ static void append(lua_State *L, int i, struct holder *h, struct link *q, struct
 }
 
 /* [-0, +1, -] the waiter whose node is n */
-static void push_waiter(lua_State *L, int i, const struct nap *n) {
+static inline void push_waiter(lua_State *L, int i, const struct nap *n) {
   if (n->pos == ONE) {
     lua_getiuservalue(L, i, HOLDER_ONE);
     return;
@@ -100,7 +100,7 @@ static void push_waiter(lua_State *L, int i, const struct nap *n) {
 }
 
 /* [-0, +0, -] n leaves the queue, and the holder at i holds it no more */
-static void drop(lua_State *L, int i, struct holder *h, struct nap *n) {
+static inline void drop(lua_State *L, int i, struct holder *h, struct nap *n) {
   link_drop(&n->link);
   if (n->pos == ONE) {
     h->one = false;
@@ -125,6 +125,12 @@ static lua_State *stack_of(struct fiber *f) {
   if (co != NULL && !f->u.nap.own)
     for (lua_State *inner; (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
   return co != NULL && lua_status(co) == LUA_YIELD ? co : NULL;
+}
+
+/* [-1, +0, -] the value on top in place of what the waiter, suspended there, has brought */
+static inline void replace_value(lua_State *L, lua_State *co) {
+  lua_pop(co, 1);
+  lua_xmove(L, co, 1);
 }
 
 /* [-0, +1, -] the holder at the bottom of the function that f is suspended in, if f is held there: somebody
@@ -154,9 +160,8 @@ static void left(lua_State *L, struct holder *h, struct fiber *f, int i) {
   int64_t n = h->handle ? handle_left((struct handle *)(void *)h) : -1;
   if (n < 0) return;
   if (f != NULL) {
-    lua_State *co = stack_of(f); /* where the holder has been found */
-    lua_pushinteger(co, (lua_Integer)n);
-    lua_replace(co, 2);
+    lua_pushinteger(L, (lua_Integer)n);
+    replace_value(L, stack_of(f)); /* where the holder has been found */
   } else {
     lua_pushinteger(L, (lua_Integer)n);
     lua_setiuservalue(L, i, OP_KEYS);
@@ -194,32 +199,45 @@ bool waiter_push_name(lua_State *L, struct fiber *f) {
   return true;
 }
 
-int waiter_wait(lua_State *L, struct runtime *rt, struct holder *h, struct link *q, uint32_t what,
-                double seconds, bool deaf, lua_KFunction k) {
-  struct fiber *me = (struct fiber *)rt->me;
-  struct task *t = &me->task;
-  if (seconds != HUGE_VAL) deadline_reserve(L, rt);
+/* [-0, +0, m] the running fiber is the last in q, and is to park: as fiber_push_me tells */
+static inline bool enter(lua_State *L, struct runtime *rt, struct fiber *me, struct holder *h,
+                         struct link *q, uint32_t what, bool deaf) {
   me->u.nap = (struct nap){.deadline = {.kind = DEADLINE_NAP}, .what = what, .own = me->co == L};
   bool held = fiber_push_me(L, rt, me);
   append(L, 1, h, q, &me->u.nap);
-  if (deaf) t->flags |= TASK_DEAF;
-  t->state = TASK_WAITING;
-  if (seconds != HUGE_VAL) deadline_add(rt, &me->u.nap.deadline, seconds);
-  fiber_park(L, me, seconds != HUGE_VAL || me->member.scope->armed, held);
+  if (deaf) me->task.flags |= TASK_DEAF;
+  me->task.state = TASK_WAITING;
+  return held;
+}
+
+int waiter_wait(lua_State *L, struct runtime *rt, struct holder *h, struct link *q, uint32_t what,
+                bool deaf, lua_KFunction k) {
+  struct fiber *me = (struct fiber *)rt->me;
+  bool held = enter(L, rt, me, h, q, what, deaf);
+  fiber_park(L, me, me->member.scope->armed, held);
   return fiber_suspend(L, rt, me, (lua_KContext)rt, k);
 }
 
-enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {
+int waiter_wait_for(lua_State *L, struct runtime *rt, struct holder *h, struct link *q,
+                    uint32_t what, double seconds, bool deaf, lua_KFunction k) {
+  struct fiber *me = (struct fiber *)rt->me;
+  if (seconds == HUGE_VAL) return waiter_wait(L, rt, h, q, what, deaf, k);
+  deadline_reserve(L, rt);
+  bool held = enter(L, rt, me, h, q, what, deaf);
+  deadline_add(rt, &me->u.nap.deadline, seconds);
+  fiber_park(L, me, true, held);
+  return fiber_suspend(L, rt, me, (lua_KContext)rt, k);
+}
+
+enum waiter_end waiter_not_granted(lua_State *L, struct runtime *rt) {
   struct fiber *me = (struct fiber *)rt->me;
   uint16_t flags = me->task.flags;
   if (!fiber_on_top(L, rt)) return WAITER_STRAY;
   me->task.flags &= (uint16_t) ~(TASK_INTERRUPTED | TASK_EXPIRED);
   if (flags & TASK_INTERRUPTED) scope_throw(L, me->member.scope);
   if (flags & TASK_EXPIRED) return WAITER_EXPIRED;
-  if (!me->u.nap.failed) return WAITER_GRANTED;
-  lua_settop(L, 2); /* with that error */
-  lua_error(L);
-  return WAITER_STRAY;
+  if (me->u.nap.failed) lua_error(L); /* that on top */
+  return WAITER_GRANTED;
 }
 
 /* ---- operations ---- */
@@ -438,7 +456,7 @@ void waiter_push_value(lua_State *L, struct nap *n) {
   if (c == NULL) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
     lua_State *co = n->own ? f->co : stack_of(f);
-    lua_pushvalue(co, 2);
+    lua_pushvalue(co, -1);
     lua_xmove(co, L, 1);
     return;
   }
@@ -453,8 +471,7 @@ void waiter_grant(lua_State *L, struct runtime *rt, struct nap *n) {
   if (c == NULL) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
     lua_State *co = n->own ? f->co : stack_of(f);
-    lua_xmove(L, co, 1);
-    lua_replace(co, 2);
+    replace_value(L, co);
     lua_rawseti(L, UP_ANCHORS, f->task.slot); /* as fiber_wake */
     loop_queue(rt, f);
     return;
@@ -467,9 +484,7 @@ void waiter_fail(lua_State *L, struct runtime *rt, struct nap *n) {
   struct clause *c = waiter_clause(n);
   if (c == NULL) {
     struct fiber *f = container_of(n, struct fiber, u.nap);
-    lua_State *co = stack_of(f);
-    lua_xmove(L, co, 1);
-    lua_replace(co, 2);
+    replace_value(L, stack_of(f));
     n->failed = true;
     fiber_wake(L, rt, f);
     return;

@@ -51,11 +51,20 @@ static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
-/* suspends the running fiber, in a queue of the holder at 1; deaf: to cancellation. k gets rt */
+/* suspends the running fiber, with what it brings on top, in a queue of the holder at 1; deaf: to cancellation. k gets rt */
 int waiter_wait(lua_State *L, struct runtime *rt, struct holder *h, struct link *q, uint32_t what,
-                double seconds, bool deaf, lua_KFunction k);
-enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt); /* [-0, +0, e] in k */
-static inline uint32_t waiter_what(const struct runtime *rt) {    /* … then: what was asked for */
+                bool deaf, lua_KFunction k);
+int waiter_wait_for(lua_State *L, struct runtime *rt, struct holder *h, struct link *q,
+                    uint32_t what, double seconds, bool deaf, lua_KFunction k); /* … so long */
+enum waiter_end waiter_not_granted(lua_State *L, struct runtime *rt);
+static inline enum waiter_end waiter_resumed(lua_State *L,
+                                             struct runtime *rt) { /* [-0, +0, e] in k */
+  const struct fiber *me = (const struct fiber *)rt->me;
+  bool granted = me->co == L && rt->entering == NULL && !me->u.nap.failed &&
+                 !(me->task.flags & (TASK_INTERRUPTED | TASK_EXPIRED));
+  return granted ? WAITER_GRANTED : waiter_not_granted(L, rt);
+}
+static inline uint32_t waiter_what(const struct runtime *rt) { /* … then: what was asked for */
   return ((const struct fiber *)rt->me)->u.nap.what;
 }
 /* [-0, +1, m] */
