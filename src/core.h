@@ -424,7 +424,10 @@ enum runtime_uservalue {
   RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
   RUNTIME_SPARE,     /* a blank fiber for the next tick of a Timer, or nil */
   RUNTIME_IO_RESULT, /* the function that makes the result of an operation on libuv */
-  RUNTIME_UV_COUNT = RUNTIME_IO_RESULT
+  RUNTIME_TRACER,    /* the function that writes a trace (probe.c) */
+  RUNTIME_LATE,      /* tasks that have kept the loop … */
+  RUNTIME_BLOCKED,   /* … and who is to be told of them */
+  RUNTIME_UV_COUNT = RUNTIME_BLOCKED
 };
 
 enum clock {
@@ -505,6 +508,7 @@ struct runtime {
   struct task *idlers; /* wait until nothing is left to do, the last one first */
   bool seeded;
   struct births *births; /* who was made where; NULL: no test runs */
+  struct probe *probe;   /* of steps, or NULL */
   uint64_t random;
   lua_Integer seed;
   int passed_over; /* how often in succession the first ready task was not chosen */
@@ -513,8 +517,9 @@ struct runtime {
   size_t library_length;
 
   uint64_t next_id, next_local, next_serial;
-  int watched_count;  /* locals with a handler ever made */
-  bool shown_watched; /* RUNTIME_SHOWN holds one of them */
+  int watched_count;      /* locals with a handler ever made */
+  bool shown_watched : 1; /* RUNTIME_SHOWN holds one of them */
+  bool probed : 1;        /* there is a probe */
   uint32_t label_count;
   struct label_cache labels[LABEL_CACHE];
   const void *error_metatables[ERROR_COUNT];

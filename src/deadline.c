@@ -381,6 +381,10 @@ bool deadline_any(const struct runtime *rt) {
   return w != NULL && (w->near_count > 0 || w->levels != 0);
 }
 
+lua_Integer deadline_count(const struct runtime *rt) {
+  return rt->deadlines != NULL ? rt->deadlines->count : 0;
+}
+
 double deadline_due(const struct runtime *rt, const struct deadline *d) {
   return d->index && rt->deadlines != NULL ? rt->deadlines->nodes[d->index].due : HUGE_VAL;
 }

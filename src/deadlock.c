@@ -1,9 +1,9 @@
 /*
-** deadlock.c - what waits where, in words: told when nothing can go on.
+** deadlock.c - what waits where, and for whom: told when nothing can go on, and to whoever asks (diagnostics.lua).
 **
 ** A task that waits is suspended somewhere, so the place is that of its code; what it waits for is a
 ** task, a queue, a deadline, or in the hands of a scheduler. Of a task that is made of others these are
-** named, too, so that circles through them show. Nothing here changes anything.
+** named, too, so that circles through them show; and of a lock, who has it. Nothing here changes anything.
 **
 ** SPDX-License-Identifier: MIT
 */
@@ -52,6 +52,38 @@ static void describe(lua_State *L, struct fiber *f, int depth) {
   lua_replace(L, i);
 }
 
+/* [-1, +1, m] the holder on top in words, and if it is a lock, who has it: "coflow.Lock, which 'A' has" */
+static void describe_holder(lua_State *L) {
+  enum { NAMES = 4 };
+  const int holder = lua_gettop(L), text = holder + 1, list = holder + 2;
+  if (luaL_getmetafield(L, holder, "__name") != LUA_TSTRING) lua_pushliteral(L, "?");
+  lock_push_owners(L, holder);
+  lua_Integer n = (lua_Integer)lua_rawlen(L, list);
+  for (lua_Integer k = 1; k <= n && k <= NAMES; k++, lua_settop(L, list)) {
+    lua_rawgeti(L, list, k);
+    const struct task *t = (const struct task *)lua_touserdata(L, -1);
+    if (t == runtime(L)->outside)
+      lua_pushliteral(L, "the code outside every task");
+    else {
+      task_push_name(L, -1);
+      lua_pushfstring(L, "'%s'%s", lua_tostring(L, -1), task_done(t) ? " (which has ended)" : "");
+    }
+    lua_pushfstring(L, "%s%s%s", lua_tostring(L, text), k == 1 ? ", held by " : " and ",
+                    lua_tostring(L, -1));
+    lua_replace(L, text);
+  }
+  if (n > NAMES) {
+    lua_pushfstring(L, "%s and %d more", lua_tostring(L, text), (int)n - NAMES);
+    lua_replace(L, text);
+  }
+  if (n > 0) {
+    lua_pushfstring(L, "%s,", lua_tostring(L, text));
+    lua_replace(L, text);
+  }
+  lua_settop(L, text);
+  lua_replace(L, holder);
+}
+
 void deadlock_push_wait(lua_State *L, int i) {
   struct fiber *f = (struct fiber *)lua_touserdata(L, i);
   const char *place = f->task.flags & TASK_STARTED ? " at ?" : " not started",
@@ -66,9 +98,10 @@ void deadlock_push_wait(lua_State *L, int i) {
   else if (!fiber_naps(f) && fiber_push_awaited(L, f)) {
     describe(L, f, 0);
     what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
-  } else if (fiber_naps(f) && f->u.nap.pos != 0 && waiter_push_name(L, f))
+  } else if (waiter_push_holder(L, f)) {
+    describe_holder(L);
     what = lua_pushfstring(L, "waits for %s", lua_tostring(L, -1));
-  else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
+  } else if (fiber_naps(f) && deadline_is_set(&f->u.nap.deadline))
     what = "sleeps";
   if (f->co != NULL && f->task.flags & TASK_STARTED) {
     place = fiber_push_place(L, f) ? lua_pushfstring(L, " at %s", lua_tostring(L, -1))
@@ -127,6 +160,96 @@ static void push_report(lua_State *L, struct fiber *f) {
   luaL_pushresult(&b);
   lua_remove(L, list);
 }
+
+/* ---- who waits for whom ---- */
+
+/* how far to look: inputs may have inputs, and many may have the same */
+enum { BLOCKERS = 1000 };
+
+/* [-1, +0, m] what is on top, a task or what has a queue, holds somebody up: who that is goes into the list at i */
+static void list_behind(lua_State *L, int i, int *budget) {
+  const int at = lua_gettop(L);
+  const struct task *t = (const struct task *)object_test(L, at, TAG_TASK);
+  luaL_checkstack(L, 10, NULL);
+  if (--*budget < 0)
+    ;
+  else if (t == NULL) { /* a holder: those who have it */
+    lock_push_owners(L, at);
+    for (lua_Integer k = 1; lua_rawgeti(L, at + 1, k) != LUA_TNIL; k++) list_behind(L, i, budget);
+  } else if (task_done(t))
+    ;
+  else if (task_is(t, KIND_FIBER)) {
+    lua_pushvalue(L, at);
+    lua_rawseti(L, i, (lua_Integer)lua_rawlen(L, i) + 1);
+  } else if (task_is(t, KIND_ALL)) {
+    lua_getiuservalue(L, at, OP_INPUT);
+    for (lua_Integer k = 1; lua_istable(L, at + 1) && lua_rawgeti(L, at + 1, k) != LUA_TNIL; k++)
+      list_behind(L, i, budget);
+  } else if (task_is(t, KIND_WAIT) || task_is(t, KIND_QUEUED)) {
+    if (lua_getiuservalue(L, at, OP_INPUT) == LUA_TUSERDATA) list_behind(L, i, budget);
+  }
+  lua_settop(L, at - 1);
+}
+
+void deadlock_list_blockers(lua_State *L, int i) {
+  struct fiber *f = (struct fiber *)lua_touserdata(L, i);
+  int list = lua_gettop(L), budget = BLOCKERS;
+  if (f->task.state != TASK_WAITING || !(f->task.flags & TASK_STARTED)) return;
+  if (fiber_naps(f)) {
+    if (waiter_push_holder(L, f)) list_behind(L, list, &budget);
+  } else if (group_is_joined(L, f))
+    group_list_children(L, f);
+  else if (fiber_push_awaited(L, f) && direct_push_inputs(L, f)) { /* on inputs */
+    if (task_is(f->u.wait.on, KIND_ALL))
+      for (lua_Integer k = 1; lua_rawgeti(L, list + 2, k) != LUA_TNIL; k++)
+        list_behind(L, list, &budget);
+  } else if (lua_toboolean(L, -1))
+    list_behind(L, list, &budget);
+  lua_settop(L, list);
+}
+
+/* survey() -> a list of { task, parent or false, what it waits for and where, or false, seconds since it does or
+** false, a list of those that hold it up }, for each task with a body that has not ended, outer ones first */
+static int l_survey(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  lua_settop(L, 0);
+  lua_Integer n = scope_push_tasks(L, rt);
+  lua_createtable(L, (int)n, 0);
+  for (lua_Integer k = 1; k <= n; k++, lua_settop(L, 3)) {
+    lua_rawgeti(L, 1, k);
+    struct fiber *f = (struct fiber *)lua_touserdata(L, 4);
+    if (task_done(&f->task))
+      continue; /* by a finalizer, as may be whatever changes here meanwhile */
+    double since = probe_since(rt, f);
+    bool waits = f->task.state == TASK_WAITING && f->task.flags & TASK_STARTED;
+    lua_createtable(L, 5, 0);
+    lua_pushvalue(L, 4);
+    lua_rawseti(L, 5, 1);
+    lua_rawgeti(L, 2, k);
+    lua_rawseti(L, 5, 2);
+    if (waits || f->task.state == TASK_QUEUED)
+      deadlock_push_wait(L, 4);
+    else
+      lua_pushboolean(L, 0);
+    lua_rawseti(L, 5, 3);
+    if (waits && since == since)
+      lua_pushnumber(L, fmax(loop_now(rt) - since, 0));
+    else
+      lua_pushboolean(L, 0);
+    lua_rawseti(L, 5, 4);
+    lua_newtable(L);
+    if (!task_done(&f->task)) deadlock_list_blockers(L, 4);
+    lua_rawseti(L, 5, 5);
+    lua_rawseti(L, 3, (lua_Integer)lua_rawlen(L, 3) + 1);
+  }
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"survey", l_survey}, {NULL, NULL}};
+
+const struct part survey_part = {functions, NULL, NULL};
+
+/* ---- the error ---- */
 
 void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f) {
   push_report(L, f);

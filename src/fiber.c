@@ -496,6 +496,15 @@ static bool show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
   return !(f->task.flags & TASK_ABANDONED);
 }
 
+/* [-0, +0, m] what few programs need before f is resumed, and is to cost the others nothing; false: somebody has
+** closed it */
+static __attribute__((noinline)) bool may_step(lua_State *L, struct runtime *rt, struct fiber *f) {
+  bool watched = rt->shown_watched || f->task.flags & TASK_WATCHED;
+  if (watched && !show_context(L, rt, f)) return false;
+  if (rt->probed) probe_begin(L, rt, f);
+  return true;
+}
+
 /* it runs, so that it could not be resumed */
 static bool is_active(lua_State *co) {
   lua_Debug ar;
@@ -528,10 +537,11 @@ void fiber_run(lua_State *L, struct runtime *rt, struct fiber *f) {
     }
     f->task.state = TASK_RUNNING;
     rt->me = &f->task;
-    if ((rt->shown_watched || f->task.flags & TASK_WATCHED) && !show_context(L, rt, f))
+    if ((rt->shown_watched || rt->probed || f->task.flags & TASK_WATCHED) && !may_step(L, rt, f))
       goto stopped;
     f->task.flags = (uint16_t)((f->task.flags & ~(TASK_PARKED | TASK_DEAF)) | TASK_STARTED);
     int status = lua_resume(f->co, L, 0, &results);
+    if (rt->probed) probe_end(L, rt, f);
     switch (status) {
       case LUA_YIELD:
         if (rt->handoff != NULL) {

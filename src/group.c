@@ -369,6 +369,18 @@ bool group_is_joined(lua_State *L, const struct fiber *f) {
   return idle != NULL && idle == f->u.wait.on;
 }
 
+void group_list_children(lua_State *L, const struct fiber *f) {
+  struct link *members = &f->member.scope->members;
+  lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
+  for (struct link *l = members->next; l != members; l = l->next) {
+    struct task *t = &container_of(l, struct pending, member.link)->task;
+    if (task_is(t, KIND_SCOPE)) t = (struct task *)((struct scope *)(void *)t)->owner; /* a base */
+    if (t == NULL || !task_is(t, KIND_FIBER) || !(t->traits & TRAIT_CHILD)) continue;
+    task_push(L, t);
+    lua_rawseti(L, -2, ++n);
+  }
+}
+
 static int join_k(lua_State *L, int status, lua_KContext ctx) {
   struct runtime *rt = runtime(L);
   (void)status;

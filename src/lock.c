@@ -102,6 +102,23 @@ static bool is_mine(lua_State *L) {
   return mine;
 }
 
+void lock_push_owners(lua_State *L, int i) {
+  const uint32_t *tag = (const uint32_t *)lua_touserdata(L, i);
+  lua_Integer n = 0;
+  i = lua_absindex(L, i);
+  lua_newtable(L);
+  if (*tag != TAG_LOCK && *tag != TAG_SHARED_LOCK) return;
+  lua_getiuservalue(L, i, LOCK_OWNERS); /* list owners */
+  for (int k = 1; k <= ((const struct lock *)lua_touserdata(L, i))->owners; k++) {
+    lua_rawgeti(L, -1, k);
+    if (object_test(L, -1, TAG_TASK) != NULL)
+      lua_rawseti(L, -3, ++n);
+    else
+      lua_pop(L, 1);
+  }
+  lua_pop(L, 1);
+}
+
 void lock_refuse_owner(lua_State *L) {
   if (!is_mine(L)) return;
   struct runtime *rt = runtime(L);

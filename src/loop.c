@@ -237,7 +237,7 @@ static void run_one(lua_State *L, struct runtime *rt) {
     fiber_start(L, rt, (struct fiber *)t);
 }
 
-static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
+static void run_slice(lua_State *L, struct runtime *rt, const struct task *until) {
   double start = 0;
   int every = LOOK, look = SLICE - LOOK;  /* at the clock: less often while tasks are short */
   if (rt->clock != CLOCK_REAL) look = -1; /* never */
@@ -263,6 +263,11 @@ static void run_ready(lua_State *L, struct runtime *rt, const struct task *until
       every *= 2;
     look = rt->slice - every;
   }
+}
+
+static void run_ready(lua_State *L, struct runtime *rt, const struct task *until) {
+  run_slice(L, rt, until);
+  if (rt->probed) probe_tell(L, rt);
 }
 
 /* ---- driving ---- */

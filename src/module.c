@@ -509,9 +509,9 @@ static const luaL_Reg functions[] = {{"methods", l_methods},
                                      {NULL, NULL}};
 
 static const struct part *const parts[] = {
-    &periodic_part,  &group_part,   &channel_part, &select_part, &sync_part,
-    &coroutine_part, &testing_part, &signal_part,  &fs_part,     &dns_part,
-    &tcp_part,       &process_part, &udp_part,     &stdio_part,  &schedule_part,
+    &periodic_part, &group_part,  &channel_part,  &select_part, &sync_part,   &coroutine_part,
+    &testing_part,  &signal_part, &fs_part,       &dns_part,    &tcp_part,    &process_part,
+    &udp_part,      &stdio_part,  &schedule_part, &probe_part,  &survey_part,
 };
 
 /* whether it puts that name into the module */

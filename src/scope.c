@@ -82,6 +82,39 @@ struct fiber *scope_find(struct runtime *rt, const lua_State *co) {
   return NULL;
 }
 
+/* the fiber below which f was started, or NULL: outside every task, or in a scope of one that has ended */
+static struct fiber *parent_of(const struct runtime *rt, const struct fiber *f) {
+  const struct scope *s = f->member.scope;
+  while (s->owner == f || (s->owner == NULL && s != rt->root)) s = s->member.scope;
+  return (const struct task *)s->owner != rt->outside ? s->owner : NULL;
+}
+
+lua_Integer scope_push_tasks(lua_State *L, struct runtime *rt) {
+  lua_Integer n = 0;
+  luaL_checkstack(L, 10, NULL);
+  lua_newtable(L);
+  lua_newtable(L); /* from here on nothing is created */
+  struct walk w = walk_below(rt->root);
+  for (struct pending *p = walk_next(&w); p != NULL; p = walk_next(&w)) {
+    struct scope *s = as_scope(p);
+    if (s != NULL) walk_into(&w, s);
+    if (!task_is(&p->task, KIND_FIBER) || &p->task == rt->outside || task_done(&p->task)) continue;
+    task_push(L, &p->task);
+    if (lua_isnil(L, -1)) { /* somebody is closing its coroutine */
+      lua_pop(L, 1);
+      continue;
+    }
+    lua_rawseti(L, -3, ++n);
+    struct fiber *parent = parent_of(rt, (struct fiber *)(void *)p);
+    if (parent != NULL)
+      task_push(L, &parent->task);
+    else
+      lua_pushboolean(L, 0);
+    lua_rawseti(L, -2, n);
+  }
+  return n;
+}
+
 /* ---- arming ---- */
 
 static bool arms_itself(struct scope *s) {

@@ -96,6 +96,7 @@ void shutdown_run(lua_State *L, struct runtime *rt) {
   }
   module_resize(L, rt->idle, rt->idle_size * sizeof *rt->idle, 0);
   if (rt->births) testing_forget(L, rt);
+  probe_close(L, rt);
   if (rt->ready || rt->idle_ticks || rt->lands) periodic_close(L, rt);
   deadline_close(L, rt);
   rt->idle = NULL;

@@ -505,17 +505,25 @@ static int l_name(lua_State *L) {
   return 1;
 }
 
-static int l_id(lua_State *L) {
+lua_Integer task_id(lua_State *L, int i) {
   struct runtime *rt = runtime(L);
-  task_check(L, 1);
-  lua_settop(L, 1);
+  lua_pushvalue(L, i);
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_IDS);
-  lua_pushvalue(L, 1);
-  if (lua_rawget(L, 2) != LUA_TNIL) return 1;
-  lua_pushvalue(L, 1);
-  lua_pushinteger(L, (lua_Integer)++rt->next_id);
-  lua_rawset(L, 2);
-  lua_pushinteger(L, (lua_Integer)rt->next_id);
+  lua_pushvalue(L, -2); /* task ids task */
+  if (lua_rawget(L, -2) == LUA_TNIL) {
+    lua_pushvalue(L, -3);
+    lua_pushinteger(L, (lua_Integer)++rt->next_id);
+    lua_copy(L, -1, -3);
+    lua_rawset(L, -4);
+  }
+  lua_Integer id = lua_tointeger(L, -1);
+  lua_pop(L, 3);
+  return id;
+}
+
+static int l_id(lua_State *L) {
+  task_check(L, 1);
+  lua_pushinteger(L, task_id(L, 1));
   return 1;
 }
 

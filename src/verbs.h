@@ -240,6 +240,7 @@ void task_settle_faulted(lua_State *L, struct runtime *rt, int i, int from);
 int task_push_outcome(lua_State *L, int i, struct task *t);
 void task_push_error(lua_State *L, int i); /* [-0, +1, -] what await raises; counts as observing */
 void task_push_name(lua_State *L, int i);  /* [-0, +1, m] */
+lua_Integer task_id(lua_State *L, int i);  /* [-0, +0, m] */
 ONCE void task_open(lua_State *L);
 
 /* ---- fiber.c: tasks with a body: their coroutines, start, run ---- */
@@ -552,6 +553,9 @@ void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
 void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
 /* whose coroutine it is, or NULL */
 struct fiber *scope_find(struct runtime *rt, const lua_State *co);
+/* [-0, +2, m] the tasks with a body that have not ended, outer ones before those that were started in them; of each
+** the one in which it was started, or false. Their number. */
+lua_Integer scope_push_tasks(lua_State *L, struct runtime *rt);
 
 ONCE void scope_open(lua_State *L);
 
@@ -566,6 +570,8 @@ void group_child_lost(lua_State *L, struct runtime *rt, struct group *g);
 bool group_canceled(const struct fiber *f); /* of a child; a detached task has none to ask */
 /* [-0, +0, -] what f awaits is the end of the tasks of a group of its */
 bool group_is_joined(lua_State *L, const struct fiber *f);
+/* [-0, +0, m] … they are put into the list on top */
+void group_list_children(lua_State *L, const struct fiber *f);
 void group_discard(lua_State *L, int i); /* [-0, +0, m] the queued child at i never starts */
 void group_end(struct scope *s);         /* [-0, +0, -] nothing can be started in it any more */
 extern const struct part group_part;
@@ -615,6 +621,7 @@ void deadline_rest(struct runtime *rt, struct deadline *d);
 
 bool deadline_rests(const struct runtime *rt, const struct deadline *d);
 bool deadline_any(const struct runtime *rt);
+lua_Integer deadline_count(const struct runtime *rt);
 static inline bool deadline_is_set(const struct deadline *d) { /* or rests */
   return d->index != 0;
 }
@@ -762,6 +769,22 @@ void deadlock_push_wait(lua_State *L, int i);
 /* [-0, +1, m] the error that nothing can go on, for whoever runs the loop; f: for that operation at the
 ** top level, or NULL */
 void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f);
+
+/* [-0, +0, m] the tasks that hold up the fiber at i are put into the list on top: all of these must end, or give
+** back a lock, before it goes on */
+void deadlock_list_blockers(lua_State *L, int i);
+extern const struct part survey_part;
+
+/* ---- probe.c: what is measured while tasks run ---- */
+
+/* [-0, +0, -] f is about to be resumed, and has suspended or ended */
+void probe_begin(lua_State *L, struct runtime *rt, struct fiber *f);
+void probe_end(lua_State *L, struct runtime *rt, struct fiber *f);
+void probe_tell(lua_State *L, struct runtime *rt); /* [-0, +0, -] of steps that took too long */
+/* when the waiting f suspended, by loop_now; NAN: unknown */
+double probe_since(const struct runtime *rt, const struct fiber *f);
+ONCE void probe_close(lua_State *L, struct runtime *rt); /* [-0, +0, -] */
+extern const struct part probe_part;
 
 /* ---- shutdown.c: the end of the state ---- */
 

@@ -192,11 +192,8 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet) {
   lua_pop(L, 2);
 }
 
-bool waiter_push_name(lua_State *L, struct fiber *f) {
-  if (push_holder(L, f) == NULL) return false;
-  if (luaL_getmetafield(L, -1, "__name") != LUA_TSTRING) lua_pushliteral(L, "?");
-  lua_replace(L, -2);
-  return true;
+bool waiter_push_holder(lua_State *L, struct fiber *f) {
+  return fiber_naps(f) && f->u.nap.pos != 0 && push_holder(L, f) != NULL;
 }
 
 /* [-0, +0, m] the running fiber is the last in q, and is to park: as fiber_push_me tells */

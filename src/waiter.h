@@ -96,8 +96,8 @@ void waiter_leave(lua_State *L, struct fiber *f, bool quiet);
 void waiter_withdraw(lua_State *L, int i, bool quiet);
 
 void waiter_land(lua_State *L, int i);
-/* [-0, +1, m] what it waits for; false: [-0, +0] */
-bool waiter_push_name(lua_State *L, struct fiber *f);
+/* [-0, +1, -] what it waits for, in a queue; false: [-0, +0] */
+bool waiter_push_holder(lua_State *L, struct fiber *f);
 static inline bool waiter_is_queued(const struct task *t) {
   return task_is(t, KIND_QUEUED) || task_is(t, KIND_SELECT);
 }
@@ -126,6 +126,8 @@ extern const struct part select_part;
 extern const struct part sync_part;
 void lock_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
 void lock_land(lua_State *L, int i);
+/* [-0, +1, m] a list of the tasks that have what is at i, if that is a lock, and are known; else an empty one */
+void lock_push_owners(lua_State *L, int i);
 
 #pragma GCC visibility pop
 #endif

@@ -46,5 +46,5 @@ return late(flow, [[
   sync=sync Semaphore=sync Lock=sync ReaderWriterLock=sync ManualResetEvent=sync
   AutoResetEvent=sync CountdownEvent=sync Condition=sync Barrier=sync background=background
   BackgroundQueue=background hosting=hosting Host=hosting BackgroundService=hosting signal=signal
-  stream=stream parallel=parallel fs=fs dns=dns net=net process=process stdio=stdio
+  stream=stream parallel=parallel fs=fs dns=dns net=net process=process stdio=stdio diagnostics=diagnostics
 ]])

@@ -1,0 +1,364 @@
+/*
+** probe.c - what is measured while tasks run, once coflow.diagnostics is there to ask for it: since when each of
+** them waits, which of them keep the loop, and a trace of it all.
+**
+** A *step* is one run of a task, from its resumption to its next suspension or its end. Steps nest: a hot
+** start, and an await in place, run on top of the caller's step, whose own time theirs is not. A step is known by
+** the depth at which it runs; one that had begun before there was a probe has no start, and is not looked at.
+**
+** A step lies in the midst of the kernel's work. So nothing is created there unless a trace is written, and no
+** finalizer runs. Who has kept the loop for too long is noted, and ends the slice; what the user wants to do about
+** it is called by the pump (probe_tell), from outside every task.
+**
+** A trace is a JSON array of Chrome's trace events. The steps are slices of the one thread that there is, nested as
+** they are; each task is an asynchronous event by its id, and each of its waits one within that. The
+** array may lack its end, as those who read it allow: what a process that is killed leaves behind can still be read.
+**
+** With no probe all this costs one untaken branch after each step; before it there is one anyway.
+**
+** Invariants: late[k] and RUNTIME_LATE[k + 1], for k < late_count, are of one step; in the latter is its task.
+** Source:     the trace event format (Google, 2016); slow_callback_duration of asyncio.
+** SPDX-License-Identifier: MIT
+*/
+#include "io.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+
+enum { DEPTHS = 64, LATE = 16 };
+
+struct step {
+  double start; /* 0: before there was a probe */
+  double inner; /* seconds of the steps on top of it */
+};
+
+/* of the task in a slot of the anchors */
+struct slot {
+  double since;    /* when it began to wait; NAN: before there was a probe */
+  unsigned traced; /* the trace that has its beginning */
+};
+
+struct probe {
+  struct step steps[DEPTHS];
+  struct slot *slots;
+  size_t size;
+  double loaded;       /* when there began to be a probe */
+  double busy;         /* seconds in steps */
+  lua_Integer count;   /* of steps */
+  lua_Integer started; /* tasks */
+  double limit;        /* what a step may take; HUGE_VAL: anything */
+  double late[LATE];   /* what those took that nobody has been told of yet */
+  int late_count;
+  FILE *trace;
+  double traced;       /* since when */
+  unsigned traces;     /* its number */
+  bool events;         /* it has some */
+  struct fiber *fiber; /* of which the tracer is to write the beginning of a step … */
+  double start, end;   /* … or, with an end, that */
+};
+
+/* ---- traces ---- */
+
+static void write_string(FILE *f, const char *s) {
+  fputc('"', f);
+  for (; *s != '\0'; s++) {
+    unsigned char c = (unsigned char)*s;
+    if (c == '"' || c == '\\')
+      fprintf(f, "\\%c", c);
+    else if (c < ' ')
+      fprintf(f, "\\u%04x", c);
+    else
+      fputc(c, f);
+  }
+  fputc('"', f);
+}
+
+/* the beginning of an event, which is to be ended by "}" */
+static void write_event(struct probe *p, char phase, const char *category, const char *name,
+                        double at) {
+  fputs(p->events ? ",\n{" : "{", p->trace);
+  p->events = true;
+  fprintf(p->trace, "\"ph\":\"%c\",\"pid\":1,\"tid\":1,\"cat\":\"%s\",\"ts\":%.3f,\"name\":", phase,
+          category, (at - p->traced) * 1e6);
+  write_string(p->trace, name);
+}
+
+static void write_async(struct probe *p, char phase, const char *name, lua_Integer id, double at) {
+  write_event(p, phase, "task", name, at);
+  fprintf(p->trace, ",\"id\":%lld}", (long long)id);
+}
+
+/* [-0, +2, m] the name of the task f, and its id */
+static const char *push_name(lua_State *L, struct fiber *f, lua_Integer *id) {
+  task_push(L, &f->task);
+  *id = task_id(L, -1);
+  task_push_name(L, -1);
+  const char *name = lua_tostring(L, -1);
+  return name != NULL ? name : "?";
+}
+
+static struct slot *slot_of(const struct probe *p, const struct fiber *f) {
+  size_t at = (size_t)f->task.slot;
+  return at != 0 && at < p->size ? &p->slots[at] : NULL;
+}
+
+/* whether the trace has the beginning of the started f; from now on it has */
+static bool is_known(struct probe *p, const struct fiber *f) {
+  struct slot *s = slot_of(p, f);
+  bool known = s != NULL && s->traced == p->traces;
+  if (s != NULL) s->traced = p->traces;
+  return known;
+}
+
+static void trace_begin(lua_State *L, struct probe *p, struct fiber *f) {
+  lua_Integer id;
+  const char *name = push_name(L, f, &id);
+  bool known = is_known(p, f) && f->task.flags & TASK_STARTED;
+  write_async(p, known ? 'e' : 'b', known ? "wait" : name, id, p->start);
+}
+
+static void trace_end(lua_State *L, struct probe *p, struct fiber *f) {
+  lua_Integer id;
+  const char *name = push_name(L, f, &id);
+  bool done = task_done(&f->task);
+  p->start = fmax(p->start, p->traced); /* it has begun the trace itself */
+  if (!is_known(p, f)) write_async(p, 'b', name, id, p->start);
+  if (done)
+    lua_pushliteral(L, "ends");
+  else
+    deadlock_push_wait(L, -2);
+  write_event(p, 'X', "step", name, p->start);
+  fprintf(p->trace, ",\"dur\":%.3f,\"args\":{\"task\":%lld,\"then\":", (p->end - p->start) * 1e6,
+          (long long)id);
+  write_string(p->trace, lua_tostring(L, -1));
+  fputs("}}", p->trace);
+  write_async(p, done ? 'e' : 'b', done ? name : "wait", id, p->end);
+}
+
+static int tracer(lua_State *L) {
+  struct probe *p = runtime(L)->probe;
+  (p->end != 0 ? trace_end : trace_begin)(L, p, p->fiber);
+  return 0;
+}
+
+/* [-0, +0, -] Without memory the event is not written. */
+static void trace(lua_State *L, struct probe *p, struct fiber *f, double start, double end) {
+  bool collects = lua_gc(L, LUA_GCISRUNNING);
+  if (!lua_checkstack(L, 5)) return;
+  p->fiber = f;
+  p->start = start;
+  p->end = end;
+  if (collects) lua_gc(L, LUA_GCSTOP); /* no finalizer runs in the midst of this */
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACER);
+  if (lua_pcall(L, 0, 0, 0) != LUA_OK) lua_pop(L, 1);
+  if (collects) lua_gc(L, LUA_GCRESTART);
+}
+
+/* false: something of it could not be written */
+static bool trace_close(struct probe *p) {
+  FILE *f = p->trace;
+  p->trace = NULL;
+  if (f == NULL) return true;
+  fputs(p->events ? "\n]\n" : "]\n", f);
+  bool written = ferror(f) == 0;
+  return fclose(f) == 0 && written;
+}
+
+/* ---- steps ---- */
+
+static bool is_watched(const struct probe *p) { return p->trace != NULL || p->limit != HUGE_VAL; }
+
+static struct step *step_at(struct probe *p, int depth) {
+  return depth > 0 && depth < DEPTHS ? &p->steps[depth] : NULL;
+}
+
+/* for want of memory it is not known since when it waits */
+static void make_room(lua_State *L, struct probe *p, size_t slot) {
+  size_t size = p->size * 2 > slot ? p->size * 2 : slot + 64;
+  struct slot *slots =
+      (struct slot *)module_resize(L, p->slots, p->size * sizeof *slots, size * sizeof *slots);
+  if (slots == NULL) return;
+  for (size_t i = p->size; i < size; i++) slots[i] = (struct slot){.since = NAN};
+  p->slots = slots;
+  p->size = size;
+}
+
+void probe_begin(lua_State *L, struct runtime *rt, struct fiber *f) {
+  struct probe *p = rt->probe;
+  struct step *s = step_at(p, rt->depth);
+  double now = loop_real_now();
+  p->count++;
+  if (!(f->task.flags & TASK_STARTED)) p->started++;
+  if (f->task.slot > 0 && (size_t)f->task.slot >= p->size) make_room(L, p, (size_t)f->task.slot);
+  if (s != NULL) *s = (struct step){.start = now};
+  if (!is_watched(p)) return;
+  task_push(
+      L, &f->task); /* from here on its slot holds it, so that it is known also when it has ended */
+  lua_pop(L, 1);
+  if (p->trace != NULL) trace(L, p, f, now, 0);
+}
+
+/* [-0, +0, -] the task f, which is held, has kept the loop for so long */
+static void note_late(lua_State *L, struct runtime *rt, struct fiber *f, double seconds) {
+  struct probe *p = rt->probe;
+  if (p->late_count == LATE) return;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
+  task_push(L, &f->task);
+  p->late[p->late_count++] = seconds;
+  lua_rawseti(L, -2, p->late_count);
+  lua_pop(L, 1);
+  rt->slice = 0;
+}
+
+void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
+  struct probe *p = rt->probe;
+  struct step *s = step_at(p, rt->depth), *outer = step_at(p, rt->depth - 1);
+  struct slot *slot = slot_of(p, f);
+  if (slot != NULL) slot->since = loop_now(rt);
+  if (s == NULL || s->start == 0) return;
+  double now = loop_real_now(), took = now - s->start, own = took - s->inner;
+  if (outer != NULL) outer->inner += took;
+  p->busy += own;
+  if (is_watched(p) && f->task.flags & TASK_HELD && f->task.slot != 0) {
+    if (p->trace != NULL) trace(L, p, f, s->start, now);
+    if (own > p->limit) note_late(L, rt, f, own);
+  }
+  s->start = 0;
+}
+
+/* [-0, +0, -] what a handler of the user's raises goes where errors of callbacks go */
+void probe_tell(lua_State *L, struct runtime *rt) {
+  struct probe *p = rt->probe;
+  int top = lua_gettop(L), count = p->late_count;
+  double late[LATE];
+  if (count == 0 || !lua_checkstack(L, LATE + 10)) return;
+  memcpy(late, p->late, sizeof late);
+  p->late_count = 0;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
+  for (int k = 1; k <= count; k++) { /* off the list first: a handler may run the loop … */
+    lua_rawgeti(L, top + 1, k);
+    lua_pushnil(L);
+    lua_rawseti(L, top + 1, k);
+  }
+  for (int k = 1; k <= count; k++) {
+    if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED) == LUA_TNIL) break; /* … or end this */
+    lua_pushvalue(L, top + 1 + k);
+    lua_pushnumber(L, late[k - 1]);
+    if (schedule_call_outside(L, rt, 2) != LUA_OK) {
+      error_report(L, -1, 0);
+      lua_pop(L, 1);
+    }
+  }
+  lua_settop(L, top);
+}
+
+double probe_since(const struct runtime *rt, const struct fiber *f) {
+  const struct slot *s = rt->probe != NULL ? slot_of(rt->probe, f) : NULL;
+  return s != NULL ? s->since : NAN;
+}
+
+void probe_close(lua_State *L, struct runtime *rt) {
+  struct probe *p = rt->probe;
+  if (p == NULL) return;
+  trace_close(p);
+  rt->probe = NULL;
+  rt->probed = false;
+  module_resize(L, p->slots, p->size * sizeof *p->slots, 0);
+  module_resize(L, p, sizeof *p, 0);
+}
+
+/* ---- Lua face ---- */
+
+/* on_blocked(seconds, fn), or (nil) */
+static int l_on_blocked(lua_State *L) {
+  struct probe *p = runtime(L)->probe;
+  if (p == NULL) shutdown_refuse(L);
+  lua_settop(L, 2);
+  p->limit = lua_isnil(L, 1) ? HUGE_VAL : lua_tonumber(L, 1);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED);
+  return 0;
+}
+
+/* trace(path): false if there is one already */
+static int l_trace(lua_State *L) {
+  struct probe *p = runtime(L)->probe;
+  const char *path = luaL_checkstring(L, 1);
+  if (p == NULL) shutdown_refuse(L);
+  lua_pushboolean(L, p->trace == NULL);
+  if (p->trace != NULL) return 1;
+  FILE *f = fopen(path, "we");
+  if (f == NULL) {
+    io_push_error(L, uv_translate_sys_error(errno), "open", path);
+    return lua_error(L);
+  }
+  fputs("[\n", f);
+  p->trace = f;
+  p->traced = loop_real_now();
+  p->traces++;
+  p->events = false;
+  return 1;
+}
+
+/* trace_end(): false if not all of it could be written */
+static int l_trace_end(lua_State *L) {
+  struct probe *p = runtime(L)->probe;
+  lua_pushboolean(L, p == NULL || trace_close(p));
+  return 1;
+}
+
+static void count(lua_State *L, const char *name, lua_Integer n) {
+  lua_pushinteger(L, n);
+  lua_setfield(L, -2, name);
+}
+
+static lua_Integer length(const struct link *list) {
+  lua_Integer n = 0;
+  for (const struct link *l = list->next; l != list; l = l->next) n++;
+  return n;
+}
+
+/* counts() -> a table */
+static int l_counts(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  const struct probe *p = rt->probe;
+  lua_Integer ready = 0;
+  if (p == NULL) shutdown_refuse(L);
+  for (const struct task *t = rt->ready; t != NULL; t = t->next) ready++;
+  lua_createtable(L, 0, 12);
+  count(L, "ready", ready);
+  count(L, "steps", p->count);
+  count(L, "started", p->started);
+  count(L, "deadlines", deadline_count(rt));
+  count(L, "requests", length(&rt->flights));
+  count(L, "handles", length(&rt->handles));
+  count(L, "idle_coroutines", (lua_Integer)rt->idle_count);
+  lua_pushnumber(L, p->busy);
+  lua_setfield(L, -2, "busy");
+  lua_pushnumber(L, loop_real_now() - p->loaded);
+  lua_setfield(L, -2, "elapsed");
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"on_blocked", l_on_blocked},
+                                     {"trace", l_trace},
+                                     {"trace_end", l_trace_end},
+                                     {"counts", l_counts},
+                                     {NULL, NULL}};
+
+static void load(lua_State *L) {
+  struct runtime *rt = runtime(L);
+  shutdown_check(L, rt);
+  module_push_function(L, tracer);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_TRACER);
+  lua_createtable(L, LATE, 0);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
+  if (rt->probe != NULL) return;
+  struct probe *p = (struct probe *)module_resize(L, NULL, 0, sizeof *p);
+  if (p == NULL) luaL_error(L, "not enough memory");
+  *p = (struct probe){.limit = HUGE_VAL, .loaded = loop_real_now()};
+  rt->probe = p;
+  rt->probed = true;
+}
+
+const struct part probe_part = {functions, load, "probe"};
