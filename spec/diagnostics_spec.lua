@@ -5,7 +5,7 @@ local flow = require "coflow"
 local diagnostics = require "coflow.diagnostics"
 local helper = require "spec.helper"
 
-local in_task, here, recorder = helper.in_task, helper.here, helper.recorder
+local in_order, here, recorder = helper.in_order, helper.here, helper.recorder
 
 local function named(name, task)
   task.name = name
@@ -44,7 +44,7 @@ local function canceling(...)
 end
 
 describe("tasks()", function()
-  it("has those that have not ended, whoever started them first", in_task(function()
+  it("has those that have not ended, whoever started them first", in_order(function()
     local main = flow.current_task()
     local gate = flow.TaskCompletionSource()
     local inner
@@ -60,7 +60,7 @@ describe("tasks()", function()
     assert.same({ main }, diagnostics.tasks())
   end))
 
-  it("has those that have not been started, and those that failed no more", in_task(function()
+  it("has those that have not been started, and those that failed no more", in_order(function()
     local cold, failed = flow.Task.new(type, 1), flow.spawn(error, "no")
     failed:try_await()
     local queued = flow.spawn(function() end)
@@ -73,7 +73,7 @@ describe("tasks()", function()
     flow.when_all(cold:start(), queued):await()
   end))
 
-  it("has no operations, which have no function to run", in_task(function()
+  it("has no operations, which have no function to run", in_order(function()
     local delay = flow.delay(1)
     local all = flow.when_all(delay)
     assert.same({ flow.current_task() }, diagnostics.tasks())
@@ -84,7 +84,7 @@ describe("tasks()", function()
     assert.same({}, diagnostics.tasks())
   end)
 
-  it("keeps no task alive", in_task(function()
+  it("keeps no task alive", in_order(function()
     local weak = setmetatable({}, { __mode = "v" })
     do
       local channel = flow.Channel.unbounded()
@@ -104,7 +104,7 @@ describe("tasks()", function()
     assert.equal(1, #diagnostics.tasks())
   end))
 
-  it("takes ten thousand", in_task(function()
+  it("takes ten thousand", in_order(function()
     local gate, n = flow.TaskCompletionSource(), helper.many(10000, 100)
     local tasks = {}
     for i = 1, n do tasks[i] = flow.spawn(flow.await, gate.task) end
@@ -118,7 +118,7 @@ describe("tasks()", function()
 end)
 
 describe("dump()", function()
-  it("tells where each waits, on what, and for how long, as a tree", helper.in_order(function()
+  it("tells where each waits, on what, and for how long, as a tree", in_order(function()
     named("main", flow.current_task())
     local channel, place = flow.Channel.unbounded(), nil
     local parent = spawn("parent", function()
@@ -143,12 +143,12 @@ describe("dump()", function()
     flow.when_all(parent, queued, cold:start()):await()
   end))
 
-  it("has the id by which a program can look for it", in_task(function()
+  it("has the id by which a program can look for it", in_order(function()
     local task = named("me", flow.current_task())
     assert.matches("'me' (#" .. task.id .. ") is running", diagnostics.dump(), 1, true)
   end))
 
-  it("tells of one that is ready that it is", helper.in_order(function()
+  it("tells of one that is ready that it is", in_order(function()
     local gate = flow.TaskCompletionSource()
     local task = spawn("woken", flow.await, gate.task)
     flow.yield()
@@ -157,7 +157,7 @@ describe("dump()", function()
     task:await()
   end))
 
-  it("is indented as deep as tasks start tasks, within reason", in_task(function()
+  it("is indented as deep as tasks start tasks, within reason", in_order(function()
     local depth, gate = helper.many(1000, 60), flow.TaskCompletionSource()
     local function descend(n)
       if n == 0 then return gate.task:await() end
@@ -178,13 +178,13 @@ describe("dump()", function()
 end)
 
 describe("hang_report()", function()
-  it("says so where none waits", in_task(function()
+  it("says so where none waits", in_order(function()
     local cold = flow.Task.new(type, 1)
     assert.equal("no task waits", diagnostics.hang_report())
     cold:start():await()
   end))
 
-  it("has one line for those of a name that wait for the same", in_task(function()
+  it("has one line for those of a name that wait for the same", in_order(function()
     local channel, place = flow.Channel.unbounded(), nil
     local function read()
       place = here() channel:read()
@@ -198,7 +198,7 @@ describe("hang_report()", function()
     flow.when_all(tasks):await()
   end))
 
-  it("names who has the lock that is waited for", helper.in_order(function()
+  it("names who has the lock that is waited for", in_order(function()
     local lock, gate = flow.Lock(), flow.TaskCompletionSource()
     local holder = spawn("holder", function() lock:run(flow.await, gate.task) end)
     local waiter = spawn("waiter", function() lock:run(function() end) end)
@@ -210,7 +210,7 @@ describe("hang_report()", function()
     flow.when_all(holder, waiter):await()
   end))
 
-  it("tells of a lock whose holder has ended without giving it back", helper.in_order(function()
+  it("tells of a lock whose holder has ended without giving it back", in_order(function()
     local lock = flow.Lock()
     local forgetful = spawn("forgetful", function() lock:lock() end)
     forgetful:await()
@@ -220,7 +220,7 @@ describe("hang_report()", function()
     assert.matches("held by 'forgetful' (which has ended), at", plain(diagnostics.hang_report()), 1, true)
   end))
 
-  it("names all that read", helper.in_order(function()
+  it("names all that read", in_order(function()
     local lock, gate = flow.ReaderWriterLock(), flow.TaskCompletionSource()
     local function read()
       local _ <close> = lock:read_lock()
@@ -250,7 +250,7 @@ describe("circles", function()
   end
 
   for what, take in pairs { ["two locks"] = taker(false), ["operations on locks"] = taker(true) } do
-    it("are found through " .. what, helper.in_order(function()
+    it("are found through " .. what, in_order(function()
       local x, y = flow.Lock(), flow.Lock()
       local a, b = spawn("a", take, x, y), spawn("b", take, y, x)
       local _ <close> = canceling(a, b)
@@ -259,7 +259,7 @@ describe("circles", function()
     end))
   end
 
-  it("are found through when_all and await_all", in_task(function()
+  it("are found through when_all and await_all", helper.in_task(function()
     for _, all in ipairs { function(...) return flow.when_all(...):await() end, flow.await_all } do
       local a, b
       a = spawn("a", function() flow.yield() all(flow.delay(9), b) end)
@@ -271,7 +271,7 @@ describe("circles", function()
     end
   end))
 
-  it("are found through a task group whose child waits for its owner", in_task(function()
+  it("are found through a task group whose child waits for its owner", helper.in_task(function()
     local lock = flow.Lock()
     local owner = spawn("owner", function()
       local _ <close> = lock:lock()
@@ -286,7 +286,7 @@ describe("circles", function()
     assert.same({ "circle: 'owner' waits for 'child', which waits for 'owner'" }, circles())
   end))
 
-  it("are found through a wait with a timeout, which ends some day", in_task(function()
+  it("are found through a wait with a timeout, which ends some day", in_order(function()
     local a, b
     a = spawn("a", function() flow.yield() b:wait_async(9):await() end)
     b = spawn("b", function() flow.yield() a:wait_async(9):await() end)
@@ -295,7 +295,7 @@ describe("circles", function()
     assert.equal(1, #circles())
   end))
 
-  it("are found each on its own", helper.in_order(function()
+  it("are found each on its own", in_order(function()
     local take, tasks = taker(false), {}
     for i = 1, 3 do
       local x, y = flow.Lock(), flow.Lock()
@@ -307,7 +307,7 @@ describe("circles", function()
     assert.equal(3, #circles())
   end))
 
-  it("are none where one of several is enough", in_task(function()
+  it("are none where one of several is enough", helper.in_task(function()
     for _, any in ipairs { function(...) return flow.when_any(...):await() end, flow.await_any } do
       local a, b
       a = spawn("a", function() flow.yield() any(flow.delay(2), b) end)
@@ -318,7 +318,7 @@ describe("circles", function()
     end
   end))
 
-  it("are none in a long chain", in_task(function()
+  it("are none in a long chain", in_order(function()
     local last = flow.TaskCompletionSource().task
     local gate = last
     local source = flow.TaskCompletionSource()
@@ -356,12 +356,12 @@ describe("on_blocked", function()
   after_each(function() diagnostics.on_blocked(nil) end)
 
   -- Every step takes longer than no time at all.
-  it("tells who kept the loop, and for how long", helper.in_order(function()
+  it("tells who kept the loop, and for how long", in_order(function()
     local log = {}
     local task = spawn("busy", function() end)
     diagnostics.on_blocked(0, function(who, seconds) log[#log + 1] = { who, seconds } end)
     task:await()
-    flow.yield()
+    flow.sleep(1)
     diagnostics.on_blocked(nil)
     local seen
     for _, entry in ipairs(log) do
@@ -370,7 +370,7 @@ describe("on_blocked", function()
     assert.is_true(seen > 0)
   end))
 
-  it("tells nothing of those that took less", in_task(function()
+  it("tells nothing of those that took less", in_order(function()
     local told = 0
     diagnostics.on_blocked(math.huge, function() told = told + 1 end)
     flow.spawn(function() end):await()
@@ -378,7 +378,7 @@ describe("on_blocked", function()
     assert.equal(0, told)
   end))
 
-  it("calls it outside every task, where tasks can be started", in_task(function()
+  it("calls it outside every task, where tasks can be started", in_order(function()
     local me, started, refused = flow.current_task(), nil, nil
     diagnostics.on_blocked(0, function()
       diagnostics.on_blocked(nil)
@@ -386,55 +386,55 @@ describe("on_blocked", function()
       refused = helper.raised(flow.sleep, 1)
       started = flow.spawn(function() return "from it" end)
     end)
-    flow.yield() flow.yield()
+    flow.sleep(1)
     helper.is_error("InvalidOperation", refused, "inside a callback")
     assert.equal("from it", started:await())
   end))
 
-  it("tells what it raises to the handler of unobserved exceptions", in_task(function()
+  it("tells what it raises to the handler of unobserved exceptions", in_order(function()
     local seen
     flow.on_unobserved_exception(function(err, task) seen = { err, task } end)
     diagnostics.on_blocked(0, function()
       diagnostics.on_blocked(nil)
       error("in it", 0)
     end)
-    flow.yield() flow.yield()
+    flow.sleep(1)
     flow.on_unobserved_exception(nil)
     assert.same({ "in it" }, seen)
   end))
 
-  it("has one function at a time, and none after nil", in_task(function()
+  it("has one function at a time, and none after nil", in_order(function()
     local log, note = recorder()
     diagnostics.on_blocked(0, function() note("first") end)
     diagnostics.on_blocked(0, function() note("second") end)
-    flow.yield()
+    flow.sleep(1)
     diagnostics.on_blocked(nil)
     local n = #log
     assert.is_true(n > 0)
-    flow.yield() flow.yield()
+    flow.sleep(1)
     assert.equal(n, #log)
     for _, event in ipairs(log) do assert.equal("second", event) end
   end))
 
-  it("knows those that start hot, and have ended", in_task(function()
+  it("knows those that start hot, and have ended", in_order(function()
     local tasks, told = {}, {}
     diagnostics.on_blocked(0, function(task) told[task] = true end)
     local start = flow.async(function(n) return n end)
     for i = 1, 5 do tasks[i] = named("hot" .. i, start(i)) end
-    flow.yield() flow.yield()
+    flow.sleep(1)
     for i = 1, 5 do assert.is_true(told[tasks[i]]) end
   end))
 
-  it("holds no more than it tells", in_task(function()
+  it("holds no more than it tells", in_order(function()
     local told = 0
     diagnostics.on_blocked(0, function() told = told + 1 end)
     local start = flow.async(function() end)
     for _ = 1, 1000 do start() end
-    flow.yield() flow.yield()
+    flow.sleep(1)
     assert.is_true(told > 0)
   end))
 
-  it("refuses what is no limit, and no function", in_task(function()
+  it("refuses what is no limit, and no function", in_order(function()
     local name = "to 'coflow.diagnostics.on_blocked' %("
     for _, limit in ipairs { -1, 0 / 0, "1" } do
       local err = helper.raised(diagnostics.on_blocked, limit, print)
@@ -537,7 +537,7 @@ local function by_task(events)
 end
 
 describe("a trace", function()
-  it("has the life, the waits and the steps of each task", helper.in_order(function()
+  it("has the life, the waits and the steps of each task", in_order(function()
     local path, _ <close> = trace_path()
     local trace = diagnostics.trace(path)
     local task = spawn("job", function()
@@ -555,7 +555,7 @@ describe("a trace", function()
     assert.equal(3, steps)
   end))
 
-  it("begins with the task that begins it, and those that wait then", helper.in_order(function()
+  it("begins with the task that begins it, and those that wait then", in_order(function()
     local path, _ <close> = trace_path()
     local me = named("me", flow.current_task())
     local other = spawn("other", flow.yield)
@@ -568,7 +568,7 @@ describe("a trace", function()
     assert.same({ "b other", "e other" }, tasks[other.id])
   end))
 
-  it("escapes names", in_task(function()
+  it("escapes names", in_order(function()
     local path, _ <close> = trace_path()
     local name = "a \"quoted\" \\ name\n\t\1 – done"
     do
@@ -605,7 +605,7 @@ describe("a trace", function()
     assert.equal(2, n)
   end)
 
-  it("is one at a time, closed once or more often", in_task(function()
+  it("is one at a time, closed once or more often", in_order(function()
     local path, _ <close> = trace_path()
     local trace = diagnostics.trace(path)
     helper.is_error("InvalidOperation", helper.raised(diagnostics.trace, path), path)
@@ -617,7 +617,7 @@ describe("a trace", function()
     second:dispose()
   end))
 
-  it("tells what is wrong with its path", in_task(function()
+  it("tells what is wrong with its path", in_order(function()
     local err = helper.raises("IO", diagnostics.trace, "/nowhere/at/all.json")
     assert.equal("ENOENT", err.code)
     assert.equal("/nowhere/at/all.json", err.path)
@@ -628,7 +628,7 @@ describe("a trace", function()
     assert.matches("Trace:dispose", helper.raised(trace.dispose))
   end))
 
-  it("tells that it could not be written", in_task(function()
+  it("tells that it could not be written", in_order(function()
     local full = io.open("/dev/full", "w")
     if not full then return end
     full:close()
@@ -641,7 +641,7 @@ describe("a trace", function()
 end)
 
 describe("metrics()", function()
-  it("counts what is there", in_task(function()
+  it("counts what is there", in_order(function()
     local gate = flow.TaskCompletionSource()
     local waiting = flow.spawn(flow.await, gate.task)
     flow.yield()
@@ -658,7 +658,7 @@ describe("metrics()", function()
     flow.when_all(waiting, queued, delay):await()
   end))
 
-  it("counts tasks and steps", in_task(function()
+  it("counts tasks and steps", in_order(function()
     local before = diagnostics.metrics()
     local tasks = {}
     for i = 1, 10 do

@@ -424,8 +424,8 @@ enum runtime_uservalue {
   RUNTIME_ORIGIN,    /* the last origin of Timers without a context (periodic.c) */
   RUNTIME_SPARE,     /* a blank fiber for the next tick of a Timer, or nil */
   RUNTIME_IO_RESULT, /* the function that makes the result of an operation on libuv */
-  RUNTIME_TRACER,    /* the function that writes a trace (probe.c) */
-  RUNTIME_LATE,      /* tasks that have kept the loop … */
+  RUNTIME_STEPS,     /* tasks of which a trace is to be written (probe.c) */
+  RUNTIME_LATE,      /* those that have kept the loop … */
   RUNTIME_BLOCKED,   /* … and who is to be told of them */
   RUNTIME_UV_COUNT = RUNTIME_BLOCKED
 };

@@ -6,9 +6,9 @@
 ** start, and an await in place, run on top of the caller's step, whose own time theirs is not. A step is known by
 ** the depth at which it runs; one that had begun before there was a probe has no start, and is not looked at.
 **
-** A step lies in the midst of the kernel's work. So nothing is created there unless a trace is written, and no
-** finalizer runs. Who has kept the loop for too long is noted, and ends the slice; what the user wants to do about
-** it is called by the pump (probe_tell), from outside every task.
+** A step ends in the midst of the kernel's work. So it is only noted then, which creates nothing: in an array, and its
+** task in a list. What is to be done about it the pump does after the slice (probe_tell), where names may be made, and a
+** handler of the user's be called.
 **
 ** A trace is a JSON array of Chrome's trace events. The steps are slices of the one thread that there is, nested as
 ** they are; each task is an asynchronous event by its id, and each of its waits one within that. The
@@ -16,7 +16,7 @@
 **
 ** With no probe all this costs one untaken branch after each step; before it there is one anyway.
 **
-** Invariants: late[k] and RUNTIME_LATE[k + 1], for k < late_count, are of one step; in the latter is its task.
+** Invariants: the task of events[k] is RUNTIME_STEPS[k + 1], that of late[k] is RUNTIME_LATE[k + 1].
 ** Source:     the trace event format (Google, 2016); slow_callback_duration of asyncio.
 ** SPDX-License-Identifier: MIT
 */
@@ -26,17 +26,26 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { DEPTHS = 64, LATE = 16 };
+enum { DEPTHS = 64, LATE = 16, EVENTS = 1 << 16 };
 
 struct step {
   double start; /* 0: before there was a probe */
   double inner; /* seconds of the steps on top of it */
+  bool first;   /* of its task */
 };
 
 /* of the task in a slot of the anchors */
 struct slot {
   double since;    /* when it began to wait; NAN: before there was a probe */
   unsigned traced; /* the trace that has its beginning */
+};
+
+/* a step for the trace */
+struct event {
+  double start, end;
+  bool begins, ends; /* its task, as far as the trace knows */
+  int line;          /* where it came to rest; 0: no line of a user's */
+  char source[LUA_IDSIZE];
 };
 
 struct probe {
@@ -51,11 +60,12 @@ struct probe {
   double late[LATE];   /* what those took that nobody has been told of yet */
   int late_count;
   FILE *trace;
-  double traced;       /* since when */
-  unsigned traces;     /* its number */
-  bool events;         /* it has some */
-  struct fiber *fiber; /* of which the tracer is to write the beginning of a step … */
-  double start, end;   /* … or, with an end, that */
+  unsigned traces; /* its number */
+  double traced;   /* since when */
+  bool some;       /* it has some events; these are still to be written: */
+  struct event *events;
+  size_t event_count, event_size, written;
+  lua_Integer lost; /* there was no room for so many */
 };
 
 /* ---- traces ---- */
@@ -74,11 +84,16 @@ static void write_string(FILE *f, const char *s) {
   fputc('"', f);
 }
 
+static struct slot *slot_of(const struct probe *p, const struct fiber *f) {
+  size_t at = (size_t)f->task.slot;
+  return at != 0 && at < p->size ? &p->slots[at] : NULL;
+}
+
 /* the beginning of an event, which is to be ended by "}" */
 static void write_event(struct probe *p, char phase, const char *category, const char *name,
                         double at) {
-  fputs(p->events ? ",\n{" : "{", p->trace);
-  p->events = true;
+  fputs(p->some ? ",\n{" : "{", p->trace);
+  p->some = true;
   fprintf(p->trace, "\"ph\":\"%c\",\"pid\":1,\"tid\":1,\"cat\":\"%s\",\"ts\":%.3f,\"name\":", phase,
           category, (at - p->traced) * 1e6);
   write_string(p->trace, name);
@@ -89,70 +104,78 @@ static void write_async(struct probe *p, char phase, const char *name, lua_Integ
   fprintf(p->trace, ",\"id\":%lld}", (long long)id);
 }
 
-/* [-0, +2, m] the name of the task f, and its id */
-static const char *push_name(lua_State *L, struct fiber *f, lua_Integer *id) {
-  task_push(L, &f->task);
-  *id = task_id(L, -1);
-  task_push_name(L, -1);
-  const char *name = lua_tostring(L, -1);
-  return name != NULL ? name : "?";
-}
-
-static struct slot *slot_of(const struct probe *p, const struct fiber *f) {
-  size_t at = (size_t)f->task.slot;
-  return at != 0 && at < p->size ? &p->slots[at] : NULL;
-}
-
-/* whether the trace has the beginning of the started f; from now on it has */
-static bool is_known(struct probe *p, const struct fiber *f) {
-  struct slot *s = slot_of(p, f);
-  bool known = s != NULL && s->traced == p->traces;
-  if (s != NULL) s->traced = p->traces;
-  return known;
-}
-
-static void trace_begin(lua_State *L, struct probe *p, struct fiber *f) {
-  lua_Integer id;
-  const char *name = push_name(L, f, &id);
-  bool known = is_known(p, f) && f->task.flags & TASK_STARTED;
-  write_async(p, known ? 'e' : 'b', known ? "wait" : name, id, p->start);
-}
-
-static void trace_end(lua_State *L, struct probe *p, struct fiber *f) {
-  lua_Integer id;
-  const char *name = push_name(L, f, &id);
-  bool done = task_done(&f->task);
-  p->start = fmax(p->start, p->traced); /* it has begun the trace itself */
-  if (!is_known(p, f)) write_async(p, 'b', name, id, p->start);
-  if (done)
-    lua_pushliteral(L, "ends");
-  else
-    deadlock_push_wait(L, -2);
-  write_event(p, 'X', "step", name, p->start);
-  fprintf(p->trace, ",\"dur\":%.3f,\"args\":{\"task\":%lld,\"then\":", (p->end - p->start) * 1e6,
+static void write_step(struct probe *p, const struct event *e, const char *name, lua_Integer id) {
+  write_async(p, e->begins ? 'b' : 'e', e->begins ? name : "wait", id, e->start);
+  write_event(p, 'X', "step", name, e->start);
+  fprintf(p->trace, ",\"dur\":%.3f,\"args\":{\"task\":%lld", (e->end - e->start) * 1e6,
           (long long)id);
-  write_string(p->trace, lua_tostring(L, -1));
+  if (e->line > 0) {
+    char at[LUA_IDSIZE + 20];
+    snprintf(at, sizeof at, "%s:%d", e->source, e->line);
+    fputs(",\"until\":", p->trace);
+    write_string(p->trace, at);
+  }
   fputs("}}", p->trace);
-  write_async(p, done ? 'e' : 'b', done ? name : "wait", id, p->end);
+  write_async(p, e->ends ? 'e' : 'b', e->ends ? name : "wait", id, e->end);
 }
 
-static int tracer(lua_State *L) {
-  struct probe *p = runtime(L)->probe;
-  (p->end != 0 ? trace_end : trace_begin)(L, p, p->fiber);
-  return 0;
+/* [-0, +0, m] writes what has been noted. Finalizers that run meanwhile may add to it, or end the trace. */
+static void flush(lua_State *L, struct probe *p) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
+  int list = lua_gettop(L);
+  for (; p->written < p->event_count; lua_settop(L, list)) {
+    lua_Integer k = (lua_Integer)++p->written;
+    lua_rawgeti(L, list, k);
+    lua_pushnil(L);
+    lua_rawseti(L, list, k);
+    if (p->trace == NULL) continue;
+    lua_Integer id = task_id(L, -1);
+    task_push_name(L, -1);
+    if (p->trace != NULL) write_step(p, &p->events[k - 1], lua_tostring(L, -1), id);
+  }
+  if (p->lost > 0 && p->trace != NULL) {
+    char text[60];
+    snprintf(text, sizeof text, "%lld steps are not in the trace", (long long)p->lost);
+    write_event(p, 'i', "step", text, loop_real_now());
+    fputs(",\"s\":\"g\"}", p->trace);
+  }
+  p->event_count = p->written = 0;
+  p->lost = 0;
+  lua_settop(L, list - 1);
 }
 
-/* [-0, +0, -] Without memory the event is not written. */
-static void trace(lua_State *L, struct probe *p, struct fiber *f, double start, double end) {
-  bool collects = lua_gc(L, LUA_GCISRUNNING);
-  if (!lua_checkstack(L, 5)) return;
-  p->fiber = f;
-  p->start = start;
-  p->end = end;
-  if (collects) lua_gc(L, LUA_GCSTOP); /* no finalizer runs in the midst of this */
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACER);
-  if (lua_pcall(L, 0, 0, 0) != LUA_OK) lua_pop(L, 1);
-  if (collects) lua_gc(L, LUA_GCRESTART);
+/* [-0, +0, -] the step of f, which its slot holds */
+static void note_step(lua_State *L, struct probe *p, struct fiber *f, const struct step *s,
+                      double end) {
+  struct slot *slot = slot_of(p, f);
+  if (p->event_count == p->event_size) {
+    size_t size = p->event_size ? p->event_size * 2 : 256;
+    struct event *events = NULL;
+    if (size <= EVENTS)
+      events = (struct event *)module_resize(L, p->events, p->event_size * sizeof *events,
+                                             size * sizeof *events);
+    if (events == NULL) {
+      p->lost++;
+      return;
+    }
+    p->events = events;
+    p->event_size = size;
+  }
+  struct event *e = &p->events[p->event_count];
+  *e = (struct event){.start = fmax(s->start, p->traced), .end = end, .ends = task_done(&f->task)};
+  e->begins = s->first || slot == NULL || slot->traced != p->traces;
+  if (slot != NULL) slot->traced = p->traces;
+  lua_State *co = f->co;
+  lua_Debug ar;
+  for (lua_State *inner; !e->ends && (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
+  if (!e->ends && blame_find_line(L, co, 0, &ar)) {
+    e->line = ar.currentline;
+    memcpy(e->source, ar.short_src, sizeof e->source);
+  }
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
+  task_push(L, &f->task);
+  lua_rawseti(L, -2, (lua_Integer)++p->event_count);
+  lua_pop(L, 1);
 }
 
 /* false: something of it could not be written */
@@ -160,7 +183,7 @@ static bool trace_close(struct probe *p) {
   FILE *f = p->trace;
   p->trace = NULL;
   if (f == NULL) return true;
-  fputs(p->events ? "\n]\n" : "]\n", f);
+  fputs(p->some ? "\n]\n" : "]\n", f);
   bool written = ferror(f) == 0;
   return fclose(f) == 0 && written;
 }
@@ -191,24 +214,20 @@ void probe_begin(lua_State *L, struct runtime *rt, struct fiber *f) {
   p->count++;
   if (!(f->task.flags & TASK_STARTED)) p->started++;
   if (f->task.slot > 0 && (size_t)f->task.slot >= p->size) make_room(L, p, (size_t)f->task.slot);
-  if (s != NULL) *s = (struct step){.start = now};
+  if (s != NULL) *s = (struct step){.start = now, .first = !(f->task.flags & TASK_STARTED)};
   if (!is_watched(p)) return;
-  task_push(
-      L, &f->task); /* from here on its slot holds it, so that it is known also when it has ended */
+  task_push(L, &f->task); /* so that its slot holds it, also when it has ended */
   lua_pop(L, 1);
-  if (p->trace != NULL) trace(L, p, f, now, 0);
 }
 
 /* [-0, +0, -] the task f, which is held, has kept the loop for so long */
-static void note_late(lua_State *L, struct runtime *rt, struct fiber *f, double seconds) {
-  struct probe *p = rt->probe;
+static void note_late(lua_State *L, struct probe *p, struct fiber *f, double seconds) {
   if (p->late_count == LATE) return;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
   task_push(L, &f->task);
   p->late[p->late_count++] = seconds;
   lua_rawseti(L, -2, p->late_count);
   lua_pop(L, 1);
-  rt->slice = 0;
 }
 
 void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
@@ -220,18 +239,19 @@ void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
   double now = loop_real_now(), took = now - s->start, own = took - s->inner;
   if (outer != NULL) outer->inner += took;
   p->busy += own;
-  if (is_watched(p) && f->task.flags & TASK_HELD && f->task.slot != 0) {
-    if (p->trace != NULL) trace(L, p, f, s->start, now);
-    if (own > p->limit) note_late(L, rt, f, own);
+  if (is_watched(p) && f->task.flags & TASK_HELD && f->task.slot != 0 && lua_checkstack(L, 5)) {
+    if (p->trace != NULL) note_step(L, p, f, s, now);
+    if (own > p->limit) note_late(L, p, f, own);
   }
   s->start = 0;
 }
 
-/* [-0, +0, -] what a handler of the user's raises goes where errors of callbacks go */
+/* what a handler of the user's raises goes where errors of callbacks go */
 void probe_tell(lua_State *L, struct runtime *rt) {
   struct probe *p = rt->probe;
-  int top = lua_gettop(L), count = p->late_count;
   double late[LATE];
+  if (p->event_count > 0 && lua_checkstack(L, 10)) flush(L, p);
+  int top = lua_gettop(L), count = p->late_count;
   if (count == 0 || !lua_checkstack(L, LATE + 10)) return;
   memcpy(late, p->late, sizeof late);
   p->late_count = 0;
@@ -265,6 +285,7 @@ void probe_close(lua_State *L, struct runtime *rt) {
   rt->probe = NULL;
   rt->probed = false;
   module_resize(L, p->slots, p->size * sizeof *p->slots, 0);
+  module_resize(L, p->events, p->event_size * sizeof *p->events, 0);
   module_resize(L, p, sizeof *p, 0);
 }
 
@@ -296,13 +317,14 @@ static int l_trace(lua_State *L) {
   p->trace = f;
   p->traced = loop_real_now();
   p->traces++;
-  p->events = false;
+  p->some = false;
   return 1;
 }
 
 /* trace_end(): false if not all of it could be written */
 static int l_trace_end(lua_State *L) {
   struct probe *p = runtime(L)->probe;
+  if (p != NULL) flush(L, p);
   lua_pushboolean(L, p == NULL || trace_close(p));
   return 1;
 }
@@ -349,8 +371,8 @@ static const luaL_Reg functions[] = {{"on_blocked", l_on_blocked},
 static void load(lua_State *L) {
   struct runtime *rt = runtime(L);
   shutdown_check(L, rt);
-  module_push_function(L, tracer);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_TRACER);
+  lua_newtable(L);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
   lua_createtable(L, LATE, 0);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
   if (rt->probe != NULL) return;

@@ -780,7 +780,7 @@ extern const struct part survey_part;
 /* [-0, +0, -] f is about to be resumed, and has suspended or ended */
 void probe_begin(lua_State *L, struct runtime *rt, struct fiber *f);
 void probe_end(lua_State *L, struct runtime *rt, struct fiber *f);
-void probe_tell(lua_State *L, struct runtime *rt); /* [-0, +0, -] of steps that took too long */
+void probe_tell(lua_State *L, struct runtime *rt); /* [-0, +0, m] of those that took too long */
 /* when the waiting f suspended, by loop_now; NAN: unknown */
 double probe_since(const struct runtime *rt, const struct fiber *f);
 ONCE void probe_close(lua_State *L, struct runtime *rt); /* [-0, +0, -] */

@@ -159,9 +159,9 @@ end
 -- The loop ----------------------------------------------------------------------------------------
 
 ---Calls `fn(task, seconds)` for each task that has kept the loop for longer than `seconds` at a stretch, without
----waiting: once it has come to rest, on the same turn of the loop, outside every task. `seconds` is real time, also in
----a test. What `fn` raises goes to the handler of unobserved exceptions. There is one such function at a time:
----`on_blocked(nil)` ends it.
+---waiting: once it has come to rest, before the loop looks at timers and events again, outside every task. `seconds` is
+---real time, also in a test. What `fn` raises goes to the handler of unobserved exceptions. There is one such
+---function at a time: `on_blocked(nil)` ends it.
 ---@param seconds number?
 ---@param fn fun(task: coflow.Task, seconds: number)?
 function diagnostics.on_blocked(seconds, fn)
