@@ -473,6 +473,8 @@ describe("completion", function()
     end
     assert.equal(err, raises("ChannelClosed", ch.write, ch, 1).inner)
     assert.equal(err, raised(function() for _ in ch:iterate() do error("no item") end end)) -- CH-33
+    local text = tostring(raised(ch.read, ch))
+    assert.equal("ChannelClosed: the channel has been completed with an error: " .. tostring(err), text)
     assert.is_nil(ch:try_read())
     assert.is_false(ch:try_write(1))
     for _, task in ipairs { ch:read_async(), ch:read_batch_async(1), ch:write_async(1) } do
@@ -574,6 +576,19 @@ describe("iterate", function()
     ch:complete()
     flow.await_all(consumers)
     assert.equal(20, #seen)
+  end))
+
+  it("can be called by hand, and shared", in_task(function()
+    local ch = Channel.unbounded()
+    for i = 1, 4 do ch:write(i) end
+    ch:complete()
+    local it = ch:iterate()
+    assert.equal(1, it())
+    assert.equal(2, flow.spawn(it):await())
+    local list = {}
+    for item in it do list[#list + 1] = item end
+    assert.same({ 3, 4 }, list)
+    assert.is_nil(it())
   end))
 
   it("takes a token, which beats the items", in_task(function()

@@ -262,6 +262,8 @@ describe("a value raised by user code", function()
     assert.truthy(err:find("(unknown option 'nam': known are default, flow, name, value_changed)", 1, true), err)
     _, err = pcall(flow.task_group, function() end, { limt = 2 })
     assert.truthy(err:find("(unknown option 'limt': known are grace, limit, policy)", 1, true), err)
+    err = helper.raised(flow.channel.select, { flow.delay(0), timout = 1 })
+    assert.truthy(err:find("(unknown option 'timout': known are timeout, token)", 1, true), err)
   end)
 
   it("names the public function in an argument error, whoever calls it", function()

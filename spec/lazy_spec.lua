@@ -24,6 +24,37 @@ local function slow(seconds)
 end
 
 describe("an AsyncLazy", function()
+  it("can be awaited", in_task(function()
+    local lazy = flow.AsyncLazy((slow()))
+    assert.same({ "value 1", nil, n = 2 }, table.pack(flow.await(lazy)))
+    assert.same({ { "value 1", n = 1 }, n = 1 }, table.pack(flow.when_all(lazy):await()))
+    local _, err = flow.try_await(flow.AsyncLazy(function() error("no", 0) end))
+    assert.equal("no", err)
+  end))
+
+  it("lets go of its factory once there is a value", in_task(function()
+    local weak = setmetatable({}, { __mode = "k" })
+    local function make(options)
+      local held = {}
+      weak[held] = true
+      return flow.AsyncLazy(function() return type(held) end, options)
+    end
+    local lazies = { make(), make { retry_on_failure = true } }
+    for _, lazy in ipairs(lazies) do
+      lazy:get()
+      lazy:get()
+    end
+    helper.collect()
+    assert.is_nil(next(weak))
+    assert.equal("table", lazies[1]:get())
+  end))
+
+  it("refuses a retry_on_failure that is no boolean", function()
+    local ok, err = pcall(function() return flow.AsyncLazy(print, { retry_on_failure = 1 }) end)
+    assert.is_false(ok)
+    assert.truthy(err:find("retry_on_failure must be true or false", 1, true), err)
+  end)
+
   it("calls its factory at the first get, once for all", in_task(function()
     local factory, calls = slow()
     local lazy = flow.AsyncLazy(factory)

@@ -70,6 +70,12 @@ local kinds = {
       end
     end)
   end,
+  ["iterator of a channel"] = function(n)
+    local ch = flow.Channel.unbounded()
+    for i = 1, n do ch:write(i) end
+    ch:complete()
+    return (ch:iterate())
+  end,
   channel = function(n)
     local ch = flow.Channel.unbounded()
     flow.spawn(function()

@@ -207,6 +207,19 @@ describe("retry", function()
     helper.is_error("InvalidOperation", raised(strategy.execute, strategy, fail), "delay_generator", "NaN")
   end))
 
+  it("refuses what a source of jitter must not give", in_task(function()
+    local wrong = { ["a string"] = "1", ["-1"] = -1, ["1.5"] = 1.5, ["a table"] = {} }
+    wrong[tostring(0 / 0)] = 0 / 0
+    for _, backoff in ipairs { "constant", "exponential" } do
+      for word, number in pairs(wrong) do
+        local function random() return number end
+        local strategy = resilience.retry { use_jitter = true, backoff = backoff, random = random }
+        local err = raised(strategy.execute, strategy, fail)
+        helper.is_error("InvalidOperation", err, "random must return a number from 0 to 1, not " .. word)
+      end
+    end
+  end))
+
   it("tells on_retry before each delay, not after the last attempt", in_task(function()
     local log, note = recorder()
     local strategy = resilience.retry {

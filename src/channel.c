@@ -180,9 +180,12 @@ static bool complete(lua_State *L, struct channel *c) {
   if (failed && error_is(L, 2, ERROR_CANCELED))
     lua_pushvalue(L, 2);
   else {
-    error_push(L, ERROR_CHANNEL,
-               failed ? "the channel has been completed with an error"
-                      : "the channel has been completed");
+    lua_pushliteral(L, "");
+    if (failed) {
+      error_push_text(L, 2);
+      lua_pushfstring(L, " with an error: %s", lua_tostring(L, -1));
+    }
+    error_push(L, ERROR_CHANNEL, "the channel has been completed%s", lua_tostring(L, -1));
     if (failed) {
       lua_pushvalue(L, 2);
       lua_setfield(L, -2, "inner");
@@ -532,14 +535,8 @@ static int l_read_batch_async(lua_State *L) {
 
 static int next_item(lua_State *L) { return direct(L, ASK_NEXT, 2, next_item); }
 
-/* next(channel, the item before) */
+/* next(whatever a loop gives it); upvalues: runtime, anchors, channel, token or nil */
 static int l_next(lua_State *L) {
-  lua_settop(L, 1);
-  return next_item(L);
-}
-
-/* next(); upvalues: runtime, anchors, channel, token */
-static int l_next_under(lua_State *L) {
   lua_settop(L, 0);
   lua_pushvalue(L, lua_upvalueindex(3));
   lua_pushvalue(L, lua_upvalueindex(4));
@@ -549,17 +546,12 @@ static int l_next_under(lua_State *L) {
 /* iterate(token) */
 static int l_iterate(lua_State *L) {
   check(L, TAG_READER);
-  lua_settop(L, 2);
-  if (lua_isnil(L, 2)) {
-    module_push_function(L, l_next);
-    lua_pushvalue(L, 1);
-    return 2;
-  }
   token_opt(L, 2);
+  lua_settop(L, 2);
   lua_pushvalue(L, UP_RUNTIME);
   lua_pushvalue(L, UP_ANCHORS);
   lua_rotate(L, 1, 2);
-  lua_pushcclosure(L, l_next_under, 4);
+  lua_pushcclosure(L, l_next, 4);
   return 1;
 }
 

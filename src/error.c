@@ -241,6 +241,12 @@ static int to_text(lua_State *L) {
 /* [-0, +1, -] the error at i as a person is shown it */
 static struct text push_text(lua_State *L, int i) { return push_made(L, i, to_text); }
 
+void error_push_text(lua_State *L, int i) {
+  struct text text = push_text(L, i);
+  lua_pushlstring(L, text.at, text.length);
+  lua_replace(L, -2);
+}
+
 static void write_line(const char *what, struct text t) {
   fprintf(stderr, "coflow: %s", what);
   fwrite(t.at, 1, t.length, stderr);
@@ -423,8 +429,7 @@ static int l_is_observed(lua_State *L) {
 /* error_text(value) -> what a person is shown, whatever its __tostring does */
 static int l_error_text(lua_State *L) {
   luaL_checkany(L, 1);
-  struct text text = push_text(L, 1);
-  lua_pushlstring(L, text.at, text.length);
+  error_push_text(L, 1);
   return 1;
 }
 

@@ -62,7 +62,9 @@ static lua_Integer check_list(lua_State *L, double *seconds) {
     if (lua_type(L, -2) == LUA_TSTRING &&
         (strcmp(lua_tostring(L, -2), "timeout") == 0 || strcmp(lua_tostring(L, -2), "token") == 0))
       continue;
-    luaL_argerror(L, 1, lua_pushfstring(L, "unknown option '%s'", luaL_tolstring(L, -2, NULL)));
+    luaL_argerror(L, 1,
+                  lua_pushfstring(L, "unknown option '%s': known are timeout, token",
+                                  luaL_tolstring(L, -2, NULL)));
   }
   *seconds = HUGE_VAL;
   lua_pushliteral(L, "timeout");

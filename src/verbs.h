@@ -147,6 +147,8 @@ void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /*
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 double error_seconds(double seconds); /* as a message tells it: rounded to six digits */
 bool error_is(lua_State *L, int i, enum error_kind kind);
+void error_push_text(
+    lua_State *L, int i); /* [-0, +1, m] the error at i as a person is shown it, whatever it is */
 /* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of
 ** that, and reports the task if nobody looks */
 void error_attach(lua_State *L, int i, int from);

@@ -64,10 +64,12 @@ local function values_of(context)
 end
 
 local function need_values(context)
-  local values = values_of(context)
-  if values then return values end
-  error(errors.InvalidOperation(("the state of context '%s' is not initialized in this flow: call "
-    .. "state:initialize() where the work begins"):format(context._name)), 3)
+  local holder = context._state._local.value
+  if holder and holder.values then return holder.values end
+  error(errors.InvalidOperation((holder
+      and "the state of context '%s' has been reset, or initialized anew, by a flow that shares it"
+      or "the state of context '%s' is not initialized in this flow: call state:initialize() where the work begins")
+    :format(context._name)), 3)
 end
 
 ---The value in the current flow, nil when none was set.

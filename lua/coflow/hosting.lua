@@ -353,8 +353,10 @@ local function stop_services(self)
     repeat
       local entry = table.remove(self._started)
       local task = start_detached(nil, entry.service.stop, stop_service, entry)
-      stops[#stops + 1] = { task = task, entry = entry }
+      local stop = { task = task, entry = entry }
+      stops[#stops + 1] = stop
       if not ends_within(timeout, task) then
+        stop.late = true
         local ok, problems = pcall(core.cancel, task, "the shutdown timeout of the host has passed")
         if not ok then core.report(problems) end
         late = true
@@ -367,7 +369,7 @@ local function stop_services(self)
     local running = entry.background and entry.background.execute_task -- nil: its start was canceled before
     if task.is_faulted then
       self._failed[#self._failed + 1] = task
-    elseif not task.is_completed or (running and not running.is_completed) then
+    elseif not task.is_completed or (running and not running.is_completed) or (stop.late and task.is_canceled) then
       local hung = task.is_completed and running or task
       core.report(errors.Timeout(("%s did not stop within %g s"):format(name_of(entry.service), timeout)), hung)
     end
@@ -397,7 +399,7 @@ end
 ---Cancellation: ends the wait; the stopping goes on. Canceled before the call: raises, and begins no stopping.
 ---Raises: what the services raised that failed, in the background or when they were stopped: one as it is, several
 ---as an Aggregate, in the order in which it happened. A service that was canceled has not failed. One that does
----not stop in time is reported as unobserved, with the task that still runs.
+---not stop in time is reported as unobserved, with the task that still runs, or was canceled before its end.
 ---@param token? coflow.CancellationToken
 function Host:stop(token)
   check_wait(self, token)

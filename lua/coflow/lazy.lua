@@ -45,7 +45,9 @@ function AsyncLazy:get(token)
   local current = self._flight
   local failed = current and current.task.is_completed and not current.task.is_completed_successfully
   if current and (current.given_up or failed and (self._retry or current.task.is_canceled)) then current = nil end
-  if not current then
+  if current and current.task.is_completed_successfully then
+    self._factory = nil -- nor what it refers to
+  elseif not current then
     core.check_here()
     core.throw_if_canceled(token)
     local before, made = self._flight, flight.new(self._factory)
@@ -59,6 +61,9 @@ function AsyncLazy:get(token)
   return current:join(token)
 end
 
+---`flow.await(lazy)`: as `get`.
+function class.__await(lazy) return lazy:get_async() end
+
 AsyncLazy.get_async = arguments.twin(AsyncLazy.get, check_get)
 
 ---A lazy value. The factory runs in the empty execution context, and under no caller's token.
@@ -68,7 +73,8 @@ AsyncLazy.get_async = arguments.twin(AsyncLazy.get, check_get)
 local function new(factory, options)
   core.check_function(1, factory)
   options = core.check_options(2, options, known_options)
-  local retry = options.retry_on_failure and true or false
+  local retry = options.retry_on_failure or false
+  if type(retry) ~= "boolean" then core.argument_error(2, "retry_on_failure must be true or false") end
   return setmetatable({ _factory = factory, _retry = retry, _flight = false }, class)
 end
 

@@ -790,7 +790,8 @@ function flow.channel.select_async(clauses, token) end
 -- After `dispose` (or `<close>`) those who wait, and whoever comes, get ObjectDisposed.
 -- Each waiting method has an _async form, which returns a task of the same result.
 
----A number of slots. Any task may release what another one took.
+---A number of slots. Any task may release what another one took. `semaphore:run(fn, ...)` calls a function in one
+---(sync.lua).
 ---Source: .NET SemaphoreSlim; there the order of waiters is open, and disposing leaves them waiting for ever.
 ---@class coflow.Semaphore
 ---@field current_count integer how many slots are free

@@ -6,6 +6,7 @@
 -- Source: .NET's System.Threading; the locks are AsyncEx's.
 -- SPDX-License-Identifier: MIT
 
+local arguments = require "coflow.arguments"
 local closing = require "coflow.closing"
 local core = require "coflow.core"
 
@@ -13,6 +14,7 @@ local enter_lock = core.enter_lock
 
 local sync = core.sync()
 local Lock = core.methods("coflow.Lock")
+local Semaphore = core.methods("coflow.Semaphore")
 local Condition = core.methods("coflow.Condition")
 
 local function run_locked(key, fn, ...)
@@ -28,16 +30,46 @@ function Lock:run(fn, ...)
   return closing(run_locked, enter_lock(self, fn), fn, ...)
 end
 
-local run_in_task = core.async(Lock.run)
+---Starts `run`, as a task.
+---@param fn function
+---@return coflow.Task
+Lock.run_async = arguments.twin(Lock.run, function(self, fn)
+  core.check_class(1, self, "coflow.Lock")
+  core.check_function(2, fn)
+end)
+
+-- A slot, to be given back: unless the semaphore has been disposed meanwhile.
+local slot = {}
+function slot.__close(taken)
+  local ok, err = pcall(taken.semaphore.release, taken.semaphore)
+  if not ok and not core.errors.is(err, "ObjectDisposed") then error(err, 0) end
+end
+
+local function run_in_slot(taken, fn, ...)
+  local _ <close> = taken
+  return fn(...)
+end
+
+local function check_run(self, fn)
+  core.check_class(1, self, "coflow.Semaphore")
+  core.check_function(2, fn)
+end
+
+---Waits for a slot, calls `fn`, and gives the slot back on return and on error. May suspend.
+---Raises: as `wait`; what `fn` raises; SemaphoreFull if somebody has released the slot meanwhile.
+---@param fn function
+---@return any ... what `fn` returns
+function Semaphore:run(fn, ...)
+  check_run(self, fn)
+  local taken = setmetatable({ semaphore = self }, slot) -- first: nothing fails between taking it and holding it
+  self:wait()
+  return closing(run_in_slot, taken, fn, ...)
+end
 
 ---Starts `run`, as a task.
 ---@param fn function
 ---@return coflow.Task
-function Lock:run_async(fn, ...)
-  core.check_class(1, self, "coflow.Lock")
-  core.check_function(2, fn)
-  return run_in_task(self, fn, ...)
-end
+Semaphore.run_async = arguments.twin(Semaphore.run, check_run)
 
 local wait_in_task = core.async(function(condition, token, owner)
   local notified = core.condition_wait(condition, token, owner)

@@ -36,14 +36,21 @@ local function decorrelated(state, base, attempt, random)
   return base * step / 1.4
 end
 
+local function jitter(self)
+  local number = call(self._random)
+  if type(number) == "number" and number >= 0 and number <= 1 then return number end
+  error(errors.InvalidOperation(("random must return a number from 0 to 1, not %s")
+    :format(type(number) == "number" and tostring(number) or "a " .. type(number))), 0)
+end
+
 local function computed(self, state, attempt)
   local base = self._delay
   if base == 0 then return 0 end
   local delay = backoffs[self._backoff](base, attempt)
   if self._use_jitter and self._backoff == "exponential" then
-    delay = decorrelated(state, base, attempt, self._random())
+    delay = decorrelated(state, base, attempt, jitter(self))
   elseif self._use_jitter then
-    delay = delay * (0.75 + 0.5 * self._random())
+    delay = delay * (0.75 + 0.5 * jitter(self))
   end
   return math.min(delay, self._max_delay)
 end
@@ -94,7 +101,8 @@ local class = strategy.class("retry", run)
 ---A strategy that calls the function again when it has failed. When the attempts are used up the last error comes
 ---out as it is. With a delay of 0 others that are ready come first, where it can suspend.
 ---Cancellation: ends the delay, and is never retried.
----Raises: InvalidOperation for a delay of `delay_generator` that is no number, or NaN.
+---Raises: InvalidOperation for a delay of `delay_generator` that is no number, or NaN, and for what `random` gives
+---that is no number from 0 to 1.
 ---@param options? coflow.RetryOptions
 ---@return coflow.Strategy
 return strategy.constructor(class, {
