@@ -581,6 +581,17 @@ describe("a trace", function()
     assert.is_true(seen)
   end))
 
+  it("has no bytes that are no UTF-8", in_order(function()
+    local path, _ <close> = trace_path()
+    do
+      local _ <close> = diagnostics.trace(path)
+      spawn("a\xff\xc3b\xe2\x82\u{20ac}\u{1f600}\xf0\x9f", function() end):await()
+    end
+    local text = read_file(path)
+    assert.truthy(utf8.len(text))
+    assert.truthy(text:find('"a\\ufffd\\ufffdb\\ufffd\\ufffd€😀\\ufffd\\ufffd"', 1, true))
+  end))
+
   it("is an empty list of a program that does nothing", function()
     local path, _ <close> = trace_path()
     diagnostics.trace(path):dispose()

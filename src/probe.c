@@ -70,16 +70,27 @@ struct probe {
 
 /* ---- traces ---- */
 
+/* how long the UTF-8 sequence at s is, by its first byte and those that follow; 0: that is none */
+static int sequence(const char *s) {
+  unsigned char c = (unsigned char)*s;
+  int n = c < 0x80 ? 1 : c < 0xC2 ? 0 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 0;
+  for (int k = 1; k < n; k++)
+    if (((unsigned char)s[k] & 0xC0) != 0x80) return 0;
+  return n;
+}
+
 static void write_string(FILE *f, const char *s) {
   fputc('"', f);
-  for (; *s != '\0'; s++) {
-    unsigned char c = (unsigned char)*s;
-    if (c == '"' || c == '\\')
-      fprintf(f, "\\%c", c);
-    else if (c < ' ')
-      fprintf(f, "\\u%04x", c);
+  for (int n; *s != '\0'; s += n > 0 ? n : 1) {
+    n = sequence(s);
+    if (n == 0)
+      fputs("\\ufffd", f);
+    else if (*s == '"' || *s == '\\')
+      fprintf(f, "\\%c", *s);
+    else if ((unsigned char)*s < ' ')
+      fprintf(f, "\\u%04x", *s);
     else
-      fputc(c, f);
+      fwrite(s, 1, (size_t)n, f);
   }
   fputc('"', f);
 }
@@ -121,6 +132,7 @@ static void write_step(struct probe *p, const struct event *e, const char *name,
 
 /* [-0, +0, m] writes what has been noted. Finalizers that run meanwhile may add to it, or end the trace. */
 static void flush(lua_State *L, struct probe *p) {
+  const unsigned number = p->traces;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
   int list = lua_gettop(L);
   for (; p->written < p->event_count; lua_settop(L, list)) {
@@ -131,7 +143,8 @@ static void flush(lua_State *L, struct probe *p) {
     if (p->trace == NULL) continue;
     lua_Integer id = task_id(L, -1);
     task_push_name(L, -1);
-    if (p->trace != NULL) write_step(p, &p->events[k - 1], lua_tostring(L, -1), id);
+    if (p->trace != NULL && p->traces == number)
+      write_step(p, &p->events[k - 1], lua_tostring(L, -1), id);
   }
   if (p->lost > 0 && p->trace != NULL) {
     char text[60];
