@@ -544,6 +544,23 @@ describe("completion", function()
   end))
 end)
 
+describe("item_dropped", function()
+  it("sees the writer's async locals, and changes none of them", in_task(function()
+    local loc, seen = flow.AsyncLocal(), {}
+    local ch = Channel.bounded(1, { full_mode = "drop_write", item_dropped = function(item)
+      seen[item] = loc.value
+      loc.value = "dropper's"
+    end })
+    loc.value = "writer's"
+    ch:write(1)
+    for item, write in ipairs { ch.write, ch.try_write, function(...) return flow.await(ch.write_async(...)) end } do
+      assert.is_true(write(ch, item))
+      assert.equal("writer's", loc.value)
+    end
+    assert.same({ "writer's", "writer's", "writer's" }, seen)
+  end))
+end)
+
 describe("iterate", function()
   it("goes on to the end, from wherever the channel is", in_task(function() -- CH-32
     local ch, list = Channel.bounded(1), {}

@@ -33,7 +33,8 @@ end
 ---`full_mode` says what a write does when there is no room: "wait" (the default), or, and then it never waits,
 ---"drop_newest" and "drop_oldest", which drop a buffered item in favor of the new one, or "drop_write", which
 ---drops the new one and reports success. `item_dropped(item)` is called with each item dropped, on the writer's
----task; what it raises, the write raises. A rendezvous drops the new item unless a reader waits.
+---task, as by `flow.call`: what it does to async locals stays inside; what it raises, the write raises. A rendezvous
+---drops the new item unless a reader waits.
 ---Source: .NET Channel.CreateBounded.
 ---@param capacity integer
 ---@param options? { full_mode?: "wait"|"drop_newest"|"drop_oldest"|"drop_write", item_dropped?: fun(item) }
@@ -52,7 +53,8 @@ function Channel.bounded(capacity, options)
   if dropped ~= nil and not core.is_callable(dropped) then
     core.argument_error(2, "item_dropped must be a function")
   end
-  return channel_new(size, mode, dropped)
+  local isolated = dropped and function(item) return require("coflow.context").call(dropped, item) end
+  return channel_new(size, mode, isolated)
 end
 
 -- The items of a prioritized channel: a list of pieces, each a list of at most PIECE items. All in one row
