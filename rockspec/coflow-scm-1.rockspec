@@ -94,6 +94,7 @@ build = {
     ["coflow.flight"] = "lua/coflow/flight.lua",
     ["coflow.fs"] = "lua/coflow/fs.lua",
     ["coflow.group"] = "lua/coflow/group.lua",
+    ["coflow.hang"] = "lua/coflow/hang.lua",
     ["coflow.hosting"] = "lua/coflow/hosting.lua",
     ["coflow"] = "lua/coflow/init.lua",
     ["coflow.lazy"] = "lua/coflow/lazy.lua",

@@ -291,6 +291,37 @@ function scenarios.services()
   assert(result == 5)
 end
 
+local trace -- which a request has kept from being ended
+
+function scenarios.diagnostics()
+  local diagnostics = require "coflow.diagnostics"
+  if trace then trace:dispose() end
+  for _, task in ipairs(diagnostics.tasks()) do -- what a failing request has left
+    if task ~= flow.current_task() then task:cancel() end
+  end
+  flow.yield()
+  trace = diagnostics.trace("/dev/null")
+  diagnostics.on_blocked(0, identity)
+  local lock, hot = flow.Lock(), flow.async(identity)
+  local holder = flow.spawn(function()
+    local _ <close> = lock:lock()
+    flow.sleep(0.0001)
+  end)
+  flow.yield()
+  local waiter = flow.spawn(lock.run, lock, identity)
+  local both = flow.spawn(function() flow.when_all(holder, waiter):await() end)
+  flow.yield()
+  for i = 1, 3 do assert(flow.await(hot(i)) == i) end
+  assert(#diagnostics.tasks() == 4)
+  assert(diagnostics.dump():find "waits for coflow.Lock, held by")
+  assert(diagnostics.hang_report():find "waits for 'when_all' of")
+  assert(diagnostics.metrics().tasks == 4)
+  both:await()
+  trace:dispose()
+  trace = nil
+  diagnostics.on_blocked(nil)
+end
+
 function scenarios.schedulers()
   local limited = flow.TaskScheduler.limited(1)
   assert(flow.await(flow.spawn_on(limited, function()

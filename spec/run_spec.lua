@@ -828,7 +828,7 @@ describe("the report of a deadlock", function()
       circle(flow.await_all, flow.await_any))
     assert.equal("'A' waits for 'when_all' of 'B'; 'B' waits for 'wait_async' of ('when_any' of 'A')",
       circle(await_when_all, function(task) flow.when_any(task):wait_async(math.huge):await() end))
-    assert.equal("'A' waits for 'when_all' of 'B'; 'B' waits for 'print'; 'print' waits for 'A' not started",
+    assert.equal("'A' waits for 'when_all' of 'B'; 'B' waits for 'print'; 'print' is to run after 'A'",
       circle(await_when_all, function(task) task:continue_with(print):await() end))
     local sources = {}
     for i = 1, 10 do sources[i] = flow.TaskCompletionSource() end
@@ -843,6 +843,37 @@ describe("the report of a deadlock", function()
         end
         flow.await_any(tasks)
       end, function(task) flow.when_all(task, table.unpack(several)):await() end))
+  end)
+
+  it("names the circles, and tells tasks of one name apart", function()
+    local function take(first, second)
+      local _ <close> = first:lock()
+      flow.yield()
+      local _ <close> = second:lock()
+    end
+    local x, y = flow.Lock(), flow.Lock()
+    local err = raised(flow.run, function()
+      flow.current_task().name = "root"
+      flow.await_all(flow.spawn(take, x, y), flow.spawn(take, y, x))
+    end)
+    local name = "'spec/run_spec.lua:%d+' "
+    local first, second, third, fourth = err.message:match("\n\ttask " .. name .. "%((#%d+)%) waits for coflow.Lock, "
+      .. "held by " .. name .. "%((#%d+)%), at [^\n]+\n\tcircle: " .. name .. "%((#%d+)%) waits for " .. name
+      .. "%((#%d+)%), which waits for " .. name)
+    assert.truthy(first, err.message)
+    assert.not_equal(first, second)
+    assert.same({ [first] = true, [second] = true }, { [third] = true, [fourth] = true })
+  end)
+
+  it("begins with the task that was run, however many wait besides", function()
+    local err = raised(flow.run, function()
+      for _ = 1, 50 do flow.spawn(never) end
+      flow.yield()
+      flow.current_task().name = "root"
+      never()
+    end)
+    assert.matches("^deadlock: [^\n]+\n\ttask 'root' waits for 'promise' at ", err.message)
+    assert.matches("\n\t… and %d+ more$", err.message)
   end)
 
   it("comes with tracebacks that go once round such a circle", function()
@@ -869,7 +900,7 @@ describe("the report of a deadlock", function()
       task:await()
     end)
     assert.is_nil(err.message:find("lua/coflow/", 1, true), err.message)
-    assert.matches("\n\ttask 'coflow.hosting' waits for 'when_any' of 'spec/run_spec.lua:%d+'\n", err.message)
+    assert.matches("\n\ttask 'coflow.hosting' waits for 'when_any' of 'spec/run_spec.lua:%d+' %(#%d+%)\n", err.message)
   end)
 end)
 

@@ -425,9 +425,11 @@ enum runtime_uservalue {
   RUNTIME_SPARE,     /* a blank fiber for the next tick of a Timer, or nil */
   RUNTIME_IO_RESULT, /* the function that makes the result of an operation on libuv */
   RUNTIME_STEPS,     /* tasks of which a trace is to be written (probe.c) */
+  RUNTIME_TRACED,    /* task -> the name under which it is in the trace, weak keys */
   RUNTIME_LATE,      /* those that have kept the loop … */
   RUNTIME_BLOCKED,   /* … and who is to be told of them */
-  RUNTIME_UV_COUNT = RUNTIME_BLOCKED
+  RUNTIME_NAMESAKES, /* whose ids are told with their names (deadlock.c) */
+  RUNTIME_UV_COUNT = RUNTIME_NAMESAKES
 };
 
 enum clock {

@@ -388,6 +388,7 @@ struct fiber *fiber_fit(lua_State *L, struct runtime *rt, int arguments, struct 
 
 void fiber_drop_coroutine(lua_State *L, struct runtime *rt, struct fiber *f) {
   bool planned = f->task.traits & TRAIT_SCHEDULED;
+  if (rt->probed) probe_lost(L, rt, f);
   if (planned) task_push(L, &f->task);
   rt->busy--;
   task_forget(L, &f->task);

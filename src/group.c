@@ -377,7 +377,10 @@ void group_list_children(lua_State *L, const struct fiber *f) {
     if (task_is(t, KIND_SCOPE)) t = (struct task *)((struct scope *)(void *)t)->owner; /* a base */
     if (t == NULL || !task_is(t, KIND_FIBER) || !(t->traits & TRAIT_CHILD)) continue;
     task_push(L, t);
-    lua_rawseti(L, -2, ++n);
+    if (!lua_isnil(L, -1))
+      lua_rawseti(L, -2, ++n);
+    else
+      lua_pop(L, 1); /* somebody is closing its coroutine */
   }
 }
 

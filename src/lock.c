@@ -102,14 +102,15 @@ static bool is_mine(lua_State *L) {
   return mine;
 }
 
-void lock_push_owners(lua_State *L, int i) {
-  const uint32_t *tag = (const uint32_t *)lua_touserdata(L, i);
+lua_Integer lock_push_owners(lua_State *L, int i, lua_Integer most) {
+  const struct lock *l = (const struct lock *)object_test(L, i, TAG_LOCK);
   lua_Integer n = 0;
   i = lua_absindex(L, i);
+  if (l == NULL) l = (const struct lock *)object_test(L, i, TAG_SHARED_LOCK);
   lua_newtable(L);
-  if (*tag != TAG_LOCK && *tag != TAG_SHARED_LOCK) return;
+  if (l == NULL) return 0;
   lua_getiuservalue(L, i, LOCK_OWNERS); /* list owners */
-  for (int k = 1; k <= ((const struct lock *)lua_touserdata(L, i))->owners; k++) {
+  for (int k = 1; k <= l->owners && n < most; k++) {
     lua_rawgeti(L, -1, k);
     if (object_test(L, -1, TAG_TASK) != NULL)
       lua_rawseti(L, -3, ++n);
@@ -117,6 +118,7 @@ void lock_push_owners(lua_State *L, int i) {
       lua_pop(L, 1);
   }
   lua_pop(L, 1);
+  return n < most || l->sync.count < n ? n : l->sync.count;
 }
 
 void lock_refuse_owner(lua_State *L) {

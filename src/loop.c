@@ -442,7 +442,7 @@ static int run(lua_State *L, bool operation) {
     lua_setfield(L, 1, "name");
   }
   if (end == DRIVE_DEAD)
-    deadlock_push(L, rt, operation ? root : NULL);
+    deadlock_push(L, rt, 1, operation);
   else if (end == DRIVE_SIGNALED) {
     error_push(L, ERROR_CANCELED, "interrupted by %s", signal_name(rt->signaled));
     lua_pushinteger(L, rt->signaled);

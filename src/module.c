@@ -334,8 +334,8 @@ static void refuse_module(lua_State *L, const char *name) {
   lua_error(L);
 }
 
-/* [-0, +1, e] the Lua module coflow.<name>. All that is loaded when it is first used comes in this way. */
-static void push_module(lua_State *L, const char *name) {
+/* All that is loaded when it is first used comes in this way. */
+void module_push(lua_State *L, const char *name) {
   lua_getglobal(L, "require");
   lua_pushfstring(L, "coflow.%s", name);
   if (lua_pcall(L, 1, 1, 0) != LUA_OK) refuse_module(L, name);
@@ -343,7 +343,7 @@ static void push_module(lua_State *L, const char *name) {
 
 /* require(name) -> the module coflow.<name>, in a function: there may be no descriptor to read it with */
 static int l_require(lua_State *L) {
-  push_module(L, luaL_checkstring(L, 1));
+  module_push(L, luaL_checkstring(L, 1));
   return 1;
 }
 
@@ -359,7 +359,7 @@ static int l_late_index(lua_State *L) {
   const char *name = p += n + 1;
   while ((unsigned char)*p > ' ') p++;
   lua_pushlstring(L, name, (size_t)(p - name));
-  push_module(L, lua_tostring(L, 3)); /* table key name module */
+  module_push(L, lua_tostring(L, 3)); /* table key name module */
   lua_pushvalue(L, 2);
   if (lua_rawget(L, 1) != LUA_TNIL) return 1; /* the module has put it there */
   lua_pushvalue(L, 2);

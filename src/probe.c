@@ -16,7 +16,7 @@
 **
 ** With no probe all this costs one untaken branch after each step; before it there is one anyway.
 **
-** Invariants: the task of events[k] is RUNTIME_STEPS[k + 1], that of late[k] is RUNTIME_LATE[k + 1].
+** Invariants: the task of events[k] is RUNTIME_STEPS[k + 1], that of late[k] RUNTIME_LATE[k + 1].
 ** Source:     the trace event format (Google, 2016); slow_callback_duration of asyncio.
 ** SPDX-License-Identifier: MIT
 */
@@ -26,7 +26,9 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { DEPTHS = 64, LATE = 16, EVENTS = 1 << 16 };
+/* No more steps than that are noted between two tellings: room for their tasks is there from the beginning, since
+** nothing may fail where a step ends. */
+enum { DEPTHS = 64, EVENTS = 4096 };
 
 struct step {
   double start; /* 0: before there was a probe */
@@ -37,6 +39,7 @@ struct step {
 /* of the task in a slot of the anchors */
 struct slot {
   double since;    /* when it began to wait; NAN: before there was a probe */
+  bool real;       /* … by the real clock */
   unsigned traced; /* the trace that has its beginning */
 };
 
@@ -44,6 +47,7 @@ struct slot {
 struct event {
   double start, end;
   bool begins, ends; /* its task, as far as the trace knows */
+  bool lost;         /* no step: the task has ended while it waited */
   int line;          /* where it came to rest; 0: no line of a user's */
   char source[LUA_IDSIZE];
 };
@@ -57,32 +61,40 @@ struct probe {
   lua_Integer count;   /* of steps */
   lua_Integer started; /* tasks */
   double limit;        /* what a step may take; HUGE_VAL: anything */
-  double late[LATE];   /* what those took that nobody has been told of yet */
-  int late_count;
+  double *
+      late; /* EVENTS of them, once there is one: what those took that nobody has been told of yet */
+  size_t late_count;
   FILE *trace;
-  unsigned traces; /* its number */
-  double traced;   /* since when */
-  bool some;       /* it has some events; these are still to be written: */
-  struct event *events;
-  size_t event_count, event_size, written;
+  unsigned traces;      /* its number */
+  double traced;        /* since when */
+  bool some;            /* it has some events; these are still to be written: */
+  struct event *events; /* EVENTS of them, while there is a trace */
+  size_t event_count, written;
   lua_Integer lost; /* there was no room for so many */
 };
 
 /* ---- traces ---- */
 
-/* how long the UTF-8 sequence at s is, by its first byte and those that follow; 0: that is none */
-static int sequence(const char *s) {
+/* how long the UTF-8 sequence is that begins at s; 0: that is none */
+static size_t sequence(const char *s, const char *end) {
+  static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};
   unsigned char c = (unsigned char)*s;
-  int n = c < 0x80 ? 1 : c < 0xC2 ? 0 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 0;
-  for (int k = 1; k < n; k++)
+  size_t n = c < 0x80 ? 1 : c < 0xC2 ? 0 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : c < 0xF5 ? 4 : 0;
+  if (n < 2) return n;
+  if (n > (size_t)(end - s)) return 0;
+  uint32_t code = c & (0x7Fu >> n);
+  for (size_t k = 1; k < n; k++) {
     if (((unsigned char)s[k] & 0xC0) != 0x80) return 0;
-  return n;
+    code = code << 6 | ((unsigned char)s[k] & 0x3F);
+  }
+  return code < least[n] || code > 0x10FFFF || (code >= 0xD800 && code < 0xE000) ? 0 : n;
 }
 
-static void write_string(FILE *f, const char *s) {
+static void write_string(FILE *f, const char *s, size_t length) {
+  const char *end = s + length;
   fputc('"', f);
-  for (int n; *s != '\0'; s += n > 0 ? n : 1) {
-    n = sequence(s);
+  for (size_t n; s<end; s += n> 0 ? n : 1) {
+    n = sequence(s, end);
     if (n == 0)
       fputs("\\ufffd", f);
     else if (*s == '"' || *s == '\\')
@@ -90,7 +102,7 @@ static void write_string(FILE *f, const char *s) {
     else if ((unsigned char)*s < ' ')
       fprintf(f, "\\u%04x", *s);
     else
-      fwrite(s, 1, (size_t)n, f);
+      fwrite(s, 1, n, f);
   }
   fputc('"', f);
 }
@@ -100,56 +112,99 @@ static struct slot *slot_of(const struct probe *p, const struct fiber *f) {
   return at != 0 && at < p->size ? &p->slots[at] : NULL;
 }
 
+struct name {
+  const char *at;
+  size_t length;
+};
+static const struct name wait_name = {"wait", 4};
+
+/* in microseconds; whatever the locale */
+static void write_time(struct probe *p, double seconds) {
+  long long n = llround(seconds * 1e9);
+  fprintf(p->trace, "%lld.%03lld", n / 1000, n % 1000);
+}
+
 /* the beginning of an event, which is to be ended by "}" */
-static void write_event(struct probe *p, char phase, const char *category, const char *name,
+static void write_event(struct probe *p, char phase, const char *category, struct name name,
                         double at) {
   fputs(p->some ? ",\n{" : "{", p->trace);
   p->some = true;
-  fprintf(p->trace, "\"ph\":\"%c\",\"pid\":1,\"tid\":1,\"cat\":\"%s\",\"ts\":%.3f,\"name\":", phase,
-          category, (at - p->traced) * 1e6);
-  write_string(p->trace, name);
+  fprintf(p->trace, "\"ph\":\"%c\",\"pid\":1,\"tid\":1,\"cat\":\"%s\",\"ts\":", phase, category);
+  write_time(p, at - p->traced);
+  fputs(",\"name\":", p->trace);
+  write_string(p->trace, name.at, name.length);
 }
 
-static void write_async(struct probe *p, char phase, const char *name, lua_Integer id, double at) {
+static void write_async(struct probe *p, char phase, struct name name, lua_Integer id, double at) {
   write_event(p, phase, "task", name, at);
   fprintf(p->trace, ",\"id\":%lld}", (long long)id);
 }
 
-static void write_step(struct probe *p, const struct event *e, const char *name, lua_Integer id) {
-  write_async(p, e->begins ? 'b' : 'e', e->begins ? name : "wait", id, e->start);
-  write_event(p, 'X', "step", name, e->start);
-  fprintf(p->trace, ",\"dur\":%.3f,\"args\":{\"task\":%lld", (e->end - e->start) * 1e6,
-          (long long)id);
-  if (e->line > 0) {
-    char at[LUA_IDSIZE + 20];
-    snprintf(at, sizeof at, "%s:%d", e->source, e->line);
-    fputs(",\"until\":", p->trace);
-    write_string(p->trace, at);
+/* began: the name under which the trace has the task */
+static void write_step(struct probe *p, const struct event *e, struct name name, struct name began,
+                       lua_Integer id) {
+  if (!e->lost) {
+    write_async(p, e->begins ? 'b' : 'e', e->begins ? began : wait_name, id, e->start);
+    write_event(p, 'X', "step", name, e->start);
+    fputs(",\"dur\":", p->trace);
+    write_time(p, e->end - e->start);
+    fprintf(p->trace, ",\"args\":{\"task\":%lld", (long long)id);
+    if (e->line > 0) {
+      char at[LUA_IDSIZE + 20];
+      int n = snprintf(at, sizeof at, "%s:%d", e->source, e->line);
+      fputs(",\"until\":", p->trace);
+      write_string(p->trace, at, (size_t)n);
+    }
+    fputs("}}", p->trace);
+  } else
+    write_async(p, 'e', wait_name, id, e->end);
+  write_async(p, e->ends ? 'e' : 'b', e->ends ? began : wait_name, id, e->end);
+}
+
+static struct name to_name(lua_State *L, int i) {
+  struct name n;
+  n.at = lua_tolstring(L, i, &n.length);
+  return n;
+}
+
+/* [-0, +1, m] the name under which the trace has the task at i: that which it has now if it begins */
+static void push_began(lua_State *L, int i, bool begins) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_TRACED);
+  if (begins) {
+    lua_pushvalue(L, i);
+    task_push_name(L, i);
+    lua_rawset(L, -3);
   }
-  fputs("}}", p->trace);
-  write_async(p, e->ends ? 'e' : 'b', e->ends ? name : "wait", id, e->end);
+  lua_pushvalue(L, i);
+  if (lua_rawget(L, -2) != LUA_TSTRING) {
+    lua_pop(L, 1);
+    task_push_name(L, i);
+  }
+  lua_replace(L, -2);
 }
 
 /* [-0, +0, m] writes what has been noted. Finalizers that run meanwhile may add to it, or end the trace. */
 static void flush(lua_State *L, struct probe *p) {
   const unsigned number = p->traces;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
-  int list = lua_gettop(L);
+  int list = lua_gettop(L), task = list + 1;
   for (; p->written < p->event_count; lua_settop(L, list)) {
     lua_Integer k = (lua_Integer)++p->written;
     lua_rawgeti(L, list, k);
     lua_pushnil(L);
     lua_rawseti(L, list, k);
     if (p->trace == NULL) continue;
-    lua_Integer id = task_id(L, -1);
-    task_push_name(L, -1);
+    bool begins = p->events[k - 1].begins;
+    lua_Integer id = task_id(L, task);
+    task_push_name(L, task);
+    push_began(L, task, begins);
     if (p->trace != NULL && p->traces == number)
-      write_step(p, &p->events[k - 1], lua_tostring(L, -1), id);
+      write_step(p, &p->events[k - 1], to_name(L, task + 1), to_name(L, task + 2), id);
   }
   if (p->lost > 0 && p->trace != NULL) {
     char text[60];
-    snprintf(text, sizeof text, "%lld steps are not in the trace", (long long)p->lost);
-    write_event(p, 'i', "step", text, loop_real_now());
+    int n = snprintf(text, sizeof text, "%lld steps are not in the trace", (long long)p->lost);
+    write_event(p, 'i', "step", (struct name){text, (size_t)n}, loop_real_now());
     fputs(",\"s\":\"g\"}", p->trace);
   }
   p->event_count = p->written = 0;
@@ -157,27 +212,31 @@ static void flush(lua_State *L, struct probe *p) {
   lua_settop(L, list - 1);
 }
 
-/* [-0, +0, -] the step of f, which its slot holds */
+/* room for one more event, or NULL */
+static struct event *new_event(struct probe *p) {
+  if (p->event_count < EVENTS) return &p->events[p->event_count];
+  p->lost++;
+  return NULL;
+}
+
+/* [-0, +0, -] the event that was made last is of f, which its slot holds */
+static void keep_event(lua_State *L, struct probe *p, struct fiber *f) {
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
+  task_push(L, &f->task);
+  lua_rawseti(L, -2, (lua_Integer)p->event_count + 1);
+  p->event_count++;
+  lua_pop(L, 1);
+}
+
+/* [-0, +0, -] the step of f */
 static void note_step(lua_State *L, struct probe *p, struct fiber *f, const struct step *s,
                       double end) {
   struct slot *slot = slot_of(p, f);
-  if (p->event_count == p->event_size) {
-    size_t size = p->event_size ? p->event_size * 2 : 256;
-    struct event *events = NULL;
-    if (size <= EVENTS)
-      events = (struct event *)module_resize(L, p->events, p->event_size * sizeof *events,
-                                             size * sizeof *events);
-    if (events == NULL) {
-      p->lost++;
-      return;
-    }
-    p->events = events;
-    p->event_size = size;
-  }
-  struct event *e = &p->events[p->event_count];
+  struct event *e = new_event(p);
+  if (e == NULL) return;
   *e = (struct event){.start = fmax(s->start, p->traced), .end = end, .ends = task_done(&f->task)};
   e->begins = s->first || slot == NULL || slot->traced != p->traces;
-  if (slot != NULL) slot->traced = p->traces;
+  if (slot != NULL) slot->traced = e->ends ? 0 : p->traces;
   lua_State *co = f->co;
   lua_Debug ar;
   for (lua_State *inner; !e->ends && (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
@@ -185,20 +244,31 @@ static void note_step(lua_State *L, struct probe *p, struct fiber *f, const stru
     e->line = ar.currentline;
     memcpy(e->source, ar.short_src, sizeof e->source);
   }
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
-  task_push(L, &f->task);
-  lua_rawseti(L, -2, (lua_Integer)++p->event_count);
-  lua_pop(L, 1);
+  keep_event(L, p, f);
 }
 
-/* false: something of it could not be written */
-static bool trace_close(struct probe *p) {
+void probe_lost(lua_State *L, struct runtime *rt, struct fiber *f) {
+  struct probe *p = rt->probe;
+  struct slot *slot = slot_of(p, f);
+  if (p->trace == NULL || slot == NULL || slot->traced != p->traces || !lua_checkstack(L, 5))
+    return;
+  struct event *e = new_event(p);
+  slot->traced = 0;
+  if (e == NULL) return;
+  *e = (struct event){.end = loop_real_now(), .ends = true, .lost = true};
+  keep_event(L, p, f);
+}
+
+/* 0, or why not all of it could be written */
+static int trace_close(struct probe *p) {
   FILE *f = p->trace;
   p->trace = NULL;
-  if (f == NULL) return true;
-  fputs(p->some ? "\n]\n" : "]\n", f);
-  bool written = ferror(f) == 0;
-  return fclose(f) == 0 && written;
+  if (f == NULL) return 0;
+  errno = 0;
+  bool written = fputs(p->some ? "\n]\n" : "]\n", f) >= 0 && fflush(f) == 0 && !ferror(f);
+  int error = written ? 0 : errno != 0 ? errno : EIO;
+  if (fclose(f) != 0 && error == 0) error = errno;
+  return error;
 }
 
 /* ---- steps ---- */
@@ -235,11 +305,11 @@ void probe_begin(lua_State *L, struct runtime *rt, struct fiber *f) {
 
 /* [-0, +0, -] the task f, which is held, has kept the loop for so long */
 static void note_late(lua_State *L, struct probe *p, struct fiber *f, double seconds) {
-  if (p->late_count == LATE) return;
+  if (p->late_count == EVENTS) return;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
   task_push(L, &f->task);
+  lua_rawseti(L, -2, (lua_Integer)p->late_count + 1);
   p->late[p->late_count++] = seconds;
-  lua_rawseti(L, -2, p->late_count);
   lua_pop(L, 1);
 }
 
@@ -247,7 +317,10 @@ void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct probe *p = rt->probe;
   struct step *s = step_at(p, rt->depth), *outer = step_at(p, rt->depth - 1);
   struct slot *slot = slot_of(p, f);
-  if (slot != NULL) slot->since = loop_now(rt);
+  if (slot != NULL) {
+    slot->since = loop_now(rt);
+    slot->real = rt->clock == CLOCK_REAL;
+  }
   if (s == NULL || s->start == 0) return;
   double now = loop_real_now(), took = now - s->start, own = took - s->inner;
   if (outer != NULL) outer->inner += took;
@@ -259,36 +332,42 @@ void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
   s->start = 0;
 }
 
-/* what a handler of the user's raises goes where errors of callbacks go */
+/* What a handler of the user's raises goes where errors of callbacks go. It may make others late: these wait for
+** the next time, or it might go on for ever. */
+static void tell_late(lua_State *L, struct runtime *rt, struct probe *p) {
+  size_t count = p->late_count, k = 0;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
+  int list = lua_gettop(L);
+  for (; k < count && lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED) != LUA_TNIL;
+       lua_settop(L, list)) {
+    lua_rawgeti(L, list, (lua_Integer)k + 1);
+    lua_pushnumber(L, p->late[k++]);
+    if (schedule_call_outside(L, rt, 2) != LUA_OK) error_report(L, -1, 0);
+  }
+  lua_settop(L, list);
+  for (k = count; k < p->late_count; k++) {
+    p->late[k - count] = p->late[k];
+    lua_rawgeti(L, list, (lua_Integer)k + 1);
+    lua_rawseti(L, list, (lua_Integer)(k - count) + 1);
+  }
+  for (k = p->late_count - count; k < p->late_count; k++) {
+    lua_pushnil(L);
+    lua_rawseti(L, list, (lua_Integer)k + 1);
+  }
+  p->late_count -= count;
+  lua_pop(L, 1);
+}
+
 void probe_tell(lua_State *L, struct runtime *rt) {
   struct probe *p = rt->probe;
-  double late[LATE];
-  if (p->event_count > 0 && lua_checkstack(L, 10)) flush(L, p);
-  int top = lua_gettop(L), count = p->late_count;
-  if (count == 0 || !lua_checkstack(L, LATE + 10)) return;
-  memcpy(late, p->late, sizeof late);
-  p->late_count = 0;
-  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
-  for (int k = 1; k <= count; k++) { /* off the list first: a handler may run the loop … */
-    lua_rawgeti(L, top + 1, k);
-    lua_pushnil(L);
-    lua_rawseti(L, top + 1, k);
-  }
-  for (int k = 1; k <= count; k++) {
-    if (lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED) == LUA_TNIL) break; /* … or end this */
-    lua_pushvalue(L, top + 1 + k);
-    lua_pushnumber(L, late[k - 1]);
-    if (schedule_call_outside(L, rt, 2) != LUA_OK) {
-      error_report(L, -1, 0);
-      lua_pop(L, 1);
-    }
-  }
-  lua_settop(L, top);
+  if (!lua_checkstack(L, 20)) return;
+  if (p->event_count > 0) flush(L, p);
+  if (p->late_count > 0) tell_late(L, rt, p);
 }
 
 double probe_since(const struct runtime *rt, const struct fiber *f) {
   const struct slot *s = rt->probe != NULL ? slot_of(rt->probe, f) : NULL;
-  return s != NULL ? s->since : NAN;
+  return s != NULL && s->real == (rt->clock == CLOCK_REAL) ? s->since : NAN;
 }
 
 void probe_close(lua_State *L, struct runtime *rt) {
@@ -298,17 +377,27 @@ void probe_close(lua_State *L, struct runtime *rt) {
   rt->probe = NULL;
   rt->probed = false;
   module_resize(L, p->slots, p->size * sizeof *p->slots, 0);
-  module_resize(L, p->events, p->event_size * sizeof *p->events, 0);
+  if (p->events != NULL) module_resize(L, p->events, EVENTS * sizeof *p->events, 0);
+  if (p->late != NULL) module_resize(L, p->late, EVENTS * sizeof *p->late, 0);
   module_resize(L, p, sizeof *p, 0);
 }
 
 /* ---- Lua face ---- */
+
+/* [-0, +0, m] the list in that user value has room for EVENTS tasks, and `*block` for what goes with them */
+static void make_list(lua_State *L, int uservalue, void **block, size_t size) {
+  lua_createtable(L, EVENTS, 0);
+  if (*block == NULL) *block = module_resize(L, NULL, 0, EVENTS * size);
+  if (*block == NULL) luaL_error(L, "not enough memory");
+  lua_setiuservalue(L, UP_RUNTIME, uservalue);
+}
 
 /* on_blocked(seconds, fn), or (nil) */
 static int l_on_blocked(lua_State *L) {
   struct probe *p = runtime(L)->probe;
   if (p == NULL) shutdown_refuse(L);
   lua_settop(L, 2);
+  if (p->late == NULL) make_list(L, RUNTIME_LATE, (void **)&p->late, sizeof *p->late);
   p->limit = lua_isnil(L, 1) ? HUGE_VAL : lua_tonumber(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED);
   return 0;
@@ -319,6 +408,7 @@ static int l_trace(lua_State *L) {
   struct probe *p = runtime(L)->probe;
   const char *path = luaL_checkstring(L, 1);
   if (p == NULL) shutdown_refuse(L);
+  if (p->events == NULL) make_list(L, RUNTIME_STEPS, (void **)&p->events, sizeof *p->events);
   lua_pushboolean(L, p->trace == NULL);
   if (p->trace != NULL) return 1;
   FILE *f = fopen(path, "we");
@@ -334,12 +424,15 @@ static int l_trace(lua_State *L) {
   return 1;
 }
 
-/* trace_end(): false if not all of it could be written */
+/* trace_end(path) */
 static int l_trace_end(lua_State *L) {
   struct probe *p = runtime(L)->probe;
-  if (p != NULL) flush(L, p);
-  lua_pushboolean(L, p == NULL || trace_close(p));
-  return 1;
+  if (p == NULL) return 0;
+  flush(L, p);
+  int error = trace_close(p);
+  if (error == 0) return 0;
+  io_push_error(L, uv_translate_sys_error(error), "write", luaL_checkstring(L, 1));
+  return lua_error(L);
 }
 
 static void count(lua_State *L, const char *name, lua_Integer n) {
@@ -367,6 +460,7 @@ static int l_counts(lua_State *L) {
   count(L, "deadlines", deadline_count(rt));
   count(L, "requests", length(&rt->flights));
   count(L, "handles", length(&rt->handles));
+  count(L, "processes", length(&rt->children));
   count(L, "idle_coroutines", (lua_Integer)rt->idle_count);
   lua_pushnumber(L, p->busy);
   lua_setfield(L, -2, "busy");
@@ -385,9 +479,11 @@ static void load(lua_State *L) {
   struct runtime *rt = runtime(L);
   shutdown_check(L, rt);
   lua_newtable(L);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
-  lua_createtable(L, LATE, 0);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
+  lua_createtable(L, 0, 1);
+  lua_pushliteral(L, "k");
+  lua_setfield(L, -2, "__mode");
+  lua_setmetatable(L, -2);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_TRACED);
   if (rt->probe != NULL) return;
   struct probe *p = (struct probe *)module_resize(L, NULL, 0, sizeof *p);
   if (p == NULL) luaL_error(L, "not enough memory");

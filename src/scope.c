@@ -85,7 +85,8 @@ struct fiber *scope_find(struct runtime *rt, const lua_State *co) {
 /* the fiber below which f was started, or NULL: outside every task, or in a scope of one that has ended */
 static struct fiber *parent_of(const struct runtime *rt, const struct fiber *f) {
   const struct scope *s = f->member.scope;
-  while (s->owner == f || (s->owner == NULL && s != rt->root)) s = s->member.scope;
+  if (s->owner == f) s = s->base->member.scope;
+  while (s->owner == NULL && s != rt->root) s = s->outer != NULL ? s->outer : s->member.scope;
   return (const struct task *)s->owner != rt->outside ? s->owner : NULL;
 }
 

@@ -40,6 +40,8 @@ void *module_resize(lua_State *L, void *block, size_t from, size_t to);
 static inline bool module_is_ours(const struct runtime *rt, const char *source) {
   return rt->library_length > 0 && strncmp(source, rt->library, rt->library_length) == 0;
 }
+/* [-0, +1, e] the Lua module coflow.<name> */
+void module_push(lua_State *L, const char *name);
 /* [-0, +1, m] that of the object at i, made if it is not there */
 void module_push_table(lua_State *L, int i, int uservalue);
 /* [-0, +0, m] */
@@ -768,13 +770,9 @@ void poll_watch_signals(struct runtime *rt, bool on);
 
 /* [-0, +1, m] "waits for 'x' at file:line": the fiber at i */
 void deadlock_push_wait(lua_State *L, int i);
-/* [-0, +1, m] the error that nothing can go on, for whoever runs the loop; f: for that operation at the
-** top level, or NULL */
-void deadlock_push(lua_State *L, struct runtime *rt, struct fiber *f);
-
-/* [-0, +0, m] the tasks that hold up the fiber at i are put into the list on top: all of these must end, or give
-** back a lock, before it goes on */
-void deadlock_list_blockers(lua_State *L, int i);
+/* [-0, +1, m] the error that nothing can go on, for whoever runs the loop; the task at root does, perhaps as an
+** operation at the top level */
+void deadlock_push(lua_State *L, struct runtime *rt, int root, bool operation);
 extern const struct part survey_part;
 
 /* ---- probe.c: what is measured while tasks run ---- */
@@ -782,6 +780,8 @@ extern const struct part survey_part;
 /* [-0, +0, -] f is about to be resumed, and has suspended or ended */
 void probe_begin(lua_State *L, struct runtime *rt, struct fiber *f);
 void probe_end(lua_State *L, struct runtime *rt, struct fiber *f);
+/* [-0, +0, -] f, which has its slot yet, has ended while it waited */
+void probe_lost(lua_State *L, struct runtime *rt, struct fiber *f);
 void probe_tell(lua_State *L, struct runtime *rt); /* [-0, +0, m] of those that took too long */
 /* when the waiting f suspended, by loop_now; NAN: unknown */
 double probe_since(const struct runtime *rt, const struct fiber *f);

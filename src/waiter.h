@@ -126,8 +126,9 @@ extern const struct part select_part;
 extern const struct part sync_part;
 void lock_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
 void lock_land(lua_State *L, int i);
-/* [-0, +1, m] a list of the tasks that have what is at i, if that is a lock, and are known; else an empty one */
-void lock_push_owners(lua_State *L, int i);
+/* [-0, +1, m] a list of the tasks that have what is at i, at most so many, if that is a lock, and are known; else an
+** empty one. How many have it, about. */
+lua_Integer lock_push_owners(lua_State *L, int i, lua_Integer most);
 
 #pragma GCC visibility pop
 #endif

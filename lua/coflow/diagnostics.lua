@@ -4,164 +4,134 @@
 -- waited, and the figures of `metrics`, are known from when this module was first loaded; from then on each step
 -- of a task costs two looks at the clock.
 --
--- The kernel tells, in one row for each task, what it waits for and who holds it up (src/deadlock.c), and measures
--- (src/probe.c). The words are made here.
+-- The kernel tells who waits for what (src/deadlock.c, hang.lua), and measures (src/probe.c). The words are made here.
 --
 -- Source: all_tasks and slow_callback_duration of asyncio; the trace event format of Chrome.
 -- SPDX-License-Identifier: MIT
 
 local core = require "coflow.core"
 local arguments = require "coflow.arguments"
+local hang = require "coflow.hang"
 
-local probe, survey = core.probe, core.survey
+local probe, name_of = core.probe, hang.name_of
 
 local diagnostics = {}
 
--- Rows --------------------------------------------------------------------------------------------
+-- The tree ----------------------------------------------------------------------------------------
 
----@class coflow.diagnostics.Row one of src/deadlock.c, with names
----@field task coflow.Task
----@field parent coflow.Task|false
----@field wait string|false
----@field seconds number|false
----@field on coflow.Task[]
+local DEEPEST = 40 -- further in the lines are indented no more
 
-local function rows()
-  local list, of = survey(), {}
-  for i, row in ipairs(list) do
-    local task, parent, wait, seconds, on = table.unpack(row)
-    list[i] = { task = task, parent = parent, wait = wait, seconds = seconds, on = on }
-    of[task] = list[i]
+-- Calls `visit(item, depth, last)` for each of the list, before those of which it is the parent; last: `last[d]` says
+-- whether the one at depth `d` above it, or itself, is the last of its siblings. Without recursion: there may be
+-- 100,000 levels.
+local function walk(list, parent_of, visit)
+  local roots, below = {}, {}
+  for i, item in ipairs(list) do
+    local parent = parent_of(item, i)
+    local siblings = parent and (below[parent] or {}) or roots
+    if parent then below[parent] = siblings end
+    siblings[#siblings + 1] = item
   end
-  return list, of
-end
-
-local function name_of(task) return ("'%s' (#%d)"):format(task.name, task.id) end
-
-local function duration(seconds) return seconds and (", for %.3f s"):format(seconds) or "" end
-
--- What a task does, after its name.
-local function doing(row)
-  local status = row.task.status
-  if row.wait and status ~= "waiting_to_run" then
-    return row.wait .. duration(row.seconds)
-  elseif status == "created" then
-    return "has not been started"
-  elseif status == "waiting_to_run" then
-    return "is to start"
+  local levels, last = { { list = roots, next = 1 } }, {}
+  while #levels > 0 do
+    local level = levels[#levels]
+    local item = level.list[level.next]
+    level.next = level.next + 1
+    if not item then
+      levels[#levels] = nil
+    else
+      last[#levels] = level.next > #level.list
+      visit(item, #levels, last)
+      if below[item] then levels[#levels + 1] = { list = below[item], next = 1 } end
+    end
   end
-  return status == "running" and "is running" or "waits to start"
 end
 
 ---The tasks with a function to run that have not ended, the running one included; a task stands before those that it
 ---has started.
 ---@return coflow.Task[]
 function diagnostics.tasks()
-  local list = {}
-  for i, row in ipairs((rows())) do list[i] = row.task end
-  return list
+  local tasks, list, parents = {}, core.live_tasks()
+  local there = {}
+  for _, task in ipairs(list) do there[task] = true end
+  walk(list, function(_, i) return there[parents[i]] and parents[i] end, function(task) tasks[#tasks + 1] = task end)
+  return tasks
 end
 
--- The tree ----------------------------------------------------------------------------------------
+local function duration(row) return row.seconds and (", for %.3f s"):format(row.seconds) or "" end
 
-local DEEPEST = 40 -- further in the lines are indented no more
+-- What a task does, after its name.
+local function doing(row)
+  local status = row.task.status
+  if status == "created" then
+    return "has not been started"
+  elseif status == "waiting_to_run" and row.wait == "is ready not started" then
+    return "is to start"
+  end
+  return row.wait and row.wait .. duration(row) or "is running"
+end
+
+local function indent(depth, last)
+  local parts = {}
+  for d = 1, math.min(depth, DEEPEST) - 1 do parts[d] = last[d] and "   " or "│  " end
+  parts[#parts + 1] = last[depth] and "└─ " or "├─ "
+  return table.concat(parts)
+end
 
 ---All tasks as a tree, each below the one that has started it: name, id, what it waits for, where, and for how long.
+---For the whole stack of one of them: `task:traceback()`.
 ---@return string
 function diagnostics.dump()
-  local list, of = rows()
-  local below, roots, lines = {}, {}, {}
-  for _, row in ipairs(list) do
-    local parent = of[row.parent]
-    local siblings = parent and (below[parent] or {}) or roots
-    if parent then below[parent] = siblings end
-    siblings[#siblings + 1] = row
-  end
-  lines[1] = ("%d %s at %.3f s"):format(#list, #list == 1 and "task" or "tasks", core.loop.now())
-  local function add(siblings, indent, depth)
-    for i, row in ipairs(siblings) do
-      local last = i == #siblings
-      lines[#lines + 1] = ("%s%s %s %s"):format(indent, last and "└─" or "├─", name_of(row.task), doing(row))
-      if below[row] then
-        add(below[row], depth < DEEPEST and indent .. (last and "   " or "│  ") or indent, depth + 1)
-      end
-    end
-  end
-  add(roots, "", 1)
+  local list, of = hang.rows(false)
+  local lines = { #list == 1 and "1 task" or ("%d tasks"):format(#list) }
+  walk(list, function(row) return of[row.parent] end, function(row, depth, last)
+    lines[#lines + 1] = ("%s%s %s"):format(indent(depth, last), name_of(row.task), doing(row))
+  end)
   return table.concat(lines, "\n")
 end
 
 -- Hangs -------------------------------------------------------------------------------------------
 
--- Circles of tasks that hold each other up, each as a list. Depth first, without recursion: `path` is the chain of
--- those that are looked at, `at[row]` the place of one in it, or false when all behind it has been seen.
-local function circles(list, of)
-  local found, at = {}, {}
-  for _, start in ipairs(list) do
-    local path = {}
-    local function enter(row)
-      path[#path + 1] = { row = row, next = 1 }
-      at[row] = #path
-    end
-    if at[start] == nil then enter(start) end
-    while #path > 0 do
-      local top = path[#path]
-      local other = of[top.row.on[top.next]]
-      top.next = top.next + 1
-      if top.next > #top.row.on + 1 then
-        at[top.row], path[#path] = false, nil
-      elseif other and at[other] then
-        local circle = {}
-        for i = at[other], #path do circle[#circle + 1] = path[i].row.task end
-        found[#found + 1] = circle
-      elseif other and at[other] == nil then
-        enter(other)
-      end
-    end
-  end
-  return found
+local function line_of(row, more)
+  if more == 0 then return ("  %s %s%s"):format(name_of(row.task), row.wait, duration(row)) end
+  local wait = row.wait:gsub("^waits", "wait"):gsub("^sleeps", "sleep"):gsub("^is ", "are ")
+  return ("  %s and %d more of that name %s"):format(name_of(row.task), more, wait)
 end
 
----Who waits on whom: a line for each task that waits (one for all of a name that wait for the same), and each circle
----of tasks that hold each other up, by awaiting, a lock, or a task group. Such a circle never ends by itself.
+---Who waits on whom: a line for each task that waits (one for all of a name that wait for the same thing at the same
+---place), and circles of tasks that hold each other up, by awaiting, a lock, or a task group. Such a circle ends only
+---by a deadline or a cancellation, if there is one.
 ---@return string
 function diagnostics.hang_report()
-  local list, of = rows()
+  local list, of = hang.rows(true)
   local waiting, lines, like = 0, {}, {}
   for _, row in ipairs(list) do
-    if row.task.status == "waiting_for_activation" and row.wait then
+    if row.waits then
       local key = row.task.name .. "\0" .. row.wait
+      local same = like[row.target or key] or {}
+      like[row.target or key] = same
       waiting = waiting + 1
-      if like[key] then
-        like[key].more = like[key].more + 1
+      if same[key] then
+        same[key].more = same[key].more + 1
       else
-        like[key] = { row = row, more = 0 }
-        lines[#lines + 1] = like[key]
+        same[key] = { row = row, more = 0 }
+        lines[#lines + 1] = same[key]
       end
     end
   end
   if waiting == 0 then return "no task waits" end
-  for i, line in ipairs(lines) do
-    local row, more = line.row, line.more
-    lines[i] = ("  %s %s%s%s"):format(name_of(row.task), row.wait, duration(row.seconds),
-      more > 0 and ("; so do %d more of that name"):format(more) or "")
-  end
+  for i, line in ipairs(lines) do lines[i] = line_of(line.row, line.more) end
   table.insert(lines, 1, waiting == 1 and "1 task waits:" or ("%d tasks wait:"):format(waiting))
-  for _, circle in ipairs(circles(list, of)) do
-    local names = {}
-    for i, task in ipairs(circle) do names[i] = name_of(task) end
-    names[#names + 1] = names[1]
-    lines[#lines + 1] = ("circle: %s waits for %s"):format(names[1], table.concat(names, ", which waits for ", 2))
-  end
+  for _, circle in ipairs(hang.circles(list, of)) do lines[#lines + 1] = circle end
   return table.concat(lines, "\n")
 end
 
 -- The loop ----------------------------------------------------------------------------------------
 
 ---Calls `fn(task, seconds)` for each task that has kept the loop for longer than `seconds` at a stretch, without
----waiting: once it has come to rest, before the loop looks at timers and events again, outside every task. `seconds` is
----real time, also in a test. What `fn` raises goes to the handler of unobserved exceptions. There is one such
----function at a time: `on_blocked(nil)` ends it.
+---waiting: once it has come to rest, before the loop looks at timers and events again, outside every task; for 4,096
+---of them at a time. `seconds` is real time, also in a test. What `fn` raises goes to the handler of unobserved
+---exceptions. There is one such function at a time: `on_blocked(nil)` ends it.
 ---@param seconds number?
 ---@param fn fun(task: coflow.Task, seconds: number)?
 function diagnostics.on_blocked(seconds, fn)
@@ -184,13 +154,18 @@ local current -- the trace that is being written
 function Trace:dispose()
   if getmetatable(self) ~= Trace then core.refuse_self(Trace, self) end
   if self ~= current then return end
-  current = nil
-  if not probe.trace_end() then
-    error(core.errors.IO("the trace could not be written to " .. self.path, { path = self.path }), 2)
-  end
+  local ok, err = pcall(probe.trace_end, self.path)
+  if ok or core.errors.is(err, "IO") then current = nil end -- else there was no memory: it may be tried again
+  if not ok then error(err, 0) end
 end
 
 function Trace:__close() self:dispose() end
+
+-- When the state closes: until then it is `current`.
+function Trace:__gc()
+  local ok, err = pcall(self.dispose, self)
+  if not ok then core.report(err) end
+end
 
 ---Writes what the tasks do from now on to a file, as Chrome's trace events (JSON), for chrome://tracing or
 ---ui.perfetto.dev: each run of a task between two waits, and the life and the waits of each task. Until the
@@ -201,22 +176,25 @@ function Trace:__close() self:dispose() end
 function diagnostics.trace(path)
   if type(path) ~= "string" then core.type_error(1, "string", path) end
   if path:find("\0", 1, true) then core.argument_error(1, "a path has no zero byte") end
+  local trace = setmetatable({ path = path }, Trace)
   if not probe.trace(path) then
-    error(core.errors.InvalidOperation(("a trace is being written already, to %s"):format(current.path)), 2)
+    path = current and current.path or "another file"
+    error(core.errors.InvalidOperation(("a trace is being written already, to %s"):format(path)), 2)
   end
-  current = setmetatable({ path = path }, Trace)
-  return current
+  current = trace
+  return trace
 end
 
 ---@class coflow.diagnostics.Metrics
 ---@field tasks integer with a function to run, that have not ended
----@field waiting integer of these, suspended
+---@field waiting integer of these, suspended, and not ready
 ---@field ready integer tasks and completions on the ready list
 ---@field deadlines integer that are armed: sleeps, timeouts, Timers
 ---@field requests integer operations that libuv has in hands
----@field handles integer open sockets, listeners, pipes, processes
+---@field handles integer open sockets, listeners and pipes; a closed one until the loop has turned
+---@field processes integer that run
 ---@field idle_coroutines integer kept for new tasks
----@field memory integer bytes that Lua uses
+---@field memory integer? bytes that Lua uses; nil where the collector does not tell: in a finalizer
 ---@field started integer tasks started, and …
 ---@field steps integer … runs of a task between two waits, and …
 ---@field busy number … seconds that these took, since the module was loaded
@@ -226,13 +204,10 @@ end
 ---Figures of the moment, and of the time since the module was loaded. Its time is real, also in a test.
 ---@return coflow.diagnostics.Metrics
 function diagnostics.metrics()
-  local metrics, waiting = probe.counts(), 0
-  local list = rows()
-  for _, row in ipairs(list) do
-    if row.task.status == "waiting_for_activation" then waiting = waiting + 1 end
-  end
+  local metrics, kilobytes = probe.counts(), collectgarbage "count"
+  local list, _, waiting = core.live_tasks()
   metrics.tasks, metrics.waiting = #list, waiting
-  metrics.memory = math.floor(collectgarbage("count") * 1024)
+  metrics.memory = kilobytes and math.floor(kilobytes * 1024)
   metrics.utilization = metrics.elapsed > 0 and math.min(metrics.busy / metrics.elapsed, 1) or 0
   return metrics
 end
