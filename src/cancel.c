@@ -587,7 +587,7 @@ static void push_promise(lua_State *L) {
   const struct token *k = token_check(L, 1);
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) return;
   lua_pop(L, 1);
-  task_new_promise(L);
+  task_new_named(L, "cancellation");
   if (lua_getiuservalue(L, 1, TOKEN_PROMISE) != LUA_TNIL) { /* by a finalizer */
     lua_remove(L, -2);
     return;

@@ -608,7 +608,7 @@ static int l_completion(lua_State *L) {
   struct channel *c = check(L, TAG_READER);
   lua_settop(L, 1);
   if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1;
-  task_new_promise(L);
+  task_new_named(L, "completion");
   if (lua_getiuservalue(L, 1, CHANNEL_COMPLETION) != LUA_TNIL) return 1; /* by a finalizer */
   lua_settop(L, 3);
   lua_pushvalue(L, 3);

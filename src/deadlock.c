@@ -47,7 +47,8 @@ static void describe(lua_State *L, struct fiber *f, int depth) {
   push_quoted(L, i);
   if (task_is(t, KIND_QUEUED) && lua_getiuservalue(L, i, OP_INPUT) == LUA_TUSERDATA) {
     describe_holder(L);
-    lua_pushfstring(L, "%s on %s", lua_tostring(L, text), lua_tostring(L, -1));
+    if (strcmp(lua_tostring(L, text), "'operation'") != 0) /* somebody has given it a name */
+      lua_pushfstring(L, "%s on %s", lua_tostring(L, text), lua_tostring(L, -1));
     lua_replace(L, text);
   }
   lua_settop(L, text);

@@ -232,7 +232,7 @@ static int l_wait(lua_State *L) {
   struct catcher *c = check_catcher(L);
   lua_settop(L, 1);
   if (lua_getiuservalue(L, 1, CATCHER_PROMISE) != LUA_TNIL) return 1;
-  task_new_promise(L); /* catcher nil promise */
+  task_new_named(L, "signal"); /* catcher nil promise */
   if (c->count > 0 || c->link.next == NULL) {
     task_settle(L, rt, 3, 0);
     return 1;

@@ -205,6 +205,13 @@ struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool 
 static inline struct task *task_new_promise(lua_State *L) { /* [-0, +1, m] to be settled by hand */
   return task_new(L, KIND_PROMISE, sizeof(struct task), TASK_WAITERS, false);
 }
+static inline struct task *task_new_named(lua_State *L,
+                                          const char *name) { /* … which has that name */
+  struct task *t = task_new_promise(L);
+  lua_pushstring(L, name);
+  lua_setfield(L, -2, "name");
+  return t;
+}
 void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor holds it */
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */

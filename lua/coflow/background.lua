@@ -157,6 +157,7 @@ local function enqueue(self, token, fn, ...)
   local guard
   while not guard and (first(self._waiting) or not has_room(self)) do
     entry.place = core.TaskCompletionSource()
+    entry.place.task.name = "a place in the queue"
     guard = setmetatable({ queue = self, entry = entry }, leaving)
   end
   add(self, entry, guard ~= nil)
@@ -241,6 +242,7 @@ function Queue:drain(token)
   if is_idle(self) then return end
   if not self._idle then
     local idle = core.TaskCompletionSource()
+    idle.task.name = "the end of all jobs"
     self._idle = self._idle or idle
   end
   if is_idle(self) then return end -- a finalizer has been here

@@ -526,6 +526,8 @@ local function new_host(options)
   elseif failure ~= "stop_host" and failure ~= "ignore" then
     core.argument_error(1, "failure must be \"stop_host\" or \"ignore\"")
   end
+  local asked, start_over = core.TaskCompletionSource(), core.TaskCompletionSource()
+  asked.task.name, start_over.task.name = "a request to stop", "the end of the start"
   return setmetatable({
     _state = "created",
     _shutdown_timeout = timeout,
@@ -534,9 +536,9 @@ local function new_host(options)
     _known = {}, -- service -> true
     _started = {}, -- those of them that have started, and whose stop has not begun
     _failed = {}, -- tasks
-    _asked = core.TaskCompletionSource(), -- to stop
+    _asked = asked, -- to stop
     _starting = core.call_source(nil), -- canceled when it is to stop, for who starts it
-    _start_over = core.TaskCompletionSource(),
+    _start_over = start_over,
     _running = nil, -- true during `run`, then false
     _start = nil, -- the last start of a service: { service =, task = }
   }, host_class)

@@ -299,6 +299,7 @@ local function accept_all(listener, state, group, fn, max)
   while not state.stopping.is_cancellation_requested do
     if state.running >= max then
       state.free = core.TaskCompletionSource()
+      state.free.task.name = "the end of a connection"
       core.await(state.free.task)
       state.free = nil
     else

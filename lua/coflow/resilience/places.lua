@@ -61,7 +61,10 @@ end
 ---Cancellation: raises; a place that was handed over meanwhile passes on when the ticket is closed.
 ---@return boolean
 function Places:enter(ticket)
-  if self.free == 0 and self.waiting < self.max_waiting then ticket.source = core.TaskCompletionSource() end
+  if self.free == 0 and self.waiting < self.max_waiting then
+    ticket.source = core.TaskCompletionSource()
+    ticket.source.task.name = "a place"
+  end
   if self.free > 0 then
     self.free = self.free - 1
     ticket.has_place = true
