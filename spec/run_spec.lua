@@ -866,14 +866,16 @@ describe("the report of a deadlock", function()
   end)
 
   it("begins with the task that was run, however many wait besides", function()
+    local kept = {}
     local err = raised(flow.run, function()
-      for _ = 1, 50 do flow.spawn(never) end
+      for i = 1, 50 do kept[i] = flow.spawn(never) end
       flow.yield()
       flow.current_task().name = "root"
       never()
     end)
     assert.matches("^deadlock: [^\n]+\n\ttask 'root' waits for 'promise' at ", err.message)
     assert.matches("\n\t… and %d+ more$", err.message)
+    assert.equal(50, #kept)
   end)
 
   it("comes with tracebacks that go once round such a circle", function()

@@ -346,7 +346,7 @@ static void push_row(lua_State *L, struct runtime *rt, int i, int *looks) {
   if (f->task.state == TASK_WAITING) {
     lua_pushboolean(L, 1);
     lua_setfield(L, -3, "waits");
-    if (since == since) {
+    if (since == since && f->task.flags & TASK_STARTED) {
       lua_pushnumber(L, fmax(loop_now(rt) - since, 0));
       lua_setfield(L, -3, "seconds");
     }
