@@ -379,6 +379,22 @@ describe("circles", function()
     assert.same({ "circle: 'owner' waits for 'child', which waits for 'owner'" }, circles())
   end))
 
+  it("are none of groups in groups, whose owners are children", helper.in_task(function()
+    local gate = flow.TaskCompletionSource()
+    local function nest(n)
+      if n == 0 then return gate.task:await() end
+      flow.task_group(function(group)
+        for _ = 1, 2 do group:spawn(nest, n - 1) end
+      end)
+    end
+    local task = flow.spawn(nest, 4)
+    flow.sleep(1)
+    assert.same({}, circles())
+    assert.matches("waits for the tasks of its group", diagnostics.hang_report())
+    gate:set_result()
+    task:await()
+  end))
+
   it("are found through a wait with a timeout, which ends some day", in_order(function()
     local a, b
     a = spawn("a", function() flow.yield() b:wait_async(9):await() end)
@@ -478,6 +494,53 @@ describe("circles", function()
   end)
 end)
 
+-- In processes of their own: each allocation collects all that there is.
+describe("a finalizer in the midst of a report", function()
+  local function sweep(acts)
+    if os.getenv "COFLOW_GC_STRESS" then return end -- each allocation does so there
+    assert.equal("done\n", helper.output(([[
+      package.path = %q
+      local flow = require "coflow"
+      local diagnostics = require "coflow.diagnostics"
+      local finalizers = require "spec.support.finalizers"
+      local ways = { flow.await_all, flow.await_any }
+      ways[3] = function(...) flow.when_all(...):await() end
+      ways[4] = function(...) flow.when_any(...):await() end
+      ways[5] = function(task) task:wait_async():await() end
+      ways[6] = function(task) flow.task_group(function(group) group:spawn(flow.await, task) end) end
+      for _, way in ipairs(ways) do
+        finalizers.sweep(function(at)
+          flow.run(function()
+            local gate, inner = flow.TaskCompletionSource(), nil
+            local x = flow.spawn(flow.await, gate.task)
+            x.name = "x"
+            local waiter = flow.spawn(way, x)
+            flow.yield() flow.yield()
+            local outer = at(function() %s end, diagnostics.hang_report)
+            assert(outer:find "waits for 'promise'")
+            %s
+            gate:set_result()
+            waiter:try_await()
+            x:await()
+          end)
+        end, 80)
+      end
+      print "done"
+    ]]):format(package.path, table.unpack(acts))))
+  end
+
+  it("may end the wait that it is about", function()
+    sweep { "waiter:cancel()", "" }
+  end)
+
+  it("may make one of its own, and both have all ids", function()
+    sweep { "inner = diagnostics.dump()", [[
+      assert(not outer:find "'x' [^(]", outer)
+      assert(not inner or not inner:find "'x' [^(]", inner)
+    ]] }
+  end)
+end)
+
 describe("on_blocked", function()
   after_each(function() diagnostics.on_blocked(nil) end)
 
@@ -559,6 +622,27 @@ describe("on_blocked", function()
     for _ = 1, n do start() end
     flow.sleep(1)
     assert.is_true(told >= n)
+  end))
+
+  it("tells at once of whom its own function has made late, but not for ever", in_order(function()
+    local told, start = 0, flow.async(function() end)
+    local done = flow.spawn(function() end)
+    diagnostics.on_blocked(0, function()
+      told = told + 1
+      start()
+    end)
+    done:await()
+    flow.sleep(1)
+    diagnostics.on_blocked(nil)
+    assert.is_true(told >= 10)
+  end))
+
+  it("goes by the limit that there is when it tells", in_order(function()
+    local told = false
+    diagnostics.on_blocked(0, function() told = true end)
+    flow.spawn(function() diagnostics.on_blocked(math.huge, function() told = true end) end):await()
+    flow.sleep(1)
+    assert.is_false(told)
   end))
 
   it("refuses what is no limit, and no function", in_order(function()
@@ -764,6 +848,24 @@ describe("a trace", function()
     assert.matches("bad argument #1 " .. name .. ".*zero", helper.raised(diagnostics.trace, "a\0b"))
     local trace <close> = diagnostics.trace("/dev/null")
     assert.matches("Trace:dispose", helper.raised(trace.dispose))
+  end))
+
+  it("survives the end of a task that nobody has, in the hands of a stranger", in_order(function()
+    local path, _ <close> = trace_path()
+    do
+      local _ <close> = diagnostics.trace(path)
+      local cos = {}
+      flow.spawn(function()
+        cos[1] = coroutine.running()
+        flow.Channel.unbounded():read()
+      end)
+      flow.sleep(1)
+      flow.on_unobserved_exception(false)
+      coroutine.close(table.remove(cos))
+      helper.collect()
+      flow.on_unobserved_exception(nil)
+    end
+    assert.is_true(#parse(read_file(path)) > 0)
   end))
 
   it("has the end of those that end while they wait", in_order(function()

@@ -865,6 +865,25 @@ describe("the report of a deadlock", function()
     assert.same({ [first] = true, [second] = true }, { [third] = true, [fourth] = true })
   end)
 
+  it("names ten circles, and how many more there are", function()
+    local function take(first, second)
+      local _ <close> = first:lock()
+      flow.yield()
+      local _ <close> = second:lock()
+    end
+    local kept = {}
+    local err = raised(flow.run, function()
+      for i = 1, 12 do
+        local x, y = flow.Lock(), flow.Lock()
+        kept[2 * i - 1], kept[2 * i] = flow.spawn(take, x, y), flow.spawn(take, y, x)
+      end
+      flow.await_all(kept)
+    end)
+    assert.equal(10, select(2, err.message:gsub("\n\tcircle: ", "")))
+    assert.matches("\n\t… and 2 more circles$", err.message)
+    assert.equal(24, #kept)
+  end)
+
   it("begins with the task that was run, however many wait besides", function()
     local kept = {}
     local err = raised(flow.run, function()

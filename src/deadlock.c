@@ -56,8 +56,9 @@ static void describe(lua_State *L, struct fiber *f, int depth) {
     const struct combine *c = many ? (const struct combine *)(const void *)t : NULL;
     bool direct = f != NULL && direct_push_inputs(L, f);
     int named = 0, more = 0;
-    if (!direct) lua_getiuservalue(L, i, OP_INPUT); /* a list, or one */
     lua_Integer n = many ? (lua_Integer)c->count : 1;
+    if (!direct && lua_getiuservalue(L, i, OP_INPUT) != LUA_TTABLE && many)
+      n = 0; /* f has been woken by a finalizer meanwhile; else: a list, or one */
     for (lua_Integer k = 1; k <= n; k++, lua_settop(L, input)) {
       if (many && !direct && c->waits[k - 1].on == NULL) continue; /* there is a result instead */
       many ? (void)lua_rawgeti(L, input, k) : lua_pushvalue(L, input);
@@ -187,18 +188,22 @@ static void count_names(lua_State *L, lua_Integer slots, struct fiber *operation
 
 /* [-0, +1, m] circles of tasks that hold each other up, a line each */
 static int circles(lua_State *L) {
+  enum { CIRCLES = 10 };
   module_push(L, "hang");
   lua_getfield(L, -1, "circles");
   lua_call(L, 0, 1);
   luaL_checktype(L, -1, LUA_TTABLE);
   lua_Integer n = (lua_Integer)lua_rawlen(L, -1);
   lua_pushliteral(L, "");
-  for (lua_Integer k = 1; k <= n; k++) {
+  for (lua_Integer k = 1; k <= n && k <= CIRCLES; k++) {
     lua_rawgeti(L, -2, k);
     lua_pushfstring(L, "%s\n\t%s", lua_tostring(L, -2), lua_tostring(L, -1));
     lua_replace(L, -3);
     lua_pop(L, 1);
   }
+  if (n > CIRCLES)
+    lua_pushfstring(L, "%s\n\t… and %I more circles", lua_tostring(L, -1),
+                    (LUAI_UACINT)(n - CIRCLES));
   return 1;
 }
 
@@ -324,7 +329,7 @@ static bool push_target(lua_State *L, struct fiber *f, struct blockers *b) {
     group_list_children(L, f);
     lua_pop(L, 1);
   } else if (f->task.flags & TASK_STARTED && direct_push_inputs(L, f))
-    list_inputs(L, b, f->u.wait.on, true);
+    list_inputs(L, b, (const struct task *)lua_touserdata(L, -2), true);
   else {
     lua_pushvalue(L, -1);
     list_behind(L, b);
@@ -388,12 +393,15 @@ static int survey(lua_State *L) {
 ** nothing of who holds them up, which takes long */
 static int l_survey(lua_State *L) {
   lua_settop(L, 1);
+  lua_getiuservalue(L, UP_RUNTIME,
+                    RUNTIME_NAMESAKES); /* a finalizer may ask in the midst of a report */
+  lua_insert(L, 1);
   lua_pushboolean(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
   module_push_function(L, survey);
-  lua_insert(L, 1);
+  lua_insert(L, 2);
   int status = lua_pcall(L, 1, 1, 0);
-  lua_pushnil(L);
+  lua_pushvalue(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
   return status == LUA_OK ? 1 : lua_error(L);
 }

@@ -51,8 +51,9 @@ static struct combine *take(lua_State *L, struct runtime *rt, int kind, uint32_t
 bool direct_push_inputs(lua_State *L, struct fiber *f) {
   const struct task *t = f->u.wait.on;
   const struct combine *c = (const struct combine *)(const void *)t;
-  if (!(task_is(t, KIND_ALL) || task_is(t, KIND_ANY)) || !c->direct) return false;
+  if (t == NULL || !(task_is(t, KIND_ALL) || task_is(t, KIND_ANY)) || !c->direct) return false;
   lua_createtable(L, (int)c->count, 0);
+  if (f->u.wait.on != t) return true; /* by a finalizer: it waits no more */
   for (uint32_t k = 0; k < c->count; k++) {
     fiber_push_awaiting(L, f, direct_place(c, k));
     lua_rawseti(L, -2, (lua_Integer)k + 1);

@@ -28,7 +28,7 @@
 
 /* No more steps than that are noted between two tellings: room for their tasks is there from the beginning, since
 ** nothing may fail where a step ends. */
-enum { DEPTHS = 64, EVENTS = 4096 };
+enum { DEPTHS = 64, EVENTS = 4096, TELLINGS = 10 };
 
 struct step {
   double start; /* 0: before there was a probe */
@@ -198,7 +198,11 @@ static void flush(lua_State *L, struct probe *p) {
     lua_Integer id = task_id(L, task);
     task_push_name(L, task);
     push_began(L, task, begins);
-    if (p->trace != NULL && p->traces == number)
+    if (p->traces != number) { /* the rest is for the next one */
+      lua_settop(L, list - 1);
+      return;
+    }
+    if (p->trace != NULL)
       write_step(p, &p->events[k - 1], to_name(L, task + 1), to_name(L, task + 2), id);
   }
   if (p->lost > 0 && p->trace != NULL) {
@@ -223,8 +227,11 @@ static struct event *new_event(struct probe *p) {
 static void keep_event(lua_State *L, struct probe *p, struct fiber *f) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
   task_push(L, &f->task);
-  lua_rawseti(L, -2, (lua_Integer)p->event_count + 1);
-  p->event_count++;
+  if (lua_type(L, -1) == LUA_TUSERDATA && lua_touserdata(L, -1) == (void *)f) {
+    lua_rawseti(L, -2, (lua_Integer)p->event_count + 1);
+    p->event_count++;
+  } else
+    lua_pop(L, 1); /* a stranger closes its coroutine, and nobody has it any more */
   lua_pop(L, 1);
 }
 
@@ -233,10 +240,11 @@ static void note_step(lua_State *L, struct probe *p, struct fiber *f, const stru
                       double end) {
   struct slot *slot = slot_of(p, f);
   struct event *e = new_event(p);
+  bool ends = task_done(&f->task), known = !s->first && slot != NULL && slot->traced == p->traces;
+  if (slot != NULL) slot->traced = ends || e == NULL ? 0 : p->traces;
   if (e == NULL) return;
-  *e = (struct event){.start = fmax(s->start, p->traced), .end = end, .ends = task_done(&f->task)};
-  e->begins = s->first || slot == NULL || slot->traced != p->traces;
-  if (slot != NULL) slot->traced = e->ends ? 0 : p->traces;
+  *e = (struct event){
+      .start = fmax(s->start, p->traced), .end = end, .begins = !known, .ends = ends};
   lua_State *co = f->co;
   lua_Debug ar;
   for (lua_State *inner; !e->ends && (inner = coroutine_inner(co, NULL)) != NULL;) co = inner;
@@ -332,14 +340,18 @@ void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
   s->start = 0;
 }
 
-/* What a handler of the user's raises goes where errors of callbacks go. It may make others late: these wait for
-** the next time, or it might go on for ever. */
+/* What a handler of the user's raises goes where errors of callbacks go. It may make others late: these are told of
+** after it, TELLINGS times at most, or it might go on for ever. */
 static void tell_late(lua_State *L, struct runtime *rt, struct probe *p) {
   size_t count = p->late_count, k = 0;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);
   int list = lua_gettop(L);
   for (; k < count && lua_getiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED) != LUA_TNIL;
        lua_settop(L, list)) {
+    if (p->late[k] <= p->limit) { /* there is another limit now */
+      k++;
+      continue;
+    }
     lua_rawgeti(L, list, (lua_Integer)k + 1);
     lua_pushnumber(L, p->late[k++]);
     if (schedule_call_outside(L, rt, 2) != LUA_OK) error_report(L, -1, 0);
@@ -362,7 +374,7 @@ void probe_tell(lua_State *L, struct runtime *rt) {
   struct probe *p = rt->probe;
   if (!lua_checkstack(L, 20)) return;
   if (p->event_count > 0) flush(L, p);
-  if (p->late_count > 0) tell_late(L, rt, p);
+  for (int n = 0; n < TELLINGS && p->late_count > 0; n++) tell_late(L, rt, p);
 }
 
 double probe_since(const struct runtime *rt, const struct fiber *f) {
@@ -387,6 +399,10 @@ void probe_close(lua_State *L, struct runtime *rt) {
 /* [-0, +0, m] the list in that user value has room for EVENTS tasks, and `*block` for what goes with them */
 static void make_list(lua_State *L, int uservalue, void **block, size_t size) {
   lua_createtable(L, EVENTS, 0);
+  if (*block != NULL) { /* by a finalizer, and it may be in use */
+    lua_pop(L, 1);
+    return;
+  }
   if (*block == NULL) *block = module_resize(L, NULL, 0, EVENTS * size);
   if (*block == NULL) luaL_error(L, "not enough memory");
   lua_setiuservalue(L, UP_RUNTIME, uservalue);
@@ -428,7 +444,9 @@ static int l_trace(lua_State *L) {
 static int l_trace_end(lua_State *L) {
   struct probe *p = runtime(L)->probe;
   if (p == NULL) return 0;
+  const unsigned number = p->traces;
   flush(L, p);
+  if (p->traces != number) return 0; /* a finalizer has ended it, and begun another one */
   int error = trace_close(p);
   if (error == 0) return 0;
   io_push_error(L, uv_translate_sys_error(error), "write", luaL_checkstring(L, 1));

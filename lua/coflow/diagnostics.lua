@@ -155,7 +155,8 @@ function Trace:dispose()
   if getmetatable(self) ~= Trace then core.refuse_self(Trace, self) end
   if self ~= current then return end
   local ok, err = pcall(probe.trace_end, self.path)
-  if ok or core.errors.is(err, "IO") then current = nil end -- else there was no memory: it may be tried again
+  local ended = ok or core.errors.is(err, "IO") -- else there was no memory: it may be tried again
+  if ended and self == current then current = nil end
   if not ok then error(err, 0) end
 end
 
