@@ -105,7 +105,7 @@ describe("tasks()", function()
   end))
 
   it("takes ten thousand", in_order(function()
-    local gate, n = flow.TaskCompletionSource(), helper.many(10000, 40)
+    local gate, n = flow.TaskCompletionSource(), helper.many(10000, 10)
     local tasks = {}
     for i = 1, n do tasks[i] = flow.spawn(flow.await, gate.task) end
     flow.yield()
@@ -173,7 +173,7 @@ describe("dump()", function()
   end))
 
   it("takes a tree as deep as tasks may be", in_order(function()
-    local depth, gate, reached = helper.many(100000, 60), flow.TaskCompletionSource(), flow.TaskCompletionSource()
+    local depth, gate, reached = helper.many(100000, 15), flow.TaskCompletionSource(), flow.TaskCompletionSource()
     local descend
     descend = flow.async(function(n)
       if n > 0 then return descend(n - 1):await() end
@@ -189,7 +189,7 @@ describe("dump()", function()
   end))
 
   it("is indented as deep as tasks start tasks, within reason", in_order(function()
-    local depth, gate = helper.many(1000, 50), flow.TaskCompletionSource()
+    local depth, gate = helper.many(1000, 45), flow.TaskCompletionSource()
     local function descend(n)
       if n == 0 then return gate.task:await() end
       return flow.spawn(descend, n - 1):await()
@@ -434,7 +434,7 @@ describe("circles", function()
   end))
 
   it("are one for a knot, of which no more is named than can be read", in_order(function()
-    local tasks, n = {}, helper.many(200, 10)
+    local tasks, n = {}, helper.many(200, 6)
     for i = 1, n do
       tasks[i] = spawn("t" .. i, function()
         flow.yield()
@@ -465,7 +465,7 @@ describe("circles", function()
     local gate = last
     local source = flow.TaskCompletionSource()
     last = spawn("0", flow.await, source.task)
-    for i = 1, helper.many(2000, 40) do last = spawn(tostring(i), flow.await, last) end
+    for i = 1, helper.many(2000, 10) do last = spawn(tostring(i), flow.await, last) end
     flow.sleep(1)
     assert.same({}, circles())
     source:set_result()
@@ -618,7 +618,7 @@ describe("on_blocked", function()
     local told = 0
     diagnostics.on_blocked(0, function() told = told + 1 end)
     local start = flow.async(function() end)
-    local n = helper.many(1000, 100)
+    local n = helper.many(1000, 20)
     for _ = 1, n do start() end
     flow.sleep(1)
     assert.is_true(told >= n)
@@ -748,6 +748,13 @@ local function by_task(events)
 end
 
 describe("a trace", function()
+  local function collect() -- in a few steps, which all come into the trace
+    for _ = 1, 3 do
+      collectgarbage()
+      flow.sleep(1)
+    end
+  end
+
   it("has the life, the waits and the steps of each task", in_order(function()
     local path, _ <close> = trace_path()
     local trace = diagnostics.trace(path)
@@ -862,7 +869,7 @@ describe("a trace", function()
       flow.sleep(1)
       flow.on_unobserved_exception(false)
       coroutine.close(table.remove(cos))
-      helper.collect()
+      collect()
       flow.on_unobserved_exception(nil)
     end
     assert.is_true(#parse(read_file(path)) > 0)
@@ -882,7 +889,7 @@ describe("a trace", function()
         abandoned = task.id
       end
       flow.on_unobserved_exception(false)
-      helper.collect()
+      collect()
       flow.on_unobserved_exception(nil)
     end
     local tasks = by_task(parse(read_file(path)))

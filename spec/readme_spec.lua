@@ -78,11 +78,14 @@ describe("README.md", function()
     assert.is_true(count >= 10)
   end)
 
-  for _, block in ipairs(programs) do
+  local stressed = os.getenv("COFLOW_GC_STRESS") -- which is for the sake of what is in C: some are enough
+  for i, block in ipairs(programs) do
+    if stressed and i % 4 ~= 0 then goto continue end
     it(("prints what it says it prints: %s, line %d"):format(block.heading, block.line), function()
       assert.not_equal("", promised(block.code)) -- a program that shows nothing teaches nothing
       check(block.code, "example.lua")
     end)
+    ::continue::
   end
 
   it("names only files that are there", function()
@@ -123,10 +126,13 @@ end)
 
 describe("examples", function()
   local exit_codes = { ["crawler.lua"] = 1 } -- it has found dead links
+  -- Each of these has a spec of its own, over smaller input.
+  local long = os.getenv("COFLOW_GC_STRESS") and { ["pipeline.lua"] = true, ["service.lua"] = true } or {}
 
   for _, name in ipairs { "hello.lua", "cancel.lua", "locals.lua", "frame_loop.lua", "generator.lua", "middleware.lua",
     "timeout.lua", "group.lua", "host.lua", "pipeline.lua", "crawler.lua", "service.lua" } do
     it("print what they say they print: " .. name, function()
+      if long[name] then return end
       local code = read("examples/" .. name)
       assert.not_equal("", promised(code))
       check(code, name, exit_codes[name])

@@ -1,5 +1,6 @@
 /*
-** deadlock.c - what waits where, and for whom: told when nothing can go on, and to whoever asks (diagnostics.lua).
+** deadlock.c - what waits where, and for whom: told when nothing can go on, and to whoever asks
+** (lua/coflow/diagnostics.lua).
 **
 ** A task that waits is suspended somewhere, so the place is that of its code; what it waits for is a
 ** task, a queue, a deadline, or in the hands of a scheduler. Of a task that is made of others these are
@@ -164,10 +165,7 @@ static bool push_waiting(lua_State *L, lua_Integer slot, struct fiber *operation
   if (t == NULL || !task_is(t, KIND_FIBER)) return false;
   if (!(t->traits & TRAIT_HANDED) && t->state != TASK_WAITING) return false;
   if (operation != NULL && t == &operation->task && is_told(L, operation)) return false;
-  task_push(L, t);
-  if (!lua_isnil(L, -1)) return true;
-  lua_pop(L, 1); /* somebody is closing its coroutine */
-  return false;
+  return task_push_whole(L, t);
 }
 
 /* [-0, +0, m] how many of those that wait have which name */
@@ -273,8 +271,8 @@ struct blockers {
 
 static void list_behind(lua_State *L, struct blockers *b);
 
-/* [-1, +0, m] what the combinator t waits for, its inputs on top: all of them, or the one that is left of several of
-** which one is enough. Of those that are complete the list has the results. */
+/* [-1, +0, m] what the combinator t waits for, its inputs on top: all of them, or the only one, if one is
+** enough. Of those that are complete the list has the results. */
 static void list_inputs(lua_State *L, struct blockers *b, const struct task *t, bool direct) {
   const struct combine *c = (const struct combine *)(const void *)t;
   const int inputs = lua_gettop(L);
@@ -287,7 +285,8 @@ static void list_inputs(lua_State *L, struct blockers *b, const struct task *t, 
   lua_settop(L, inputs - 1);
 }
 
-/* [-1, +0, m] what is on top, a task or what has a queue, holds somebody up: who that is goes into the list */
+/* [-1, +0, m] what is on top, a task or what has a queue, holds somebody up: who that is goes into the
+** list */
 static void list_behind(lua_State *L, struct blockers *b) {
   const int at = lua_gettop(L);
   const struct task *t = (const struct task *)object_test(L, at, TAG_TASK);
@@ -312,7 +311,8 @@ static void list_behind(lua_State *L, struct blockers *b) {
   lua_settop(L, at - 1);
 }
 
-/* [-0, +0 or +1, m] what the waiting f waits for: a task, or what has a queue. Those that hold it up go into the list. */
+/* [-0, +0 or +1, m] what the waiting f waits for: a task, or what has a queue. Those that hold it up go
+** into the list. */
 static bool push_target(lua_State *L, struct fiber *f, struct blockers *b) {
   if (fiber_naps(f)) {
     if (!waiter_push_holder(L, f)) return false;

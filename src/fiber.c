@@ -497,8 +497,8 @@ static bool show_context(lua_State *L, struct runtime *rt, struct fiber *f) {
   return !(f->task.flags & TASK_ABANDONED);
 }
 
-/* [-0, +0, m] what few programs need before f is resumed, and is to cost the others nothing; false: somebody has
-** closed it */
+/* [-0, +0, m] what few programs need before f is resumed, and is to cost the others nothing; false:
+** somebody has closed it */
 static __attribute__((noinline)) bool may_step(lua_State *L, struct runtime *rt, struct fiber *f) {
   bool watched = rt->shown_watched || f->task.flags & TASK_WATCHED;
   if (watched && !show_context(L, rt, f)) return false;

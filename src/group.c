@@ -376,13 +376,8 @@ void group_list_children(lua_State *L, const struct fiber *f) {
     struct task *t = &container_of(l, struct pending, member.link)->task;
     if (task_is(t, KIND_SCOPE)) t = (struct task *)((struct scope *)(void *)t)->owner; /* a base */
     if (t == NULL || !task_is(t, KIND_FIBER) || !(t->traits & TRAIT_CHILD)) continue;
-    if (t == &f->task)
-      continue; /* the owner is in it itself, and may be a child of another group */
-    task_push(L, t);
-    if (!lua_isnil(L, -1))
-      lua_rawseti(L, -2, ++n);
-    else
-      lua_pop(L, 1); /* somebody is closing its coroutine */
+    if (t == &f->task) continue; /* the owner, who is in it, may be a child of another group */
+    if (task_push_whole(L, t)) lua_rawseti(L, -2, ++n);
   }
 }
 

@@ -1,18 +1,20 @@
 /*
-** probe.c - what is measured while tasks run, once coflow.diagnostics is there to ask for it: since when each of
-** them waits, which of them keep the loop, and a trace of it all.
+** probe.c - what is measured while tasks run, once coflow.diagnostics is there to ask for it: since when
+** each of them waits, which of them keep the loop, and a trace of it all.
 **
 ** A *step* is one run of a task, from its resumption to its next suspension or its end. Steps nest: a hot
-** start, and an await in place, run on top of the caller's step, whose own time theirs is not. A step is known by
-** the depth at which it runs; one that had begun before there was a probe has no start, and is not looked at.
+** start, and an await in place, run on top of the caller's step, whose own time theirs is not. A step is
+** known by the depth at which it runs; one that had begun before there was a probe has no start, and is not
+** looked at.
 **
-** A step ends in the midst of the kernel's work. So it is only noted then, which creates nothing: in an array, and its
-** task in a list. What is to be done about it the pump does after the slice (probe_tell), where names may be made, and a
-** handler of the user's be called.
+** A step ends in the midst of the kernel's work. So it is only noted then, which creates nothing and cannot
+** fail: in an array, and its task in a list that has room for it. What is to be done about it the pump does
+** after the slice (probe_tell), where names may be made, and a handler of the user's be called.
 **
-** A trace is a JSON array of Chrome's trace events. The steps are slices of the one thread that there is, nested as
-** they are; each task is an asynchronous event by its id, and each of its waits one within that. The
-** array may lack its end, as those who read it allow: what a process that is killed leaves behind can still be read.
+** A trace is a JSON array of Chrome's trace events. The steps are slices of the one thread that there is,
+** nested as they are; each task is an asynchronous event by its id, and each of its waits one within that.
+** The array may lack its end, as those who read it allow: what a process that is killed leaves behind can
+** still be read.
 **
 ** With no probe all this costs one untaken branch after each step; before it there is one anyway.
 **
@@ -26,8 +28,7 @@
 #include <math.h>
 #include <stdio.h>
 
-/* No more steps than that are noted between two tellings: room for their tasks is there from the beginning, since
-** nothing may fail where a step ends. */
+/* No more steps than EVENTS are noted between two tellings: room for their tasks is there from the beginning. */
 enum { DEPTHS = 64, EVENTS = 4096, TELLINGS = 10 };
 
 struct step {
@@ -226,12 +227,10 @@ static struct event *new_event(struct probe *p) {
 /* [-0, +0, -] the event that was made last is of f, which its slot holds */
 static void keep_event(lua_State *L, struct probe *p, struct fiber *f) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_STEPS);
-  task_push(L, &f->task);
-  if (lua_type(L, -1) == LUA_TUSERDATA && lua_touserdata(L, -1) == (void *)f) {
+  if (task_push_whole(L, &f->task)) { /* else nobody has it any more */
     lua_rawseti(L, -2, (lua_Integer)p->event_count + 1);
     p->event_count++;
-  } else
-    lua_pop(L, 1); /* a stranger closes its coroutine, and nobody has it any more */
+  }
   lua_pop(L, 1);
 }
 
@@ -340,8 +339,8 @@ void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
   s->start = 0;
 }
 
-/* What a handler of the user's raises goes where errors of callbacks go. It may make others late: these are told of
-** after it, TELLINGS times at most, or it might go on for ever. */
+/* What a handler of the user's raises goes where errors of callbacks go. It may make others late: these are
+** told of after it, TELLINGS times at most, or it might go on for ever. */
 static void tell_late(lua_State *L, struct runtime *rt, struct probe *p) {
   size_t count = p->late_count, k = 0;
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_LATE);

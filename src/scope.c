@@ -100,17 +100,10 @@ lua_Integer scope_push_tasks(lua_State *L, struct runtime *rt) {
     struct scope *s = as_scope(p);
     if (s != NULL) walk_into(&w, s);
     if (!task_is(&p->task, KIND_FIBER) || &p->task == rt->outside || task_done(&p->task)) continue;
-    task_push(L, &p->task);
-    if (lua_isnil(L, -1)) { /* somebody is closing its coroutine */
-      lua_pop(L, 1);
-      continue;
-    }
+    if (!task_push_whole(L, &p->task)) continue;
     lua_rawseti(L, -3, ++n);
     struct fiber *parent = parent_of(rt, (struct fiber *)(void *)p);
-    if (parent != NULL)
-      task_push(L, &parent->task);
-    else
-      lua_pushboolean(L, 0);
+    if (parent == NULL || !task_push_whole(L, &parent->task)) lua_pushboolean(L, 0);
     lua_rawseti(L, -2, n);
   }
   return n;

@@ -70,6 +70,13 @@ void task_push(lua_State *L, struct task *t) {
   task_hold(L, -1, t); /* next time it is here */
 }
 
+bool task_push_whole(lua_State *L, struct task *t) {
+  task_push(L, t);
+  if (lua_type(L, -1) == LUA_TUSERDATA && lua_touserdata(L, -1) == (void *)t) return true;
+  lua_pop(L, 1);
+  return false;
+}
+
 bool task_push_weak(lua_State *L, const void *p) {
   lua_getiuservalue(L, UP_RUNTIME, RUNTIME_WEAK);
   bool alive = lua_rawgetp(L, -1, p) != LUA_TNIL;

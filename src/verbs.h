@@ -149,8 +149,8 @@ void error_push(lua_State *L, enum error_kind kind, const char *format, ...); /*
 int error_throw(lua_State *L, enum error_kind kind, const char *format, ...);
 double error_seconds(double seconds); /* as a message tells it: rounded to six digits */
 bool error_is(lua_State *L, int i, enum error_kind kind);
-void error_push_text(
-    lua_State *L, int i); /* [-0, +1, m] the error at i as a person is shown it, whatever it is */
+/* [-0, +1, m] the error at i as a person is shown it, whatever it is */
+void error_push_text(lua_State *L, int i);
 /* [-0, +0, -] the task at i has failed, with the error of the one at `from`, or 0: keeps the record of
 ** that, and reports the task if nobody looks */
 void error_attach(lua_State *L, int i, int from);
@@ -205,8 +205,8 @@ struct task *task_new(lua_State *L, int kind, size_t size, int uservalues, bool 
 static inline struct task *task_new_promise(lua_State *L) { /* [-0, +1, m] to be settled by hand */
   return task_new(L, KIND_PROMISE, sizeof(struct task), TASK_WAITERS, false);
 }
-static inline struct task *task_new_named(lua_State *L,
-                                          const char *name) { /* … which has that name */
+/* [-0, +1, m] … which has that name */
+static inline struct task *task_new_named(lua_State *L, const char *name) {
   struct task *t = task_new_promise(L);
   lua_pushstring(L, name);
   lua_setfield(L, -2, "name");
@@ -216,6 +216,8 @@ void task_hold(lua_State *L, int i, struct task *t); /* [-0, +0, -] the anchor h
 void task_release(lua_State *L, struct task *t); /* [-0, +0, -] the anchor knows its address only */
 void task_forget(lua_State *L, struct task *t);  /* [-0, +0, -] gives its slot back */
 void task_push(lua_State *L, struct task *t);    /* [-0, +1, -] a task that is held, or parked */
+/* [-0, +1, -] the same; false, and [-0, +0]: somebody is closing its coroutine, and nobody else has it */
+bool task_push_whole(lua_State *L, struct task *t);
 /* [-0, +1, -] what has that address, and may die; false, and nil: it has */
 bool task_push_weak(lua_State *L, const void *p);
 /* [-0, +0, m] the operation at i may die while it is parked */
@@ -564,8 +566,8 @@ void scope_push(lua_State *L, const struct scope *s); /* [-0, +1, -] */
 void scope_push_token(lua_State *L, struct scope *s); /* [-0, +1, m] */
 /* whose coroutine it is, or NULL */
 struct fiber *scope_find(struct runtime *rt, const lua_State *co);
-/* [-0, +2, m] the tasks with a body that have not ended, outer ones before those that were started in them; of each
-** the one in which it was started, or false. Their number. */
+/* [-0, +2, m] the tasks with a body that have not ended; of each the one that has started it, or false. Their
+** number. */
 lua_Integer scope_push_tasks(lua_State *L, struct runtime *rt);
 
 ONCE void scope_open(lua_State *L);

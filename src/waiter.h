@@ -51,14 +51,15 @@ static inline bool waiter_any(const struct link *q) { return q->next != q; }
 static inline struct clause *waiter_clause(struct nap *n) { /* NULL: a fiber */
   return n->deadline.kind != DEADLINE_CLAUSE ? NULL : container_of(n, struct clause, u.nap);
 }
-/* suspends the running fiber, with what it brings on top, in a queue of the holder at 1; deaf: to cancellation. k gets rt */
+/* suspends the running fiber, with what it brings on top, in a queue of the holder at 1; deaf: to
+** cancellation. k gets rt */
 int waiter_wait(lua_State *L, struct runtime *rt, struct holder *h, struct link *q, uint32_t what,
                 bool deaf, lua_KFunction k);
 int waiter_wait_for(lua_State *L, struct runtime *rt, struct holder *h, struct link *q,
                     uint32_t what, double seconds, bool deaf, lua_KFunction k); /* … so long */
 enum waiter_end waiter_not_granted(lua_State *L, struct runtime *rt);
-static inline enum waiter_end waiter_resumed(lua_State *L,
-                                             struct runtime *rt) { /* [-0, +0, e] in k */
+/* [-0, +0, e] in k */
+static inline enum waiter_end waiter_resumed(lua_State *L, struct runtime *rt) {
   const struct fiber *me = (const struct fiber *)rt->me;
   bool granted = me->co == L && rt->entering == NULL && !me->u.nap.failed &&
                  !(me->task.flags & (TASK_INTERRUPTED | TASK_EXPIRED));
@@ -126,8 +127,8 @@ extern const struct part select_part;
 extern const struct part sync_part;
 void lock_left(lua_State *L, int i); /* [-0, +0, -] a waiter of the shared lock at i has given up */
 void lock_land(lua_State *L, int i);
-/* [-0, +1, m] a list of the tasks that have what is at i, at most so many, if that is a lock, and are known; else an
-** empty one. How many have it, about. */
+/* [-0, +1, m] a list of the tasks that have what is at i, at most so many, if that is a lock; else an empty
+** one. How many have it, as far as that is known. */
 lua_Integer lock_push_owners(lua_State *L, int i, lua_Integer most);
 
 #pragma GCC visibility pop
