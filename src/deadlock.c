@@ -87,7 +87,7 @@ static void describe(lua_State *L, struct fiber *f, int depth) {
   lua_replace(L, i);
 }
 
-/* [-1, +1, m] the holder on top in words, and if it is a lock, who has it: "coflow.Lock, which 'A' has" */
+/* [-1, +1, m] the holder on top in words, and if it is a lock, who has it: "coflow.Lock, held by 'A'," */
 static void describe_holder(lua_State *L) {
   enum { NAMES = 4 };
   const int holder = lua_gettop(L), text = holder + 1, list = holder + 2;
@@ -217,7 +217,8 @@ static int report(lua_State *L) {
   lua_settop(L, 2);
   lua_newtable(L); /* at 3 */
   for (lua_Integer slot = 1; slot <= slots; slot++, lua_settop(L, 3)) {
-    if (slot > 1 && slot == first) continue;
+    if (slot > 1 && slot == first)
+      continue; /* it has been told in the turn of the first, which is no task's */
     if (!push_waiting(L, slot > 1 ? slot : first, operation)) continue;
     if (++lines > LINES) {
       more++;
@@ -240,21 +241,22 @@ static int report(lua_State *L) {
   }
   luaL_pushresult(&b);
   module_push_function(L, circles);
-  if (lua_pcall(L, 0, 1, 0) != LUA_OK)
-    lua_pop(L, 1); /* its file cannot be read: it is an addition */
-  else {
+  if (lua_pcall(L, 0, 1, 0) == LUA_OK)
     lua_pushfstring(L, "%s%s", lua_tostring(L, -2), lua_tostring(L, -1));
-  }
+  else
+    lua_pop(L, 1); /* its file cannot be read: it is an addition */
   return 1;
 }
 
-/* [-0, +1, m] … of the one at root */
-static void push_report(lua_State *L, int root, bool operation) {
-  module_push_function(L, report);
-  lua_pushvalue(L, root);
-  lua_pushboolean(L, operation);
-  int status = lua_pcall(L, 2, 1, 0);
-  lua_pushnil(L);
+/* [-n, +1, m] calls f, which says whose names come with ids. That is put back: a finalizer may ask for a report in
+** the midst of another one. */
+static void call_naming(lua_State *L, lua_CFunction f, int arguments) {
+  int before = lua_gettop(L) - arguments + 1;
+  lua_getiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
+  module_push_function(L, f);
+  lua_rotate(L, before, 2); /* before f arguments */
+  int status = lua_pcall(L, arguments, 1, 0);
+  lua_insert(L, before);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
   if (status != LUA_OK) lua_error(L);
 }
@@ -364,17 +366,17 @@ static void push_row(lua_State *L, struct runtime *rt, int i, int *looks) {
   lua_setfield(L, -2, "on");
 }
 
-/* survey(deep) */
 static int survey(lua_State *L) {
   struct runtime *rt = runtime(L);
   int looks = LOOKS;
   bool deep = lua_toboolean(L, 1);
   lua_settop(L, 0);
+  lua_pushboolean(L, 1);
+  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
   lua_Integer n = scope_push_tasks(L, rt);
-  for (lua_Integer k = 1; k <= n;
-       k++, lua_settop(L, 2)) { /* so that the numbers are in that order */
+  for (lua_Integer k = 1; k <= n; k++, lua_settop(L, 2)) {
     lua_rawgeti(L, 1, k);
-    task_id(L, 3);
+    task_id(L, 3); /* so that the ids are in that order */
   }
   lua_createtable(L, (int)n, 0);
   for (lua_Integer k = 1; k <= n; k++, lua_settop(L, 3)) {
@@ -389,21 +391,12 @@ static int survey(lua_State *L) {
   return 1;
 }
 
-/* survey(deep) -> a list of rows, for each task with a body that has not ended (lua/coflow/hang.lua); not deep:
-** nothing of who holds them up, which takes long */
+/* survey(deep) -> a list of rows, for each task with a body that has not ended (lua/coflow/hang.lua); not
+** deep: nothing of who holds them up, which takes long */
 static int l_survey(lua_State *L) {
   lua_settop(L, 1);
-  lua_getiuservalue(L, UP_RUNTIME,
-                    RUNTIME_NAMESAKES); /* a finalizer may ask in the midst of a report */
-  lua_insert(L, 1);
-  lua_pushboolean(L, 1);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
-  module_push_function(L, survey);
-  lua_insert(L, 2);
-  int status = lua_pcall(L, 1, 1, 0);
-  lua_pushvalue(L, 1);
-  lua_setiuservalue(L, UP_RUNTIME, RUNTIME_NAMESAKES);
-  return status == LUA_OK ? 1 : lua_error(L);
+  call_naming(L, survey, 1);
+  return 1;
 }
 
 /* live_tasks() -> those tasks, the parent of each or false, how many of them wait */
@@ -426,7 +419,9 @@ const struct part survey_part = {functions, NULL, NULL};
 /* ---- the error ---- */
 
 void deadlock_push(lua_State *L, struct runtime *rt, int root, bool operation) {
-  push_report(L, root, operation);
+  lua_pushvalue(L, root);
+  lua_pushboolean(L, operation);
+  call_naming(L, report, 2);
   if (rt->seeded) {
     lua_pushfstring(L, "%s\n\t(seed %I)", lua_tostring(L, -1), (LUAI_UACINT)rt->seed);
     lua_replace(L, -2);

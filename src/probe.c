@@ -28,7 +28,7 @@
 #include <math.h>
 #include <stdio.h>
 
-/* No more steps than EVENTS are noted between two tellings: room for their tasks is there from the beginning. */
+/* EVENTS: no more steps are noted between two tellings; there is room for their tasks from the beginning. */
 enum { DEPTHS = 64, EVENTS = 4096, TELLINGS = 10 };
 
 struct step {
@@ -62,14 +62,13 @@ struct probe {
   lua_Integer count;   /* of steps */
   lua_Integer started; /* tasks */
   double limit;        /* what a step may take; HUGE_VAL: anything */
-  double *
-      late; /* EVENTS of them, once there is one: what those took that nobody has been told of yet */
+  double *late;        /* of EVENTS, or NULL: what those took that nobody has been told of yet */
   size_t late_count;
   FILE *trace;
   unsigned traces;      /* its number */
   double traced;        /* since when */
   bool some;            /* it has some events; these are still to be written: */
-  struct event *events; /* EVENTS of them, while there is a trace */
+  struct event *events; /* of EVENTS, or NULL */
   size_t event_count, written;
   lua_Integer lost; /* there was no room for so many */
 };
@@ -94,8 +93,8 @@ static size_t sequence(const char *s, const char *end) {
 static void write_string(FILE *f, const char *s, size_t length) {
   const char *end = s + length;
   fputc('"', f);
-  for (size_t n; s<end; s += n> 0 ? n : 1) {
-    n = sequence(s, end);
+  while (s < end) {
+    size_t n = sequence(s, end);
     if (n == 0)
       fputs("\\ufffd", f);
     else if (*s == '"' || *s == '\\')
@@ -104,6 +103,7 @@ static void write_string(FILE *f, const char *s, size_t length) {
       fprintf(f, "\\u%04x", *s);
     else
       fwrite(s, 1, n, f);
+    s += n > 0 ? n : 1;
   }
   fputc('"', f);
 }
@@ -286,6 +286,13 @@ static struct step *step_at(struct probe *p, int depth) {
   return depth > 0 && depth < DEPTHS ? &p->steps[depth] : NULL;
 }
 
+/* the step below that at `depth`: between them may be callbacks, which are none */
+static struct step *step_below(struct probe *p, int depth) {
+  while (--depth > 0)
+    if (depth < DEPTHS && p->steps[depth].start != 0) return &p->steps[depth];
+  return NULL;
+}
+
 /* for want of memory it is not known since when it waits */
 static void make_room(lua_State *L, struct probe *p, size_t slot) {
   size_t size = p->size * 2 > slot ? p->size * 2 : slot + 64;
@@ -322,7 +329,7 @@ static void note_late(lua_State *L, struct probe *p, struct fiber *f, double sec
 
 void probe_end(lua_State *L, struct runtime *rt, struct fiber *f) {
   struct probe *p = rt->probe;
-  struct step *s = step_at(p, rt->depth), *outer = step_at(p, rt->depth - 1);
+  struct step *s = step_at(p, rt->depth), *outer = step_below(p, rt->depth);
   struct slot *slot = slot_of(p, f);
   if (slot != NULL) {
     slot->since = loop_now(rt);
@@ -395,16 +402,24 @@ void probe_close(lua_State *L, struct runtime *rt) {
 
 /* ---- Lua face ---- */
 
-/* [-0, +0, m] the list in that user value has room for EVENTS tasks, and `*block` for what goes with them */
-static void make_list(lua_State *L, int uservalue, void **block, size_t size) {
-  lua_createtable(L, EVENTS, 0);
-  if (*block != NULL) { /* by a finalizer, and it may be in use */
-    lua_pop(L, 1);
-    return;
+/* [-0, +0, m] the list in that user value has room for EVENTS tasks */
+static void reserve_list(lua_State *L, int uservalue) {
+  int top = lua_gettop(L);
+  if (lua_getiuservalue(L, UP_RUNTIME, uservalue) == LUA_TNIL) {
+    lua_createtable(L, EVENTS, 0);
+    if (lua_getiuservalue(L, UP_RUNTIME, uservalue) == LUA_TNIL) { /* else by a finalizer */
+      lua_pop(L, 1);
+      lua_setiuservalue(L, UP_RUNTIME, uservalue);
+    }
   }
-  if (*block == NULL) *block = module_resize(L, NULL, 0, EVENTS * size);
-  if (*block == NULL) luaL_error(L, "not enough memory");
-  lua_setiuservalue(L, UP_RUNTIME, uservalue);
+  lua_settop(L, top);
+}
+
+/* [-0, +0, m] room for what goes with them: the block, or a new one if it is NULL */
+static void *reserve(lua_State *L, void *block, size_t size) {
+  if (block == NULL) block = module_resize(L, NULL, 0, EVENTS * size);
+  if (block == NULL) luaL_error(L, "not enough memory");
+  return block;
 }
 
 /* on_blocked(seconds, fn), or (nil) */
@@ -412,7 +427,8 @@ static int l_on_blocked(lua_State *L) {
   struct probe *p = runtime(L)->probe;
   if (p == NULL) shutdown_refuse(L);
   lua_settop(L, 2);
-  if (p->late == NULL) make_list(L, RUNTIME_LATE, (void **)&p->late, sizeof *p->late);
+  reserve_list(L, RUNTIME_LATE);
+  p->late = (double *)reserve(L, p->late, sizeof *p->late);
   p->limit = lua_isnil(L, 1) ? HUGE_VAL : lua_tonumber(L, 1);
   lua_setiuservalue(L, UP_RUNTIME, RUNTIME_BLOCKED);
   return 0;
@@ -423,7 +439,8 @@ static int l_trace(lua_State *L) {
   struct probe *p = runtime(L)->probe;
   const char *path = luaL_checkstring(L, 1);
   if (p == NULL) shutdown_refuse(L);
-  if (p->events == NULL) make_list(L, RUNTIME_STEPS, (void **)&p->events, sizeof *p->events);
+  reserve_list(L, RUNTIME_STEPS);
+  p->events = (struct event *)reserve(L, p->events, sizeof *p->events);
   lua_pushboolean(L, p->trace == NULL);
   if (p->trace != NULL) return 1;
   FILE *f = fopen(path, "we");

@@ -46,7 +46,7 @@ function AsyncLazy:get(token)
   local failed = current and current.task.is_completed and not current.task.is_completed_successfully
   if current and (current.given_up or failed and (self._retry or current.task.is_canceled)) then current = nil end
   if current and current.task.is_completed_successfully then
-    self._factory = nil -- nor what it refers to
+    self._factory = nil -- it is not called again: what it refers to may go
   elseif not current then
     core.check_here()
     core.throw_if_canceled(token)
